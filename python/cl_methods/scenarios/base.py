@@ -1,0 +1,161 @@
+"""What a sequence of tasks is: images, tasks, reference data and the scenario that holds them."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+RawImage = Image.Image | Tensor
+"""An image before any transform: a PIL image, or a uint8 tensor (3, H, W)."""
+
+
+class DataError(ValueError):
+    """Data on disk is not what it should be. The message names the file and says what to do."""
+
+
+class ImageSource(ABC):
+    """A fixed list of labelled images, read one at a time.
+
+    Attributes:
+        labels: (N,) int64 class indices; -1 where the images carry no label.
+    """
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def image(self, index: int) -> RawImage:
+        """The image at ``index``, before any transform."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 over what identifies the images (tensor contents, or the sorted relative file list) and the labels."""
+
+
+class TensorImages(ImageSource):
+    """Images held in memory as one uint8 tensor (N, 3, H, W).
+
+    Raises:
+        ValueError: ``images`` is not uint8 (N, 3, H, W), or ``labels`` is not int64 (N,).
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: expected uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        if labels is None:
+            labels = torch.full((len(images),), -1, dtype=torch.int64)
+        if labels.dtype != torch.int64 or labels.shape != (len(images),):
+            raise ValueError(f"labels: expected int64 ({len(images)},), got {labels.dtype} {tuple(labels.shape)}")
+        self.images, self.labels = images, labels
+
+    def image(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.images.contiguous().numpy().tobytes())
+        digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+
+class FileImages(ImageSource):
+    """Images in files under one root.
+
+    The fingerprint covers relative paths and labels, not the pixels: hashing a large dataset would take minutes.
+
+    Raises:
+        DataError: (on access) a file cannot be decoded.
+    """
+
+    def __init__(self, root: Path, paths: Sequence[str], labels: Tensor) -> None:
+        if labels.dtype != torch.int64 or labels.shape != (len(paths),):
+            raise ValueError(f"labels: expected int64 ({len(paths)},), got {labels.dtype} {tuple(labels.shape)}")
+        self.root, self.paths, self.labels = Path(root), tuple(paths), labels
+
+    def image(self, index: int) -> Image.Image:
+        path = self.root / self.paths[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            raise DataError(f"{path} is not a readable image ({error}); replace it or remove it") from error
+
+    def fingerprint(self) -> str:
+        rows = sorted(f"{path}\t{label}" for path, label in zip(self.paths, self.labels.tolist(), strict=True))
+        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+class Subset(ImageSource):
+    """Some images of another source, in the given order."""
+
+    def __init__(self, source: ImageSource, indices: Tensor) -> None:
+        self.source, self.indices, self.labels = source, indices, source.labels[indices]
+
+    def image(self, index: int) -> RawImage:
+        return self.source.image(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.source.fingerprint().encode() + self.indices.numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One classification task of a sequence.
+
+    Attributes:
+        name: unique in its scenario.
+        class_names: as they enter the prompt, by label.
+        templates: prompts with one ``{}``; the first is used for training, all of them for evaluation.
+        train, validation, test: disjoint images of the same classes.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    train: ImageSource
+    validation: ImageSource
+    test: ImageSource
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing, in percent."""
+        return 100.0 / len(self.class_names)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Unlabelled images and captions that distillation may look at; never from a task's own data."""
+
+    images: ImageSource
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A sequence of tasks in the order in which they are learnt."""
+
+    name: str
+    order: str
+    tasks: tuple[Task, ...]
+    reference: Reference | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        """sha256 over every split of every task in order, with class names and templates, and the reference data."""
+        digest = hashlib.sha256()
+        for task in self.tasks:
+            digest.update("\n".join((task.name, *task.class_names, *task.templates)).encode())
+            for source in (task.train, task.validation, task.test):
+                digest.update(source.fingerprint().encode())
+        if self.reference is not None:
+            digest.update(self.reference.images.fingerprint().encode())
+            digest.update("\n".join(self.reference.captions).encode())
+        return digest.hexdigest()
