@@ -1,0 +1,1 @@
+"""Evaluation: accuracy matrix, metrics, reports and figures."""
