@@ -46,6 +46,8 @@ class Method(ABC):
         name: by which the command line and the reports know the method.
         uses_reference: batches carry reference images.
         trains: False for methods that only evaluate.
+        config: has ``lr``, ``iterations``, ``warmup``, ``batch_size`` and, if ``uses_reference``, may have
+            ``reference_batch_size`` (default: ``batch_size``).
         joint: trained once on all tasks together (an upper bound, not continual): ``before_task`` and ``after_task``
             are called for the first task only, every batch names its task, and step t draws from task ``t mod T``.
     """
@@ -66,7 +68,7 @@ class Method(ABC):
         """Named parameters that the optimiser of the current task updates."""
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """A fresh optimiser for the current task; by default AdamW with the configuration's ``weight_decay``, ``betas``.
+        """A fresh optimiser for the current task; by default AdamW with the configured ``weight_decay`` and ``betas``.
 
         The loop sets the learning rate of every group before each step.
         """
@@ -91,6 +93,13 @@ class Method(ABC):
     def after_task(self, index: int, task: Task) -> None:  # noqa: B027
         """Turn what was trained into what is evaluated and carried on."""
 
+    def before_evaluation(self) -> None:
+        """Before images are scored, whenever weights may have changed: evaluation mode, and no stale cached features.
+
+        Until the next training step weights do not change, so :meth:`logits` may encode each task's prompts once.
+        """
+        self.backbone.model.eval()
+
     @abstractmethod
     def logits(self, images: Tensor, task: Task) -> Tensor:
         """(B, classes of ``task``) scores of evaluation images.
@@ -103,5 +112,5 @@ class Method(ABC):
         return dict(self.backbone.model.state_dict())
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore :meth:`state_dict` in a new instance, between tasks or, after ``before_task``, in the middle of one."""
+        """Restore :meth:`state_dict` in a new instance: between tasks, or inside one after its ``before_task``."""
         self.backbone.model.load_state_dict(state)
