@@ -1,0 +1,1 @@
+"""Datasets on disk: what each one is and where to find it."""

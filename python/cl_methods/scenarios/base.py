@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from typing_extensions import override
 
 RawImage = Image.Image | Tensor
 """An image before any transform: a PIL image, or a uint8 tensor (3, H, W)."""
@@ -57,9 +58,11 @@ class TensorImages(ImageSource):
             raise ValueError(f"labels: expected int64 ({len(images)},), got {labels.dtype} {tuple(labels.shape)}")
         self.images, self.labels = images, labels
 
+    @override
     def image(self, index: int) -> Tensor:
         return self.images[index]
 
+    @override
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.images.contiguous().numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
@@ -80,6 +83,7 @@ class FileImages(ImageSource):
             raise ValueError(f"labels: expected int64 ({len(paths)},), got {labels.dtype} {tuple(labels.shape)}")
         self.root, self.paths, self.labels = Path(root), tuple(paths), labels
 
+    @override
     def image(self, index: int) -> Image.Image:
         path = self.root / self.paths[index]
         try:
@@ -88,6 +92,7 @@ class FileImages(ImageSource):
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
             raise DataError(f"{path} is not a readable image ({error}); replace it or remove it") from error
 
+    @override
     def fingerprint(self) -> str:
         rows = sorted(f"{path}\t{label}" for path, label in zip(self.paths, self.labels.tolist(), strict=True))
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()
@@ -99,9 +104,11 @@ class Subset(ImageSource):
     def __init__(self, source: ImageSource, indices: Tensor) -> None:
         self.source, self.indices, self.labels = source, indices, source.labels[indices]
 
+    @override
     def image(self, index: int) -> RawImage:
         return self.source.image(int(self.indices[index]))
 
+    @override
     def fingerprint(self) -> str:
         return hashlib.sha256(self.source.fingerprint().encode() + self.indices.numpy().tobytes()).hexdigest()
 

@@ -1,0 +1,12 @@
+"""Fused kernels for continual learning of vision-language models.
+
+Three operations, each with a plain PyTorch reference, a compiled CPU path and Triton kernels: top-k mixture-of-adapters
+dispatch, distillation between similarity matrices, and in-place weight averaging. Needs torch alone; every call works without
+Triton, without the compiled library and without a GPU, and :func:`backends` tells what runs and why.
+"""
+
+from cl_kernels.dispatch import backends, use_backend
+from cl_kernels.weight_average import average_
+
+__all__ = ["average_", "backends", "use_backend"]
+__version__ = "0.1.0"

@@ -1,0 +1,13 @@
+// Every compiled operation, in one place. Schemas live in cl_kernels/schemas.py, because they must exist where nothing was compiled;
+// this file registers the implementations of this library against them.
+#include "weight_average/average.h"
+
+STABLE_TORCH_LIBRARY_IMPL(cl_kernels, CPU, m) {
+  m.impl("average_", TORCH_BOX(&clk::average_cpu));
+}
+
+#if defined(CLK_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(cl_kernels, CUDA, m) {
+  m.impl("average_", TORCH_BOX(&clk::average_cuda));
+}
+#endif
