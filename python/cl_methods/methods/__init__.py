@@ -1,0 +1,9 @@
+"""Continual-learning methods by name."""
+
+from cl_methods.methods.base import Batch, Method
+from cl_methods.methods.finetune import FineTune
+from cl_methods.methods.zero_shot import ZeroShot
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ZeroShot, FineTune)}
+
+__all__ = ["METHODS", "Batch", "FineTune", "Method", "ZeroShot"]

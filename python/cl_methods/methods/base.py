@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from cl_methods.scenarios.base import Reference, Task
-
-if TYPE_CHECKING:
-    from cl_methods.backbone import Backbone
+from cl_methods.backbone import Backbone, prompt
+from cl_methods.scenarios.base import ImageSource, Reference, Task
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Batch:
         labels: (B,) int64.
         reference_images: (B_ref, 3, H, W), evaluation transform; None unless the method asks for them.
         step: 0-based optimiser step within the task.
-        reference_indices: (B_ref,) int64 positions in the reference set, by which frozen features can be cached.
+        reference_indices: (B_ref,) int64 positions in the reference source, on the CPU, by which frozen features are cached.
         task: the task that the images and labels come from; None where it can only be the current one.
     """
 
@@ -40,28 +38,39 @@ class Method(ABC):
     """A continual-learning method over one backbone; the training loop calls the hooks below in this order.
 
     ``before_task`` → every step: ``loss`` → backward → ``before_step`` → optimiser → ``after_step`` → ``after_task``.
-    Random numbers come from torch's global generators, which the loop seeds per step, so a resumed run repeats them.
+    An override of a hook calls the base class's. Random numbers come from torch's global generators, which the loop seeds
+    per step, so a resumed run repeats them.
 
     Attributes:
         name: by which the command line and the reports know the method.
-        uses_reference: batches carry reference images.
+        uses_reference: batches carry reference images, drawn from :meth:`reference_source`.
         trains: False for methods that only evaluate.
-        config: has ``lr``, ``iterations``, ``warmup``, ``batch_size`` and, if ``uses_reference``, may have
+        config: has ``lr``, ``task_lr``, ``iterations``, ``warmup``, ``batch_size`` and, if ``uses_reference``, may have
             ``reference_batch_size`` (default: ``batch_size``).
         joint: trained once on all tasks together (an upper bound, not continual): ``before_task`` and ``after_task``
             are called for the first task only, every batch names its task, and step t draws from task ``t mod T``.
     """
 
     name: ClassVar[str]
-    uses_reference: ClassVar[bool] = False
+    uses_reference: bool = False
     trains: ClassVar[bool] = True
     joint: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone, config: Any, reference: Reference | None = None) -> None:
         self.backbone, self.config, self.reference = backbone, config, reference
+        self._classifiers: dict[tuple[str, ...], Tensor] = {}
 
-    def before_task(self, index: int, task: Task) -> None:  # noqa: B027
+    def before_task(self, index: int, task: Task) -> None:
         """Prepare for training on ``task``, the ``index``-th (0-based) of the sequence."""
+        self.forget_classifiers()
+
+    def learning_rate(self, task: Task) -> float:
+        """Peak learning rate of ``task``: the configuration's ``task_lr`` by task name, else its ``lr``."""
+        return self.config.task_lr.get(task.name, self.config.lr)
+
+    def reference_source(self, task: Task) -> ImageSource | None:
+        """Images from which ``Batch.reference_images`` are drawn while ``task`` is learnt; None if not needed."""
+        return self.reference.images if self.uses_reference and self.reference is not None else None
 
     @abstractmethod
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
@@ -76,41 +85,60 @@ class Method(ABC):
         parameters = [parameter for _, parameter in self.trainable()]
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
 
-    def learning_rate(self, task: Task) -> float:
-        """Peak learning rate for ``task``; the configuration's ``lr`` unless a method has rates per dataset."""
-        return self.config.lr
-
     @abstractmethod
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Scalar terms of the loss; ``"loss"`` is the one to differentiate, the rest is for the log."""
 
-    def before_step(self, batch: Batch) -> None:  # noqa: B027
+    def before_step(self, batch: Batch) -> None:
         """Between backward and the optimiser step: the place for gradients that have a closed form."""
+        self.forget_classifiers()
 
     def after_step(self, step: int) -> None:  # noqa: B027
         """After the optimiser step with 0-based index ``step``."""
 
-    def after_task(self, index: int, task: Task) -> None:  # noqa: B027
+    def after_task(self, index: int, task: Task) -> None:
         """Turn what was trained into what is evaluated and carried on."""
+        self.forget_classifiers()
 
     def before_evaluation(self) -> None:
-        """Before images are scored, whenever weights may have changed: evaluation mode, and no stale cached features.
-
-        Until the next training step weights do not change, so :meth:`logits` may encode each task's prompts once.
-        """
+        """Before images are scored, whenever weights may have changed: evaluation mode, and no stale cached features."""
         self.backbone.model.eval()
+        self.forget_classifiers()
 
-    @abstractmethod
+    @torch.no_grad()
     def logits(self, images: Tensor, task: Task) -> Tensor:
-        """(B, classes of ``task``) scores of evaluation images.
+        """(B, classes of ``task``) scores ``s f(x) Wᵀ`` of evaluation images against the task's zero-shot classifier.
 
         ``task`` gives the label space only; its identity must not reach a router.
         """
+        return self.backbone.logit_scale * self.backbone.encode_images(images) @ self.classifier(task).T
+
+    def classifier(self, task: Task) -> Tensor:
+        """Class embeddings (C, d) of ``task`` from all its templates, computed once for the present weights."""
+        key = (*task.class_names, "", *task.templates)
+        if key not in self._classifiers:
+            self._classifiers[key] = self.backbone.class_embeddings(task.class_names, task.templates)
+        return self._classifiers[key]
+
+    def forget_classifiers(self) -> None:
+        """The weights change: class embeddings have to be computed again."""
+        self._classifiers.clear()
+
+    def training_texts(self, task: Task) -> Tensor:
+        """Trimmed token ids of the training prompts, ``templates[0]`` with each class name, on the device."""
+        return self.backbone.trim_texts(
+            self.backbone.tokenize([prompt(task.templates[0], name) for name in task.class_names])
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor that a later task or an evaluation needs; also valid in the middle of a task."""
         return dict(self.backbone.model.state_dict())
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore :meth:`state_dict` in a new instance: between tasks, or inside one after its ``before_task``."""
+        """Restore :meth:`state_dict` in a new instance: between tasks, or inside one after its ``before_task``.
+
+        Raises:
+            RuntimeError: names or shapes do not fit this method and backbone.
+        """
         self.backbone.model.load_state_dict(state)
+        self.forget_classifiers()

@@ -1,0 +1,230 @@
+"""A CLIP model with its tokenizer and transforms: normalised features, exactly trimmed texts, class embeddings in one batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_methods.torchvision_compat import prepare_torchvision
+
+prepare_torchvision()
+
+from open_clip.transformer import text_global_pool  # noqa: E402
+
+Transform = Callable[[Any], Tensor]
+_TEXT_CHUNK = 1024
+
+
+class Backbone:
+    """An open_clip model and what belongs to it.
+
+    Attributes:
+        model: the open_clip model, its state-dict names unchanged.
+        tokenize: texts -> int64 (N, context) token ids on the CPU.
+        train_transform, eval_transform: PIL image or uint8 (3, H, W) tensor -> float32 (3, R, R).
+        device: where the model is.
+        name: what was asked for, for logs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenize: Callable[[Sequence[str]], Tensor],
+        train_transform: Transform,
+        eval_transform: Transform,
+        *,
+        name: str,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.model = model.to(device)
+        self.tokenize, self.train_transform, self.eval_transform = tokenize, train_transform, eval_transform
+        self.device, self.name = torch.device(device), name
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """exp of the learnt log temperature: a scalar tensor."""
+        return self.model.logit_scale.exp().squeeze()
+
+    @property
+    def text_tower(self) -> nn.Module:
+        """The module that holds ``token_embedding``, ``transformer`` and ``ln_final``: the model itself, or its ``text``."""
+        return getattr(self.model, "text", self.model)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """L2-normalised features f / ||f||.
+
+        Args:
+            images: (B, 3, R, R) floating point; moved to the model's device.
+
+        Returns:
+            (B, d), differentiable in the model's parameters.
+
+        Raises:
+            ValueError: ``images`` is not (B, 3, H, W).
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: expected (B, 3, H, W), got {tuple(images.shape)}")
+        features = self.model.encode_image(images.to(self.device, non_blocking=True))
+        return features / features.norm(dim=-1, keepdim=True)
+
+    def encode_texts(self, tokens: Tensor) -> Tensor:
+        """L2-normalised text features; only the positions up to the last read-out position are computed.
+
+        The text tower is causal and reads one position per text, so later positions cannot change the result: this equals the
+        untrimmed model up to the rounding of smaller matrix products. Token ids on an accelerator are taken as trimmed
+        (:meth:`trim_texts`), because looking at them would wait for the device.
+
+        Args:
+            tokens: (N, L) int64, L up to the context length.
+
+        Returns:
+            (N, d), differentiable in the model's parameters.
+
+        Raises:
+            ValueError: ``tokens`` is not (N, L) with L up to the context length.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] > self._context_length:
+            raise ValueError(f"tokens: expected (N, L) with L <= {self._context_length}, got {tuple(tokens.shape)}")
+        features = self._text_features(self.trim_texts(tokens))
+        return features / features.norm(dim=-1, keepdim=True)
+
+    def trim_texts(self, tokens: Tensor) -> Tensor:
+        """Token ids (N, L) cut after the last read-out position and moved to the device; unchanged where that is not exact.
+
+        Done on the CPU, once per set of texts, so that training steps neither compute padding nor wait for the device.
+        """
+        if tokens.device.type == "cpu" and len(tokens) and self._trimmable:
+            tokens = tokens[:, : int(self._readout(tokens).max()) + 1]
+        return tokens.to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def frozen_text_features(self, tokens: Tensor, chunk: int = _TEXT_CHUNK) -> Tensor:
+        """:meth:`encode_texts` without gradient for any number of texts: up to ``chunk`` per pass, similar lengths together.
+
+        Args:
+            tokens: (N, L) int64 on the CPU.
+            chunk: texts per pass; bounds memory.
+
+        Returns:
+            (N, d).
+        """
+        if len(tokens) <= chunk:
+            return self.encode_texts(tokens)
+        order = self._readout(tokens).argsort(stable=True) if self._trimmable else torch.arange(len(tokens))
+        features = torch.cat([self.encode_texts(tokens[rows]) for rows in order.split(chunk)])
+        return features[order.argsort().to(features.device)]
+
+    def class_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Zero-shot classifier: mean over templates of normalised prompt features, normalised again.
+
+        ``w_c ∝ Σ_p g(template_p(class_c))``. Every prompt of every class goes through the text tower in one batch.
+
+        Args:
+            class_names: C names.
+            templates: P prompts with one ``{}`` each.
+
+        Returns:
+            (C, d) without gradient.
+
+        Raises:
+            ValueError: no class, no template, or a template without ``{}``.
+        """
+        if not class_names or not templates:
+            raise ValueError(f"expected class names and templates, got {len(class_names)} and {len(templates)}")
+        prompts = [prompt(template, name) for name in class_names for template in templates]
+        features = self.frozen_text_features(self.tokenize(prompts))
+        mean = features.view(len(class_names), len(templates), -1).mean(dim=1)
+        return mean / mean.norm(dim=-1, keepdim=True)
+
+    def frozen_copy(self) -> Backbone:
+        """A copy with weights of its own that take no gradient, in evaluation mode."""
+        model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        return Backbone(
+            model, self.tokenize, self.train_transform, self.eval_transform, name=self.name, device=self.device
+        )
+
+    @property
+    def _context_length(self) -> int:
+        return self.text_tower.context_length
+
+    @property
+    def _pool_type(self) -> str | None:
+        tower = self.text_tower
+        return getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
+
+    @property
+    def _trimmable(self) -> bool:
+        """Whether later positions cannot matter: a causal mask, and one read-out position found from the token ids."""
+        tower = self.text_tower
+        own_layout = all(hasattr(tower, part) for part in ("token_embedding", "positional_embedding", "ln_final"))
+        causal = getattr(tower, "attn_mask", None) is not None and not getattr(tower, "use_pad_mask", False)
+        plain = getattr(tower, "cls_emb", None) is None and not getattr(tower, "output_tokens", False)
+        return own_layout and causal and plain and self._pool_type in ("argmax", "eos")
+
+    @property
+    def _end_id(self) -> int | None:
+        tower = self.text_tower
+        return getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+
+    def _readout(self, tokens: Tensor) -> Tensor:
+        """(N,) position at which each text is read."""
+        if self._pool_type == "eos":
+            return (tokens == self._end_id).int().argmax(dim=-1)
+        return tokens.argmax(dim=-1)
+
+    def _text_features(self, tokens: Tensor) -> Tensor:
+        if not self._trimmable:
+            return self.model.encode_text(tokens)
+        tower, length = self.text_tower, tokens.shape[1]
+        dtype = tower.transformer.get_cast_dtype()
+        x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
+        x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
+        x = text_global_pool(tower.ln_final(x), tokens, self._pool_type, eos_token_id=self._end_id)
+        projection = tower.text_projection
+        if projection is None:
+            return x
+        return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+
+def prompt(template: str, class_name: str) -> str:
+    """``template`` with its one ``{}`` replaced by ``class_name``.
+
+    Raises:
+        ValueError: the template has no ``{}``.
+    """
+    if template.count("{}") != 1:
+        raise ValueError(f"template: expected exactly one '{{}}', got {template!r}")
+    return template.replace("{}", class_name)
+
+
+def load_backbone(model: str, pretrained: str | None = None, *, device: str | torch.device = "cpu") -> Backbone:
+    """The embedded tiny model (``"mini"``), or any open_clip model with weights on disk.
+
+    Training images are cropped at random (90-100 % of the area, bicubic, no flip); evaluation images are resized and
+    centre-cropped: the transforms of the published MTIL runs.
+
+    Args:
+        model: ``"mini"``, or an open_clip name such as ``"ViT-B-16-quickgelu"``, or ``"local-dir:PATH"``.
+        pretrained: path of a checkpoint (safetensors, state dict, or OpenAI's TorchScript archive), or an open_clip tag.
+            None: only with ``"mini"`` and ``"local-dir:"``, which bring their weights.
+        device: where to put the model.
+
+    Raises:
+        ValueError: the model's name is unknown, or weights are needed and not named.
+        FileNotFoundError: the weights are neither on disk nor can they be downloaded.
+    """
+    if model == "mini":
+        if pretrained is not None:
+            raise ValueError(f"pretrained: 'mini' brings its own weights; got {pretrained!r}")
+        from cl_methods.scenarios import mini
+
+        return Backbone(
+            mini.load_model(), mini.tokenize, mini.train_transform, mini.eval_transform, name="mini", device=device
+        )
+    from cl_methods.open_clip_loading import load_open_clip
+
+    return Backbone(*load_open_clip(model, pretrained), name=model, device=device)

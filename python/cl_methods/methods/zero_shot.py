@@ -1,0 +1,38 @@
+"""The pre-trained model as it is: the row that Transfer is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from torch import Tensor, nn
+
+from cl_methods.methods.base import Batch, Method
+
+
+class ZeroShot(Method):
+    """Classify with the untouched CLIP model, ``argmax_c s f(x)·w_c`` (CLIP, Radford et al. 2021, section 3.1)."""
+
+    name: ClassVar[str] = "zero_shot"
+    trains: ClassVar[bool] = False
+
+    @dataclass(frozen=True)
+    class Config:
+        """Nothing to set: there is no training."""
+
+        @classmethod
+        def for_scenario(cls, name: str) -> Self:
+            """The same for every scenario."""
+            return cls()
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """No parameter."""
+        return []
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Never called: ``trains`` is False.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("zero_shot does not train; evaluate it without the training loop")
