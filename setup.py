@@ -203,7 +203,7 @@ class BuildNative(build_ext):
     """Builds with ninja instead of distutils, and installs without the kernels rather than failing."""
 
     def run(self) -> None:
-        package = ROOT / "cl_kernels" if self.inplace else Path(self.build_lib) / "cl_kernels"
+        package = ROOT / "cl_kernels" if self.inplace or self.editable_mode else Path(self.build_lib) / "cl_kernels"
         package.mkdir(parents=True, exist_ok=True)
         package = package.resolve()
         library, information = package / "_ops.so", {"native": False, "reason": ""}

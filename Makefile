@@ -1,0 +1,60 @@
+# Two commands are all a newcomer types:
+#   make mini   set everything up, run four methods on the embedded scenario, print the table and draw the picture
+#   make test   set everything up and pass every test that needs no GPU
+# Every later command is .venv/bin/clk …
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+NATIVE := $(shell find csrc -type f)
+RUNS   ?= runs/mini
+SEED   ?= 0
+ORDER  ?= I
+METHODS := zero_shot finetune zscl moe_adapters
+
+.PHONY: install mini test lint test-unit test-interpreter test-aot test-install wheel clean
+
+install: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt pip setuptools wheel ninja pybind11 numpy
+
+# torch comes first and alone: the build below compiles against it. --no-build-isolation keeps pip from fetching a second one.
+$(STAMP): $(BIN)/python constraints.txt pyproject.toml setup.py $(NATIVE)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[methods,triton,dev]"
+	touch $@
+
+mini: install
+	for method in $(METHODS); do \
+		$(BIN)/clk run --method $$method --scenario mini --scenario.order $(ORDER) --seed $(SEED) \
+			--output $(RUNS)/$$method-$(ORDER)-$(SEED) --overwrite || exit 1; \
+	done
+	$(BIN)/clk compare $(foreach method,$(METHODS),$(RUNS)/$(method)-$(ORDER)-$(SEED)) --output $(RUNS)/compare --overwrite
+
+test: lint test-unit test-interpreter test-aot test-install
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy cl_kernels python/cl_methods
+
+test-unit: install
+	OMP_NUM_THREADS=2 $(BIN)/pytest -m "not interpreter and not aot"
+
+test-interpreter: install
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=2 $(BIN)/pytest -m interpreter
+
+test-aot: install
+	$(BIN)/pytest -m aot
+
+test-install: install
+	bash tests/packaging/check_without_compiler.sh $(BIN)/python
+
+wheel: install
+	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist
+
+clean:
+	rm -rf build dist *.egg-info cl_kernels/*.so cl_kernels/_build.json $(VENV)
