@@ -1,0 +1,50 @@
+"""Which tests run where, and memory that betrays whoever reads it before writing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what cannot run in this process; a skip would look like a test that was meant to run here.
+
+    Triton fixes at import whether kernels are interpreted, so interpreter tests have a process of their own (TRITON_INTERPRET=1) and
+    ahead-of-time compilation is impossible in it.
+    """
+    missing = {
+        "interpreter": not INTERPRETING,
+        "aot": INTERPRETING,
+        "gpu": not torch.cuda.is_available(),
+    }
+    deselected = [item for item in items if any(absent and item.get_closest_marker(m) for m, absent in missing.items())]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in set(deselected)]
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocate_and_fill(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith("cl_kernels"):
+            return tensor
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).min)
+
+    return allocate_and_fill
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory that cl_kernels asks for is full of NaN, and of the smallest integer for integer types."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
