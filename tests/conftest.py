@@ -15,8 +15,8 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what cannot run in this process; a skip would look like a test that was meant to run here.
 
-    Triton fixes at import whether kernels are interpreted, so interpreter tests have a process of their own (TRITON_INTERPRET=1) and
-    ahead-of-time compilation is impossible in it.
+    Triton fixes at import whether kernels are interpreted, so interpreter tests have a process of their own (TRITON_INTERPRET=1),
+    and ahead-of-time compilation is impossible in it.
     """
     missing = {
         "interpreter": not INTERPRETING,

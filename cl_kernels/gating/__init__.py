@@ -23,8 +23,8 @@ def top_k_gating(
     """``gates = softmax(top_k(ℓ))`` with ``ℓ = x w_gate + noise ⊙ (softplus(x w_noise) + 0.01)``.
 
     The k largest logits of a sample are kept, by decreasing value and of equal ones the lower expert id first. The host never
-    waits for the device. Logits and gates are fp64 for fp64 ``x`` and fp32 otherwise, under autocast too. Differentiable in ``x``, ``w_gate`` and
-    ``w_noise``, through the kept logits; ``noise`` is a constant.
+    waits for the device. Logits and gates are fp64 for fp64 ``x`` and fp32 otherwise, under autocast too. Differentiable in
+    ``x``, ``w_gate`` and ``w_noise``, through the kept logits; ``noise`` is a constant.
 
     Args:
         x: (B, D) router input, one row per sample or token; float32, float64, bfloat16 or float16.
