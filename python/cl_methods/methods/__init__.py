@@ -3,7 +3,8 @@
 from cl_methods.methods.base import Batch, Method
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.zero_shot import ZeroShot
+from cl_methods.methods.zscl import ZSCL
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ZeroShot, FineTune)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ZeroShot, FineTune, ZSCL)}
 
-__all__ = ["METHODS", "Batch", "FineTune", "Method", "ZeroShot"]
+__all__ = ["METHODS", "ZSCL", "Batch", "FineTune", "Method", "ZeroShot"]

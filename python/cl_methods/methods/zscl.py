@@ -1,0 +1,254 @@
+"""ZSCL: distil from the zero-shot model on reference data, consolidate weights, average snapshots. All its ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import cl_kernels as clk
+from cl_methods.backbone import Backbone
+from cl_methods.methods.base import Batch
+from cl_methods.methods.finetune import FineTune
+from cl_methods.methods.reference_features import FrozenFeatures, random_texts
+from cl_methods.methods.weights import consolidation_value, fold_consolidation_gradient, move_towards, snapshot
+from cl_methods.methods.zscl_config import ZSCLConfig
+from cl_methods.scenarios.base import ImageSource, Reference, Task
+
+_EXTRA = "zscl."
+_DIAGONAL = -1e4
+
+
+class ZSCL(FineTune):
+    """``L = L_CE + λ Σ||θ − θ_start||² + KD(Z_t, Z_s) + KD(Z_tᵀ, Z_sᵀ)``, then the mean of weight snapshots.
+
+    ``Z = s F Uᵀ`` with reference image features F of student or teacher and the *teacher's* text features U; KD is
+    ``T²`` times the cross-entropy of teacher and student soft-max at temperature T. Teacher text features are computed once
+    per teacher, teacher image features once per image; current and reference images share one student pass.
+
+    Source: Zheng et al., "Preventing Zero-Shot Transfer Degradation in Continual Learning of Vision-Language Models",
+    ICCV 2023, equations 3 to 7, with the details of its public code. No distillation gradient reaches the text tower.
+
+    Raises:
+        ValueError: the scenario lacks reference images or captions that the configuration asks for.
+    """
+
+    name: ClassVar[str] = "zscl"
+    Config = ZSCLConfig
+    config: ZSCLConfig
+
+    def __init__(self, backbone: Backbone, config: ZSCLConfig, reference: Reference | None = None) -> None:
+        super().__init__(backbone, config, reference)
+        self.uses_reference = config.distils
+        self._check_reference()
+        self._zero_shot = backbone.frozen_copy() if config.needs_zero_shot else None
+        self._teacher = self._zero_shot if config.teacher == "zero_shot" else None
+        self._teacher_texts: Tensor | None = None
+        self._teacher_images = FrozenFeatures(self._encode_with_teacher, backbone.device)
+        self._scale = float(backbone.logit_scale.detach())
+        self._start: dict[str, Tensor] = {}
+        self._ensemble: dict[str, Tensor] = {}
+        self._pulled: dict[str, Tensor] = {}
+        self._snapshots = 0
+
+    def _check_reference(self) -> None:
+        config = self.config
+        if not config.distils:
+            return
+        if config.reference_images == "reference" and self.reference is None:
+            raise ValueError(
+                "reference_images: this scenario has no reference set to distil on; "
+                "set reference_images='task' and reference_texts='classes' to distil on each task's own data (LwF)"
+            )
+        if config.reference_texts == "captions" and (self.reference is None or not self.reference.captions):
+            raise ValueError(
+                "reference_texts: this scenario has no captions; expected 'random' or 'classes' instead of 'captions'"
+            )
+
+    def reference_source(self, task: Task) -> ImageSource | None:
+        """The reference set, or the task's own training images."""
+        if not self.uses_reference:
+            return None
+        return task.train if self.config.reference_images == "task" else super().reference_source(task)
+
+    def before_task(self, index: int, task: Task) -> None:
+        """Copy the weights that the task starts from, and prepare the teacher and its text features."""
+        super().before_task(index, task)
+        self._task = task
+        config, parameters = self.config, self.trainable()
+        self._start = snapshot(parameters) if config.needs_start else {}
+        self._ensemble = snapshot(parameters) if config.ensemble != "none" else {}
+        self._pulled = snapshot(parameters) if config.moving_average == "previous" else {}
+        self._snapshots = 0
+        if config.distils:
+            self._prepare_teacher(index, task)
+
+    def _prepare_teacher(self, index: int, task: Task) -> None:
+        config = self.config
+        if config.teacher != "zero_shot":
+            self._teacher = self.backbone.frozen_copy()
+            self._teach_from_start()
+        if config.teacher != "zero_shot" or config.reference_images == "task":
+            self._teacher_images.clear()
+        constant = config.teacher == "zero_shot" and config.reference_texts != "classes"
+        if self._teacher_texts is None or not constant:
+            self._encode_reference_texts()
+
+    def _teach_from_start(self) -> None:
+        """Give a teacher other than the zero-shot one its weights: the task's start, or a mix of it and zero-shot."""
+        assert self._teacher is not None
+        teacher = [(name, value) for name, value in self._teacher.model.named_parameters() if name in self._start]
+        move_towards(teacher, self._start, 1.0)
+        if self.config.teacher == "mixed":
+            assert self._zero_shot is not None
+            move_towards(teacher, dict(self._zero_shot.model.named_parameters()), 1 - self.config.teacher_mix)
+
+    def _encode_reference_texts(self) -> None:
+        assert self._teacher is not None
+        self._teacher_texts = self._teacher.frozen_text_features(self.reference_tokens(self._task))
+
+    def reference_tokens(self, task: Task) -> Tensor:
+        """Token ids (M, L) of the texts against which image features are distilled."""
+        kind = self.config.reference_texts
+        if kind == "random":
+            return random_texts(self.backbone)
+        if kind == "classes":
+            return self.training_texts(task)
+        assert self.reference is not None
+        return self.backbone.tokenize(self.reference.captions)
+
+    @torch.no_grad()
+    def _encode_with_teacher(self, images: Tensor) -> Tensor:
+        assert self._teacher is not None
+        return self._teacher.encode_images(images)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """The total under ``"loss"`` and its terms by name, each as it enters the total but ``consolidation`` (unweighted).
+
+        The value of the weight consolidation is part of the total; its gradient is added in :meth:`before_step`.
+        """
+        terms: dict[str, Tensor] = {}
+        if self.config.distils:
+            if batch.reference_images is None:
+                raise ValueError("batch: expected reference_images, got None")
+            images = torch.cat([batch.images, batch.reference_images])
+            features, student = self.backbone.encode_images(images).split(
+                [len(batch.images), len(images) - len(batch.images)]
+            )
+            terms.update(self._distillation(student, batch))
+        else:
+            features = self.backbone.encode_images(batch.images)
+        terms["cross_entropy"] = self.cross_entropy(features, batch.labels, self._texts)
+        total = torch.stack(list(terms.values())).sum()
+        if self.config.consolidation:
+            terms["consolidation"] = consolidation_value(self.trainable(), self._start)
+            total = total + self.config.consolidation * terms["consolidation"]
+        return {"loss": total, **terms}
+
+    def _distillation(self, student: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Terms that compare student and teacher features (N, d) of the reference images."""
+        config, terms = self.config, {}
+        assert batch.reference_images is not None
+        assert self._teacher_texts is not None
+        teacher = self._teacher_images.get(batch.reference_images, batch.reference_indices)
+        if config.image_loss or config.text_loss:
+            terms["distillation"] = clk.feature_distill_kl(
+                student,
+                teacher,
+                self._teacher_texts,
+                logit_scale=self._scale,
+                temperature=config.temperature,
+                rows=config.distillation_weight * config.image_loss,
+                columns=config.distillation_weight * config.text_loss,
+            )
+        if config.feature_mse:
+            terms["feature_mse"] = (teacher - student).square().mean()
+        if config.relation_loss:
+            terms["relation"] = config.distillation_weight * clk.distill_kl(
+                self.similarities(student, self._scale),
+                self.similarities(teacher, self._scale),
+                temperature=config.temperature,
+            )
+        return terms
+
+    @staticmethod
+    def similarities(features: Tensor, scale: float) -> Tensor:
+        """``s F Fᵀ`` (N, N) of features (N, d), with a diagonal that takes no part in the soft-max."""
+        logits = scale * features @ features.T
+        return logits.masked_fill(torch.eye(len(logits), dtype=torch.bool, device=logits.device), _DIAGONAL)
+
+    def before_step(self, batch: Batch) -> None:
+        """Add the gradient of the weight consolidation in closed form."""
+        super().before_step(batch)
+        if self.config.consolidation:
+            fold_consolidation_gradient(self.trainable(), self._start, self.config.consolidation)
+
+    def after_step(self, step: int) -> None:
+        """Every ``average_every`` steps, the first included: pull the weights, take a snapshot into the mean."""
+        super().after_step(step)
+        config = self.config
+        if step % config.average_every:
+            return
+        parameters = self.trainable()
+        if config.moving_average != "none":
+            self._pull(parameters)
+        if config.ensemble != "none":
+            self._snapshots += 1
+            ensemble = list(self._ensemble.items())
+            move_towards(ensemble, dict(parameters), 1 / (self._snapshots + 1))
+            if config.ensemble == "wise":
+                move_towards(ensemble, self._start, 1 - config.ensemble_wise_alpha)
+
+    def _pull(self, parameters: list[tuple[str, nn.Parameter]]) -> None:
+        towards = self.config.moving_average
+        if towards == "zero_shot":
+            assert self._zero_shot is not None
+            target: Mapping[str, Tensor] = dict(self._zero_shot.model.named_parameters())
+        else:
+            target = self._start if towards == "start" else self._pulled
+        unpulled = snapshot(parameters) if towards == "previous" else {}
+        move_towards(parameters, target, 1 - self.config.moving_average_decay)
+        self._pulled = unpulled
+
+    def after_task(self, index: int, task: Task) -> None:
+        """Keep the ensemble, or the merged weights, or the last ones; drop what only the task needed."""
+        config, parameters = self.config, self.trainable()
+        if config.wise_merge != "none":
+            assert config.wise_merge == "start" or self._zero_shot is not None
+            source = dict(self._zero_shot.model.named_parameters()) if config.wise_merge == "zero_shot" else self._start
+            move_towards(parameters, source, 1 - config.wise_merge_alpha)
+        if config.ensemble != "none":
+            move_towards(parameters, self._ensemble, 1.0)
+        self._start, self._ensemble, self._pulled = {}, {}, {}
+        super().after_task(index, task)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The model under its own names; under ``zscl.`` what a started task and the caches hold."""
+        state = super().state_dict()
+        for part, weights in self._parts().items():
+            state.update({f"{_EXTRA}{part}.{name}": value for name, value in weights.items()})
+        state.update({f"{_EXTRA}images.{name}": value for name, value in self._teacher_images.state_dict().items()})
+        state[f"{_EXTRA}snapshots"] = torch.tensor(self._snapshots)
+        return state
+
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        return {"start": self._start, "ensemble": self._ensemble, "pulled": self._pulled}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore :meth:`state_dict`; a plain model state is a state between tasks."""
+        super().load_state_dict({name: value for name, value in state.items() if not name.startswith(_EXTRA)})
+        extra = {name[len(_EXTRA) :]: value for name, value in state.items() if name.startswith(_EXTRA)}
+        for part, weights in self._parts().items():
+            stored = {name[len(part) + 1 :]: value for name, value in extra.items() if name.startswith(part + ".")}
+            if stored and stored.keys() != weights.keys():
+                raise RuntimeError(f"state: {part} weights do not fit; was before_task called with this configuration?")
+            for name, value in stored.items():
+                weights[name].copy_(value)
+        self._snapshots = int(extra.get("snapshots", 0))
+        if self.config.distils and self.config.teacher != "zero_shot" and self._start:
+            self._teach_from_start()
+            self._encode_reference_texts()
+        images = {name[len("images.") :]: value for name, value in extra.items() if name.startswith("images.")}
+        self._teacher_images.load_state_dict(images)

@@ -1,0 +1,140 @@
+"""Settings of ZSCL and of the published methods that are switches of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from cl_methods.methods.config import FULL_TUNING_TASK_LR, TrainConfig, check_field, check_fraction
+
+
+@dataclass(frozen=True)
+class ZSCLConfig(TrainConfig):
+    """Every switch of ZSCL that a table of the paper varies; the defaults are the published method.
+
+    Attributes:
+        reference_batch_size: reference images per step.
+        image_loss, text_loss: distil along the texts of each image, and along the images of each text.
+        distillation_weight: factor of both and of ``relation_loss`` (0.5 is the code's ``weight_adjust``).
+        temperature: of the distillation.
+        feature_mse: add the mean squared difference of normalised reference image features.
+        relation_loss: distil image-image similarities (``ablation_loss_2``).
+        teacher: ``zero_shot``; ``previous``, the model before this task (LwF); ``mixed``, between the two (``ref-wise``).
+        teacher_mix: share of the previous model in the mixed teacher.
+        reference_texts: ``captions`` of the reference set, ``random`` tokens (LwF-VR), or the task's ``classes`` (LwF).
+        reference_images: of the ``reference`` set, or of the ``task`` itself (LwF).
+        consolidation: λ of ``λ Σ||θ − θ_start||²`` (``l2``).
+        ensemble: what is kept after the task: the last weights (``none``), the ``mean`` of start and snapshots (``we``), or
+            the mean pulled to the start at each snapshot (``wise``, ``we_wise``).
+        ensemble_wise_alpha: share of the mean at each such pull.
+        average_every: steps between snapshots and moving averages.
+        moving_average: pull the trained weights towards the ``start`` of the task, those before the ``previous`` pull, or the
+            ``zero_shot`` model.
+        moving_average_decay: share of the trained weights at each pull.
+        wise_merge: after the task, interpolate with the ``start`` or the ``zero_shot`` model (WiSE-FT).
+        wise_merge_alpha: share of the trained weights.
+    """
+
+    reference_batch_size: int = 64
+    image_loss: bool = True
+    text_loss: bool = True
+    distillation_weight: float = 1.0
+    temperature: float = 2.0
+    feature_mse: bool = False
+    relation_loss: bool = False
+    teacher: Literal["zero_shot", "previous", "mixed"] = "zero_shot"
+    teacher_mix: float = 0.8
+    reference_texts: Literal["captions", "random", "classes"] = "captions"
+    reference_images: Literal["reference", "task"] = "reference"
+    consolidation: float = 1.0
+    ensemble: Literal["none", "mean", "wise"] = "mean"
+    ensemble_wise_alpha: float = 0.98
+    average_every: int = 100
+    moving_average: Literal["none", "start", "previous", "zero_shot"] = "none"
+    moving_average_decay: float = 0.999
+    wise_merge: Literal["none", "start", "zero_shot"] = "none"
+    wise_merge_alpha: float = 0.8
+
+    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "mtil": {"task_lr": FULL_TUNING_TASK_LR},
+        "mini": {"lr": 5e-4, "iterations": 80, "warmup": 8, "average_every": 8},
+    }
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "zscl": {},
+        "zscl_star": {"consolidation": 0.0},
+        "lwf": {
+            "teacher": "previous",
+            "reference_texts": "classes",
+            "reference_images": "task",
+            "consolidation": 0.0,
+            "ensemble": "none",
+        },
+        "lwf_vr": {
+            "teacher": "previous",
+            "reference_texts": "random",
+            "reference_images": "task",
+            "consolidation": 0.0,
+            "ensemble": "none",
+        },
+        "wc": {"image_loss": False, "text_loss": False, "ensemble": "none"},
+        "we": {"image_loss": False, "text_loss": False, "consolidation": 0.0},
+        "wise_ft": {
+            "image_loss": False,
+            "text_loss": False,
+            "consolidation": 0.0,
+            "ensemble": "none",
+            "wise_merge": "start",
+        },
+    }
+
+    @classmethod
+    def preset(cls, name: str, scenario: str = "mtil", **changes: Any) -> Self:
+        """A published relative of ZSCL by name: zscl, zscl_star, lwf, lwf_vr, wc, we, wise_ft.
+
+        Args:
+            name: one of ``presets``.
+            scenario: whose optimisation settings to use.
+            changes: fields to override.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        if name not in cls.presets:
+            raise ValueError(f"name: expected one of {', '.join(cls.presets)}, got {name!r}")
+        return cls(**{**cls.scenario_defaults.get(scenario, {}), **cls.presets[name], **changes})
+
+    @property
+    def distils(self) -> bool:
+        """Whether any term needs the teacher."""
+        return self.image_loss or self.text_loss or self.feature_mse or self.relation_loss
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether the weights at the start of a task are needed while it is learnt."""
+        teaches = self.distils and self.teacher != "zero_shot"
+        averaged = self.ensemble == "wise" or "start" in (self.moving_average, self.wise_merge)
+        return teaches or averaged or self.consolidation > 0
+
+    @property
+    def needs_zero_shot(self) -> bool:
+        """Whether the weights from before the first task are needed."""
+        teaches = self.distils and self.teacher != "previous"
+        return teaches or "zero_shot" in (self.moving_average, self.wise_merge)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self, "teacher", ("zero_shot", "previous", "mixed"))
+        check_field(self, "reference_texts", ("captions", "random", "classes"))
+        check_field(self, "reference_images", ("reference", "task"))
+        check_field(self, "ensemble", ("none", "mean", "wise"))
+        check_field(self, "moving_average", ("none", "start", "previous", "zero_shot"))
+        check_field(self, "wise_merge", ("none", "start", "zero_shot"))
+        check_fraction(self, "teacher_mix", "ensemble_wise_alpha", "moving_average_decay", "wise_merge_alpha")
+        for name in ("reference_batch_size", "average_every", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+        if self.consolidation < 0:
+            raise ValueError(f"consolidation: expected a number >= 0, got {self.consolidation}")
+        if self.wise_merge != "none" and self.ensemble != "none":
+            raise ValueError("wise_merge: the ensemble replaces the merged weights; set ensemble to 'none'")
