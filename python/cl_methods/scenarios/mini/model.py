@@ -1,0 +1,70 @@
+"""The tiny CLIP of the mini world: open_clip's own model with a small convolutional stem in place of the patch projection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from cl_methods.scenarios.mini.tokenizer import CONTEXT_LENGTH, VOCABULARY_SIZE
+from cl_methods.torchvision_compat import prepare_torchvision
+
+prepare_torchvision()
+import open_clip  # noqa: E402 - torchvision has to be prepared first
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg  # noqa: E402
+
+IMAGE_SIZE = 32
+EMBEDDING = 96
+VISION_WIDTH, VISION_LAYERS, VISION_HEAD_WIDTH = 96, 3, 32
+TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS = 64, 2, 2
+STEM_WIDTHS = (24, 48)
+CHECKPOINT = Path(__file__).parent / "mini-v1.safetensors"
+
+__all__ = ["CHECKPOINT", "build_model", "load_model", "open_clip"]
+
+
+def _stem() -> nn.Sequential:
+    """(B, 3, 32, 32) to (B, width, 4, 4): three strided 3 x 3 convolutions, group-normalised."""
+    first, second = STEM_WIDTHS
+    return nn.Sequential(
+        nn.Conv2d(3, first, 3, stride=2, padding=1, bias=False),
+        nn.GroupNorm(4, first),
+        nn.GELU(),
+        nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False),
+        nn.GroupNorm(8, second),
+        nn.GELU(),
+        nn.Conv2d(second, VISION_WIDTH, 3, stride=2, padding=1, bias=False),
+    )
+
+
+def build_model() -> CLIP:
+    """The untrained model, float32; initial values come from torch's global generator.
+
+    Its state-dict names are open_clip's, except that ``visual.conv1`` is a stem with ``visual.conv1.{0,1,3,4,6}.*``.
+    """
+    vision = CLIPVisionCfg(
+        layers=VISION_LAYERS, width=VISION_WIDTH, head_width=VISION_HEAD_WIDTH, patch_size=8, image_size=IMAGE_SIZE
+    )
+    text = CLIPTextCfg(
+        context_length=CONTEXT_LENGTH, vocab_size=VOCABULARY_SIZE, width=TEXT_WIDTH, heads=TEXT_HEADS, layers=TEXT_LAYERS
+    )
+    model = CLIP(EMBEDDING, vision, text)
+    model.visual.conv1 = _stem()
+    return model
+
+
+def load_model(checkpoint: Path = CHECKPOINT) -> CLIP:
+    """The pre-trained model on the CPU, float32, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: the checkpoint is missing; the message names the command that makes it.
+        RuntimeError: the checkpoint is of another architecture.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"{checkpoint} is missing; `python -m cl_methods.scenarios.mini.pretrain` makes it")
+    with torch.random.fork_rng(devices=[]):
+        model = build_model()
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(checkpoint).items()})
+    return model.eval()
