@@ -24,7 +24,9 @@ def column(values: np.ndarray) -> np.ndarray:
 
 def blank(colour: np.ndarray) -> np.ndarray:
     """Canvases (B, 3, 32, 32) filled with one colour each, from (B, 3)."""
-    return np.ascontiguousarray(np.broadcast_to(colour[:, :, None, None], (len(colour), 3, SIZE, SIZE)), dtype=np.float32)
+    return np.ascontiguousarray(
+        np.broadcast_to(colour[:, :, None, None], (len(colour), 3, SIZE, SIZE)), dtype=np.float32
+    )
 
 
 def local(

@@ -12,7 +12,7 @@ TEMPLATES = (
     "{}", "a picture of {}", "a photo of {}", "an image of {}", "a drawing of {}", "a painting of {}", "a render of {}",
     "this is {}", "there is {}", "a good photo of {}", "a blurry picture of {}", "a clean image of {}", "a close view of {}",
 )  # fmt: skip
-"""A phrase brings its own article, so the same templates serve "a star" and "three stars". A phrase's article is always "a", as in CLIP's prompts."""
+"""A phrase brings its own article, so the same templates serve "a star" and "three stars"; as in CLIP's prompts it is always "a"."""
 
 
 def phrases(fact: str) -> tuple[tuple[str, ...], ...]:
@@ -30,7 +30,10 @@ def phrases(fact: str) -> tuple[tuple[str, ...], ...]:
     if fact == "glyph":
         return tuple((f"the {name}", f"a {name}") for name in concepts.GLYPHS)
     if fact == "count":
-        return tuple((f"{name} object" if name == "one" else f"{name} objects",) for name in concepts.NUMBERS[1 : concepts.MAX_COUNT + 1])
+        return tuple(
+            (f"{name} object" if name == "one" else f"{name} objects",)
+            for name in concepts.NUMBERS[1 : concepts.MAX_COUNT + 1]
+        )
     raise ValueError(f"fact: expected one of {FACTS}, got {fact!r}")
 
 

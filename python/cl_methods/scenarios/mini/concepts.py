@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond", "moon", "arrow", "house", "flower")
+SHAPES = (
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "cross",
+    "ring",
+    "heart",
+    "diamond",
+    "moon",
+    "arrow",
+    "house",
+    "flower",
+)
 PLURALS = {"cross": "crosses"}
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "white", "gray", "black")
 PATTERNS = ("striped", "dotted", "checkered", "grid", "wavy", "zigzag", "brick", "speckled", "ringed", "plain")

@@ -74,7 +74,7 @@ def render_reference() -> tuple[Tensor, tuple[str, ...], Tensor]:
 
 
 def render_all() -> dict[str, Tensor]:
-    """Everything, rendered: ``TASK/SPLIT/images``, ``TASK/SPLIT/labels``, ``reference/images`` and ``reference/captions`` (bytes)."""
+    """Everything, rendered: ``TASK/SPLIT/images`` and ``/labels``, ``reference/images`` and ``reference/captions`` (bytes)."""
     tensors = {}
     for name in TASKS:
         for split, (images, labels) in _render_task(name).items():
@@ -129,7 +129,7 @@ def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
         os.close(descriptor)
         try:
             save_file(tensors, temporary)
-            os.replace(temporary, path)
+            Path(temporary).replace(path)
         finally:
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
@@ -170,7 +170,9 @@ def load_scenario(order: str = "I") -> Scenario:
     tensors = _tensors()
     tasks = []
     for name in ORDERS[order]:
-        sources = [TensorImages(tensors[f"{name}/{split}/images"], tensors[f"{name}/{split}/labels"]) for split in SIZES]
+        sources = [
+            TensorImages(tensors[f"{name}/{split}/images"], tensors[f"{name}/{split}/labels"]) for split in SIZES
+        ]
         tasks.append(Task(name, TASKS[name].class_names, TASKS[name].templates, *sources))
     captions = tuple(bytes(tensors["reference/captions"].tolist()).decode().split("\n"))
     reference = Reference(TensorImages(tensors["reference/images"]), captions)

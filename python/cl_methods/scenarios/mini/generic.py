@@ -39,7 +39,9 @@ def allowed_pairs(stream: Stream, n: int) -> tuple[np.ndarray, np.ndarray]:
     return shape, choices[shape, stream.integers(choices.shape[1], n)]
 
 
-def pattern_fill(kind: np.ndarray, first: np.ndarray, second: np.ndarray, u: np.ndarray, v: np.ndarray, stream: Stream) -> np.ndarray:
+def pattern_fill(
+    kind: np.ndarray, first: np.ndarray, second: np.ndarray, u: np.ndarray, v: np.ndarray, stream: Stream
+) -> np.ndarray:
     """Two colours (B, 3) mixed by a pattern over coordinates (u, v): (B, 3, 32, 32)."""
     grain = stream.noise(u.shape)
     mask = pattern(kind, u, v, grain)[:, None]
@@ -151,7 +153,9 @@ def _counts(stream: Stream, n: int, facts: np.ndarray) -> np.ndarray:
         scale = size * stream.uniform(0.8, 1.2, n)
         u, v = local(centre[:, index, 0], centre[:, index, 1], scale, stream.uniform(-0.2, 0.2, n))
         shown = column(index <= count)
-        paint(canvas, cover(shape_distance(this_shape, u, v) * column(scale)) * shown, jittered(this_colour, stream, 0.05))
+        paint(
+            canvas, cover(shape_distance(this_shape, u, v) * column(scale)) * shown, jittered(this_colour, stream, 0.05)
+        )
     return canvas
 
 

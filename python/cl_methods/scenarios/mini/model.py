@@ -48,7 +48,11 @@ def build_model() -> CLIP:
         layers=VISION_LAYERS, width=VISION_WIDTH, head_width=VISION_HEAD_WIDTH, patch_size=8, image_size=IMAGE_SIZE
     )
     text = CLIPTextCfg(
-        context_length=CONTEXT_LENGTH, vocab_size=VOCABULARY_SIZE, width=TEXT_WIDTH, heads=TEXT_HEADS, layers=TEXT_LAYERS
+        context_length=CONTEXT_LENGTH,
+        vocab_size=VOCABULARY_SIZE,
+        width=TEXT_WIDTH,
+        heads=TEXT_HEADS,
+        layers=TEXT_LAYERS,
     )
     model = CLIP(EMBEDDING, vision, text)
     model.visual.conv1 = _stem()

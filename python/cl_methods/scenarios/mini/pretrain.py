@@ -77,7 +77,9 @@ def draw_pairs(config: PretrainConfig, step: int) -> Pairs:
     said = captions.mention(facts, stream)
     tokens = tokenize(captions.write(said, stream))
     positives = torch.from_numpy(captions.truth(facts, said))
-    return Pairs(eval_transform(torch.from_numpy(images)), torch.from_numpy(facts), torch.from_numpy(kind), tokens, positives)
+    return Pairs(
+        eval_transform(torch.from_numpy(images)), torch.from_numpy(facts), torch.from_numpy(kind), tokens, positives
+    )
 
 
 def draw_phrases(config: PretrainConfig, step: int) -> tuple[Tensor, dict[str, slice]]:
@@ -171,7 +173,10 @@ def pretrain(config: PretrainConfig) -> CLIP:
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
             facts = " ".join(f"{name} {value:.0f}" for name, value in accuracy.items())
             seconds = time.perf_counter() - start
-            print(f"{step + 1:5d} contrast {contrast.item():.3f} phrases {dense.item():.3f} | {facts} | {seconds:.0f} s", flush=True)
+            print(
+                f"{step + 1:5d} contrast {contrast.item():.3f} phrases {dense.item():.3f} | {facts} | {seconds:.0f} s",
+                flush=True,
+            )
     return model.eval()
 
 

@@ -22,14 +22,17 @@ def _level(stream: Stream, count: int, low: float, high: float) -> np.ndarray:
     return column(stream.uniform(low, high, count)) + column(stream.uniform(-0.08, 0.08, count)) * X
 
 
-def _disc(canvas: np.ndarray, stream: Stream, x: tuple[float, float], y: tuple[float, float], radius: float, tone) -> None:  # noqa: ANN001
+def _disc(
+    canvas: np.ndarray, stream: Stream, x: tuple[float, float], y: tuple[float, float], radius: float, tone: np.ndarray
+) -> None:
     count = len(canvas)
     dx, dy = X - column(stream.uniform(*x, count)), Y - column(stream.uniform(*y, count))
     paint(canvas, cover(np.sqrt(dx * dx + dy * dy) - column(stream.uniform(radius * 0.7, radius * 1.3, count))), tone)
 
 
-def _specks(canvas: np.ndarray, stream: Stream, number: int, top: float, bottom: float, tone: np.ndarray, radius: float) -> None:
-    count = len(canvas)
+def _specks(
+    canvas: np.ndarray, stream: Stream, number: int, top: float, bottom: float, tone: np.ndarray, radius: float
+) -> None:
     for _ in range(number):
         _disc(canvas, stream, (-1.0, 1.0), (top, bottom), radius, tone)
 
@@ -72,7 +75,9 @@ def _ocean(stream: Stream, n: int) -> np.ndarray:
     canvas = blank(_tone(stream, n, 0.70, 0.85, 0.95))
     horizon = _level(stream, n, -0.75, -0.35)
     paint(canvas, _below(horizon), _tone(stream, n, 0.06, 0.28, 0.58))
-    bands = triangle_wave(Y * column(stream.uniform(1.8, 2.8, n)) + 0.2 * wave(X * 1.5 + column(stream.uniform(0, 1, n))))
+    bands = triangle_wave(
+        Y * column(stream.uniform(1.8, 2.8, n)) + 0.2 * wave(X * 1.5 + column(stream.uniform(0, 1, n)))
+    )
     crest = cover((0.72 - bands) * 0.15) * _below(horizon + 0.05)
     paint(canvas, crest, _tone(stream, n, 0.45, 0.70, 0.88))
     return canvas
@@ -98,7 +103,9 @@ def _city(stream: Stream, n: int) -> np.ndarray:
         top, half = column(stream.uniform(-0.8, 0.2, n)), column(stream.uniform(0.14, 0.22, n))
         wall = np.maximum(np.abs(X - x) - half, top - Y)
         paint(canvas, cover(wall), _tone(stream, n, 0.32, 0.32, 0.38, 0.12))
-        panes = np.maximum(wall + 0.05, np.maximum(0.45 - triangle_wave((X - x) * 5.3), 0.5 - triangle_wave(Y * 4.0)) * 0.1)
+        panes = np.maximum(
+            wall + 0.05, np.maximum(0.45 - triangle_wave((X - x) * 5.3), 0.5 - triangle_wave(Y * 4.0)) * 0.1
+        )
         paint(canvas, cover(panes), _tone(stream, n, 0.95, 0.88, 0.50, 0.06))
     paint(canvas, _below(_level(stream, n, 0.72, 0.85)), _tone(stream, n, 0.22, 0.22, 0.24))
     return canvas

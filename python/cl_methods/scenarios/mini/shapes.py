@@ -29,7 +29,7 @@ _POLYGONS: dict[str, tuple[tuple[float, float], ...]] = {
 _PETALS = ((0.0, -0.6), (0.571, -0.185), (0.353, 0.485), (-0.353, 0.485), (-0.571, -0.185))
 
 
-def segment_squared(u: np.ndarray, v: np.ndarray, ax, ay, bx, by) -> np.ndarray:  # noqa: ANN001 - floats or arrays
+def segment_squared(u: np.ndarray, v: np.ndarray, ax, ay, bx, by) -> np.ndarray:
     """Squared distance from (u, v) to the segment a-b; the ends are floats or broadcast over (B, 32, 32)."""
     ex, ey = bx - ax, by - ay
     du, dv = u - ax, v - ay

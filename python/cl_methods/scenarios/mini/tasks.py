@@ -8,7 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from cl_methods.scenarios.mini import concepts
-from cl_methods.scenarios.mini.canvas import X, Y, blank, column, cover, enlarge, local, paint, shrink, to_bytes, triangle_wave, wave
+from cl_methods.scenarios.mini.canvas import (
+    X,
+    Y,
+    blank,
+    column,
+    cover,
+    enlarge,
+    local,
+    paint,
+    shrink,
+    to_bytes,
+    triangle_wave,
+    wave,
+)
 from cl_methods.scenarios.mini.generic import jittered, other_colour, pattern_fill, place_apart
 from cl_methods.scenarios.mini.glyphs import MAX_POINTS, SERIF
 from cl_methods.scenarios.mini.scenery import landscape
@@ -67,7 +80,9 @@ def _texture(label: np.ndarray, stream: Stream) -> np.ndarray:
     """Finer, turned and bent patterns in two colours under uneven light."""
     n = len(label)
     colour = stream.integers(len(concepts.COLOURS), n)
-    u, v = local(stream.uniform(-1, 1, n), stream.uniform(-1, 1, n), np.ones(n, np.float32), stream.uniform(-1.0, 1.0, n))
+    u, v = local(
+        stream.uniform(-1, 1, n), stream.uniform(-1, 1, n), np.ones(n, np.float32), stream.uniform(-1.0, 1.0, n)
+    )
     u = u + column(stream.uniform(0.0, 0.12, n)) * wave(v * 0.7)
     frequency = column(stream.uniform(2.4, 4.6, n))
     aspect = column(stream.uniform(0.75, 1.3, n))
@@ -105,7 +120,9 @@ def _letters(label: np.ndarray, stream: Stream) -> np.ndarray:
     distance = SERIF.distance(label, np.zeros(n, np.int64), jitter, u, v, contrast=0.1) * column(size)
     paint(canvas, cover(distance - column(stream.uniform(0.03, 0.07, n))), front)
     for _ in range(2):
-        _, y = local(stream.uniform(-1, 1, n), stream.uniform(-1, 1, n), np.ones(n, np.float32), stream.uniform(-1, 1, n))
+        _, y = local(
+            stream.uniform(-1, 1, n), stream.uniform(-1, 1, n), np.ones(n, np.float32), stream.uniform(-1, 1, n)
+        )
         paint(canvas, cover(np.abs(y) - 0.03) * 0.7, jittered(stream.integers(len(concepts.COLOURS), n), stream))
     return _finish(canvas, stream, 0.3)
 
@@ -178,9 +195,13 @@ TASKS: dict[str, TaskSpec] = {
     "scene": TaskSpec(tuple(f"{name} scene" for name in concepts.SCENES), _ONE, _scene),
     "letters": TaskSpec(tuple(f"letter {name}" for name in concepts.LETTERS), _ONE, _letters),
     "compose": TaskSpec(
-        tuple(f"{concepts.COLOURS[colour]} {concepts.SHAPES[shape]}" for shape, colour in concepts.HELD_OUT), _ONE, _compose
+        tuple(f"{concepts.COLOURS[colour]} {concepts.SHAPES[shape]}" for shape, colour in concepts.HELD_OUT),
+        _ONE,
+        _compose,
     ),
-    "count": TaskSpec(("one object", *(f"{name} objects" for name in concepts.NUMBERS[2 : concepts.MAX_COUNT + 1])), _MANY, _count),
+    "count": TaskSpec(
+        ("one object", *(f"{name} objects" for name in concepts.NUMBERS[2 : concepts.MAX_COUNT + 1])), _MANY, _count
+    ),
     "digits": TaskSpec(tuple(f"digit {name}" for name in concepts.NUMBERS), _ONE, None),
 }
 

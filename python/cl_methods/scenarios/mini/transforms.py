@@ -17,7 +17,9 @@ def _pixels(image: Image.Image | Tensor) -> Tensor:
         resized = image.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
     if image.dtype != torch.uint8 or image.shape[-3:] != (3, 32, 32):
-        raise ValueError(f"image: expected a PIL image or uint8 (..., 3, 32, 32), got {image.dtype} {tuple(image.shape)}")
+        raise ValueError(
+            f"image: expected a PIL image or uint8 (..., 3, 32, 32), got {image.dtype} {tuple(image.shape)}"
+        )
     return image
 
 
