@@ -20,5 +20,24 @@ SCHEMAS = {
         "(Tensor grad_x, Tensor grad_gates, Tensor grad_down_weight, Tensor grad_down_bias, "
         "Tensor grad_up_weight, Tensor grad_up_bias)"
     ),
+    # student, teacher (outer, M, inner), softmax over M -> loss (outer, inner), lse (2, outer, inner) of student and teacher.
+    "distill_kl": "(Tensor student, Tensor teacher, float temperature, bool kl) -> (Tensor loss, Tensor lse)",
+    "distill_kl_backward": "(Tensor grad, Tensor student, Tensor teacher, Tensor lse, float temperature) -> Tensor",
+    # student (N, d), teacher (K, N, d_t), anchors (M, d), teacher_anchors (M, d_t), weight (K, N) fp32/fp64, logit_scale () times
+    # factor -> loss (), row_stats (1 + K, N): log-sum-exps over the anchors of student and teachers, column_stats (2 + K, M):
+    # log-sum-exp over the rows of the student, weighted sum of the teachers' probabilities, log-sum-exps of the teachers.
+    # The statistics of a direction whose factor is 0 have no columns.
+    "feature_distill_kl": (
+        "(Tensor student, Tensor teacher, Tensor anchors, Tensor? teacher_anchors, Tensor? weight, Tensor? logit_scale, "
+        "float factor, float temperature, float rows, float columns, bool kl, bool mask_diagonal) "
+        "-> (Tensor loss, Tensor row_stats, Tensor column_stats)"
+    ),
+    # Gradients that are not needed come back with zero elements; that of logit_scale in fp32/fp64.
+    "feature_distill_kl_backward": (
+        "(Tensor grad, Tensor student, Tensor teacher, Tensor anchors, Tensor? teacher_anchors, Tensor? weight, "
+        "Tensor? logit_scale, Tensor row_stats, Tensor column_stats, float factor, float temperature, float rows, "
+        "float columns, bool mask_diagonal, bool need_student, bool need_anchors, bool need_scale) "
+        "-> (Tensor grad_student, Tensor grad_anchors, Tensor grad_scale)"
+    ),
     "average_": "(Tensor(a!)[] averages, Tensor[] values, float weight) -> ()",
 }

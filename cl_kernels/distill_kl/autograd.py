@@ -1,0 +1,153 @@
+"""Registrations of distillation: fake implementations, gradients and the Triton kernels, behind the functions that call them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_kernels import dispatch, library
+from cl_kernels.distill_kl.reference import compute_dtype
+
+
+def distill_kl(backend: str, student: Tensor, teacher: Tensor, temperature: float, dim: int, kl: bool) -> Tensor:
+    """The loss of every slice along ``dim``; the kernels see (outer, M, inner) views of the logits."""
+    left = student.shape[:dim] + student.shape[dim + 1 :]
+    shape = (student.shape[:dim].numel(), student.shape[dim], student.shape[dim + 1 :].numel())
+    s, t = student.reshape(shape), teacher.reshape(shape)
+    if shape[2] == 1 and s.stride(1) != 1 and s.stride(0) == 1:  # a transposed matrix: keep its unit stride innermost
+        s, t = s.permute(2, 1, 0), t.permute(2, 1, 0)
+    loss, _ = library.operator("distill_kl", backend)(s, t, temperature, kl)
+    return loss.reshape(left)
+
+
+def feature_distill_kl(
+    backend: str,
+    student: Tensor,
+    teacher: Tensor,
+    anchors: Tensor,
+    teacher_anchors: Tensor | None,
+    weight: Tensor | None,
+    logit_scale: Tensor | float,
+    *options: Any,
+) -> Tensor:
+    """The loss; ``teacher`` is (K, N, d_t), ``weight`` (K, N), ``options`` as in the schema."""
+    dtype = compute_dtype(student.dtype)
+    tensor, factor = (logit_scale, 1.0) if isinstance(logit_scale, Tensor) else (None, logit_scale)
+    weight = None if weight is None else weight.to(dtype)
+    loss, _, _ = library.operator("feature_distill_kl", backend)(
+        student, teacher, anchors, teacher_anchors, weight, tensor, factor, *options
+    )
+    return loss
+
+
+def _fake(student: Tensor, teacher: Tensor, temperature: float, kl: bool) -> tuple[Tensor, Tensor]:
+    outer, _, inner = student.shape
+    dtype = compute_dtype(student.dtype)
+    return student.new_empty(outer, inner, dtype=dtype), student.new_empty(2, outer, inner, dtype=dtype)
+
+
+def _fake_backward(grad: Tensor, student: Tensor, teacher: Tensor, lse: Tensor, temperature: float) -> Tensor:
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    student, teacher, temperature, _ = inputs
+    ctx.save_for_backward(student, teacher, output[1])
+    ctx.temperature = temperature
+
+
+def _backward_of(namespace: str) -> Any:
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
+        operation = getattr(torch.ops, namespace).distill_kl_backward.default
+        return operation(grad, *ctx.saved_tensors, ctx.temperature), None, None, None
+
+    return backward
+
+
+def _feature_fake(
+    student: Tensor,
+    teacher: Tensor,
+    anchors: Tensor,
+    teacher_anchors: Tensor | None,
+    weight: Tensor | None,
+    logit_scale: Tensor | None,
+    factor: float,
+    temperature: float,
+    rows: float,
+    columns: float,
+    kl: bool,
+    mask_diagonal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    K, N, _ = teacher.shape
+    dtype = compute_dtype(student.dtype)
+    row_stats = student.new_empty(1 + K, N if rows else 0, dtype=dtype)
+    column_stats = student.new_empty(2 + K, anchors.shape[0] if columns else 0, dtype=dtype)
+    return student.new_empty((), dtype=dtype), row_stats, column_stats
+
+
+def _feature_fake_backward(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    anchors: Tensor,
+    teacher_anchors: Tensor | None,
+    weight: Tensor | None,
+    logit_scale: Tensor | None,
+    row_stats: Tensor,
+    column_stats: Tensor,
+    factor: float,
+    temperature: float,
+    rows: float,
+    columns: float,
+    mask_diagonal: bool,
+    need_student: bool,
+    need_anchors: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient(needed: bool, of: Tensor) -> Tensor:
+        return torch.empty(of.shape if needed else (0,), dtype=of.dtype, device=of.device)
+
+    scale = row_stats.new_empty(() if need_scale else (0,))
+    return gradient(need_student, student), gradient(need_anchors, anchors), scale
+
+
+def _feature_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, factor, temperature, rows, columns, _, mask_diagonal = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.options = factor, temperature, rows, columns, mask_diagonal
+
+
+def _feature_backward_of(namespace: str) -> Any:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple:
+        operation = getattr(torch.ops, namespace).feature_distill_kl_backward.default
+        student, _, anchors, _, _, logit_scale, *_ = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 2, 5)]
+        gradients = operation(grad, *ctx.saved_tensors, *ctx.options, *needs)
+        student, anchors, scale = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+        if scale is not None:
+            scale = scale.to(logit_scale.dtype)
+        return student, None, anchors, None, None, scale, *[None] * 6
+
+    return backward
+
+
+for _namespace in (library.COMPILED, library.TRITON):
+    _library = library.definitions[_namespace]
+    for _name, _function in (
+        ("distill_kl", _fake),
+        ("distill_kl_backward", _fake_backward),
+        ("feature_distill_kl", _feature_fake),
+        ("feature_distill_kl_backward", _feature_fake_backward),
+    ):
+        _library._register_fake(_name, _function)
+    torch.library.register_autograd(
+        f"{_namespace}::distill_kl", _backward_of(_namespace), setup_context=_setup, lib=_library
+    )
+    torch.library.register_autograd(
+        f"{_namespace}::feature_distill_kl",
+        _feature_backward_of(_namespace),
+        setup_context=_feature_setup,
+        lib=_library,
+    )
