@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
@@ -22,6 +22,7 @@ class TinyConfig:
     warmup: int = 2
     batch_size: int = 8
     reference_batch_size: int = 4
+    task_lr: dict[str, float] = field(default_factory=dict)
 
 
 def to_float(image: Tensor) -> Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cl_methods.methods.base import Batch, Method
+from cl_methods.scenarios.base import Task
+from cl_methods.training.data import TrainingSteps, training_batches
 from cl_methods.training.schedule import warmup_cosine
-from cl_methods.training.seeding import seed_everything, step_seed
+from cl_methods.training.seeding import derive_seed, seed_everything, step_seed
 
 _CHECK_EVERY = 16
 
@@ -142,3 +145,91 @@ def _next_batch(stream: Iterator[Batch], step: int, iterations: int) -> Batch:
     if batch is None:
         raise ValueError(f"batches: ended before step {step}; steps up to {iterations} were expected")
     return batch
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The middle of a task, as a checkpoint holds it.
+
+    Attributes:
+        start_step: first step that has not been done.
+        method_state: :meth:`Method.state_dict` at that moment.
+        optimizer_state: the optimiser's ``state_dict``.
+    """
+
+    start_step: int
+    method_state: dict[str, Tensor]
+    optimizer_state: dict[str, Any]
+
+
+def train_task(
+    method: Method,
+    index: int,
+    tasks: Sequence[Task],
+    *,
+    seed: int = 0,
+    workers: int = 0,
+    continuation: Continuation | None = None,
+    on_start: Callable[[], None] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> None:
+    """Train ``method`` on task ``index``: ``before_task``, all optimiser steps, ``after_task``.
+
+    Random numbers in the hooks are seeded from (seed, task) as well, so nothing depends on what ran before.
+
+    Args:
+        method: carrying what earlier tasks left.
+        index: 0-based position of the task in ``tasks``; 0 for joint training.
+        tasks: the whole sequence.
+        seed: of the run.
+        workers: data-loading processes.
+        continuation: to continue in the middle of the task; ``method`` is then in the state before the task.
+        on_start: called after ``before_task``, when the trainable parameters are known.
+        on_step: called after each step.
+
+    Raises:
+        NonFiniteLossError: see :func:`train_on_batches`.
+        DataError: an image cannot be read.
+    """
+    task, config = tasks[index], method.config
+    seed_everything(derive_seed(seed, "before task", index))
+    method.before_task(index, task)
+    optimizer, start_step = None, 0
+    if continuation is not None:
+        method.load_state_dict(continuation.method_state)
+        optimizer = method.optimizer()
+        optimizer.load_state_dict(continuation.optimizer_state)
+        start_step = continuation.start_step
+    if on_start is not None:
+        on_start()
+    steps = TrainingSteps(
+        tasks if method.joint else [task],
+        method.reference_source(task) if method.uses_reference else None,
+        task_index=index,
+        seed=seed,
+        batch_size=config.batch_size,
+        reference_batch_size=getattr(config, "reference_batch_size", config.batch_size),
+        train_transform=method.backbone.train_transform,
+        eval_transform=method.backbone.eval_transform,
+    )
+    train_on_batches(
+        method,
+        training_batches(
+            steps,
+            start_step=start_step,
+            iterations=config.iterations,
+            device=method.backbone.device,
+            workers=workers,
+        ),
+        iterations=config.iterations,
+        warmup=config.warmup,
+        lr=method.learning_rate(task),
+        seed=seed,
+        task_index=index,
+        start_step=start_step,
+        optimizer=optimizer,
+        on_step=on_step,
+        task_name="all tasks" if method.joint else task.name,
+    )
+    seed_everything(derive_seed(seed, "after task", index))
+    method.after_task(index, task)

@@ -1,0 +1,126 @@
+"""Accuracy of a method on a task, within a chosen label space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cl_methods.methods.base import Method
+from cl_methods.scenarios.base import Task
+from cl_methods.training.data import evaluation_batches
+
+LabelSpace = Literal["task", "seen", "all"]
+
+
+@dataclass
+class EvaluationOptions:
+    """How accuracies are measured.
+
+    Attributes:
+        label_space: which classes compete: those of the evaluated task (MTIL), of it and all tasks learnt so far, or of
+            all tasks. The last two encode every image once per competing task.
+        split: images that are evaluated; tune on `validation` only.
+        batch_size: images per batch.
+    """
+
+    label_space: LabelSpace = "task"
+    split: Literal["test", "validation"] = "test"
+    batch_size: int = 128
+
+
+def competing_tasks(tasks: Sequence[Task], index: int, learnt: int, label_space: LabelSpace) -> list[Task]:
+    """Tasks whose classes compete when task ``index`` is evaluated after the first ``learnt`` tasks were learnt.
+
+    The evaluated task is always among them.
+
+    Raises:
+        ValueError: unknown ``label_space``.
+    """
+    if label_space == "task":
+        return [tasks[index]]
+    if label_space == "seen":
+        return [task for place, task in enumerate(tasks) if place < learnt or place == index]
+    if label_space == "all":
+        return list(tasks)
+    raise ValueError(f"label_space: expected task, seen or all, got {label_space!r}")
+
+
+@torch.no_grad()
+def accuracy(
+    method: Method, task: Task, candidates: Sequence[Task], options: EvaluationOptions, workers: int = 0
+) -> float:
+    """Percentage of images whose highest score belongs to a class with the right name.
+
+    Classes of the same name in several tasks count as one class.
+
+    Args:
+        method: after ``before_evaluation``.
+        task: whose images are classified.
+        candidates: tasks whose classes compete, ``task`` among them.
+        options: split and batch size.
+        workers: data-loading processes.
+
+    Returns:
+        Percent, from 0 to 100.
+
+    Raises:
+        ValueError: the split is empty, or the scores have the wrong shape or are NaN.
+    """
+    source = task.test if options.split == "test" else task.validation
+    if len(source) == 0:
+        raise ValueError(f"evaluation.split: task {task.name} has no {options.split} images")
+    names = [name for candidate in candidates for name in candidate.class_names]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    device = method.backbone.device
+    predicted_class = torch.tensor([numbers[name] for name in names], device=device)
+    true_class = torch.tensor([numbers[name] for name in task.class_names], device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    invalid = torch.zeros((), dtype=torch.bool, device=device)
+    for images, labels in evaluation_batches(
+        source, method.backbone.eval_transform, batch_size=options.batch_size, device=device, workers=workers
+    ):
+        scores = torch.cat([_scores(method, images, candidate) for candidate in candidates], dim=1)
+        invalid |= scores.isnan().any()
+        correct += (predicted_class[scores.argmax(dim=1)] == true_class[labels]).sum()
+    if invalid:
+        raise ValueError(f"logits of {method.name} on {task.name}: some are NaN; the weights have diverged")
+    return 100.0 * int(correct) / len(source)
+
+
+def accuracy_row(
+    method: Method,
+    tasks: Sequence[Task],
+    learnt: int,
+    options: EvaluationOptions,
+    workers: int = 0,
+    on_task: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Accuracies on all tasks with the method as it is: one row of the matrix, in percent.
+
+    Args:
+        method: the method after ``learnt`` tasks.
+        tasks: the whole sequence.
+        learnt: number of tasks learnt; 0 for the zero-shot row.
+        options, workers: see :func:`accuracy`.
+        on_task: called with the task's position and its accuracy.
+    """
+    method.before_evaluation()
+    row = []
+    for index, task in enumerate(tasks):
+        candidates = competing_tasks(tasks, index, learnt, options.label_space)
+        row.append(accuracy(method, task, candidates, options, workers))
+        if on_task is not None:
+            on_task(index, row[-1])
+    return row
+
+
+def _scores(method: Method, images: Tensor, task: Task) -> Tensor:
+    scores = method.logits(images, task)
+    if scores.shape != (len(images), len(task.class_names)):
+        expected = (len(images), len(task.class_names))
+        raise ValueError(f"logits of {method.name} on {task.name}: expected {expected}, got {tuple(scores.shape)}")
+    return scores

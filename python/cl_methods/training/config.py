@@ -1,0 +1,108 @@
+"""Everything that decides the result of a run, as one dataclass; the command line is a skin over it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cl_methods.evaluation.accuracy import EvaluationOptions
+from cl_methods.scenarios import ScenarioOptions
+from cl_methods.training.checkpoints import CheckpointOptions
+
+WITHOUT_EFFECT = ("workers", "checkpoint.every", "checkpoint.keep", "data.root")
+"""Settings that cannot change a result, or whose effect the scenario's fingerprint covers: a resumed run may change them."""
+
+
+@dataclass
+class RunConfig:
+    """One method over one scenario.
+
+    Attributes:
+        method: name in :data:`cl_methods.methods.METHODS`.
+        settings: the method's ``Config``.
+        scenario: name in :data:`cl_methods.scenarios.SCENARIOS`.
+        order: order of the tasks.
+        seed: of everything random.
+        model: `mini`, or an open_clip model name.
+        pretrained: checkpoint on disk or open_clip tag; None for `mini`.
+        device: `cpu`, `cuda`, `cuda:1` …; `auto` takes a GPU if there is one.
+        workers: data-loading processes; the number changes the speed and nothing else.
+        limit_tasks: learn and evaluate only the first tasks.
+        limit_iterations: shorten the training of every task.
+        data: where the scenario's data is and how it is split.
+        evaluation: label space, split and batch size.
+        checkpoint: when checkpoints are written.
+    """
+
+    method: str
+    settings: Any
+    scenario: str = "mini"
+    order: str = "I"
+    seed: int = 0
+    model: str = "mini"
+    pretrained: str | None = None
+    device: str = "auto"
+    workers: int = 0
+    limit_tasks: int | None = None
+    limit_iterations: int | None = None
+    data: ScenarioOptions = field(default_factory=ScenarioOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers: expected a number >= 0, got {self.workers}")
+        for name in ("limit_tasks", "limit_iterations"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected a number >= 1, got {value}")
+
+    def effective_settings(self) -> Any:
+        """The method's settings after ``limit_iterations``."""
+        if self.limit_iterations is None or not hasattr(self.settings, "iterations"):
+            return self.settings
+        iterations = min(self.settings.iterations, self.limit_iterations)
+        return dataclasses.replace(self.settings, iterations=iterations, warmup=min(self.settings.warmup, iterations))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values, for YAML and JSON: the method's settings stand beside its name under ``method``."""
+        values = dataclasses.asdict(self)
+        values["method"] = {"name": self.method, **values.pop("settings")}
+        return _plain(values)
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def deciding(config: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a configuration without those that cannot change a result."""
+    return {key: value for key, value in flatten(config).items() if key not in WITHOUT_EFFECT}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One phrase for each deciding setting that differs between two configurations."""
+    old, new = deciding(before), deciding(now)
+    missing = "(not set)"
+    return [
+        f"{key} was {old.get(key, missing)}, now {new.get(key, missing)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,182 @@
+"""Batches as a pure function of (seed, task, step): the same for any number of workers and wherever a run was resumed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cl_methods.methods.base import Batch
+from cl_methods.scenarios.base import DataError, ImageSource, RawImage, Task
+from cl_methods.training.seeding import derive_seed
+
+Transform = Callable[[RawImage], Tensor]
+
+
+def stream_indices(count: int, start: int, length: int, *key: int | str) -> Tensor:
+    """Positions ``start … start + length - 1`` of an infinite stream of permutations of ``range(count)``.
+
+    Every image comes once per epoch; a batch may span two epochs, so none is ever smaller than the others.
+
+    Args:
+        count: number of images, at least 1.
+        start, length: which part of the stream.
+        key: seed, task and purpose; with the epoch, all that a permutation depends on.
+
+    Returns:
+        (length,) int64.
+    """
+    pieces = []
+    while length > 0:
+        epoch, offset = divmod(start, count)
+        piece = _permutation(count, derive_seed(*key, "epoch", epoch))[offset : offset + length]
+        pieces.append(piece)
+        start, length = start + len(piece), length - len(piece)
+    return torch.cat(pieces)
+
+
+@lru_cache(maxsize=32)
+def _permutation(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+class TrainingSteps(Dataset):
+    """The data of every optimiser step of one task; item t is step t, complete.
+
+    Args:
+        tasks: the current task; or all of them for joint training, of which step t takes number ``t mod T``.
+        reference: unlabelled images, or None.
+        task_index, seed: with the step, all that order and augmentation depend on.
+        batch_size, reference_batch_size: images per step.
+        train_transform, eval_transform: for the task's images and for the reference images.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        reference: ImageSource | None,
+        *,
+        task_index: int,
+        seed: int,
+        batch_size: int,
+        reference_batch_size: int,
+        train_transform: Transform,
+        eval_transform: Transform,
+    ) -> None:
+        self.tasks, self.reference = tuple(tasks), reference
+        self.task_index, self.seed = task_index, seed
+        self.batch_size, self.reference_batch_size = batch_size, reference_batch_size
+        self.train_transform, self.eval_transform = train_transform, eval_transform
+
+    def __getitem__(self, step: int) -> dict[str, Tensor] | DataError:
+        """Images, labels and reference images of one step, or the error that reading them gave."""
+        try:
+            return self._read(step)
+        except DataError as error:  # as a value, it crosses the process boundary with its message intact
+            return error
+
+    def _read(self, step: int) -> dict[str, Tensor]:
+        turn, position = divmod(step, len(self.tasks))
+        source = self.tasks[position].train
+        indices = stream_indices(
+            len(source), turn * self.batch_size, self.batch_size, self.seed, "order", self.task_index + position
+        )
+        images = []
+        for place, index in enumerate(indices.tolist()):
+            _seed_augmentation(derive_seed(self.seed, "augmentation", self.task_index, step, place))
+            images.append(self.train_transform(source.image(index)))
+        data = {"images": torch.stack(images), "labels": source.labels[indices], "step": torch.tensor(step)}
+        if self.reference is not None:
+            size = self.reference_batch_size
+            chosen = stream_indices(len(self.reference), step * size, size, self.seed, "reference", self.task_index)
+            data["reference_images"] = torch.stack(
+                [self.eval_transform(self.reference.image(index)) for index in chosen.tolist()]
+            )
+            data["reference_indices"] = chosen
+        return data
+
+
+def training_batches(
+    steps: TrainingSteps, *, start_step: int, iterations: int, device: torch.device, workers: int = 0
+) -> Iterator[Batch]:
+    """Batches of steps ``start_step … iterations``, loaded by one set of workers that lives as long as the task.
+
+    Args:
+        steps: what each step reads.
+        start_step, iterations: first and last step.
+        device: where the batches go.
+        workers: processes that read ahead; 0 reads in this one. The number changes nothing but the speed.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    for data in _load(steps, range(start_step, iterations + 1), device, workers):
+        step = int(data["step"])
+        tensors = {name: value.to(device, non_blocking=True) for name, value in data.items() if name != "step"}
+        yield Batch(**tensors, step=step, task=steps.tasks[step % len(steps.tasks)])
+
+
+class _EvaluationBatches(Dataset):
+    """Item b is the b-th batch of a source, in the source's order."""
+
+    def __init__(self, source: ImageSource, transform: Transform, batch_size: int) -> None:
+        self.source, self.transform, self.batch_size = source, transform, batch_size
+
+    def __getitem__(self, batch: int) -> dict[str, Tensor] | DataError:
+        indices = range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.source)))
+        try:
+            images = [self.transform(self.source.image(index)) for index in indices]
+        except DataError as error:
+            return error
+        return {"images": torch.stack(images), "labels": self.source.labels[indices.start : indices.stop]}
+
+
+def evaluation_batches(
+    source: ImageSource, transform: Transform, *, batch_size: int, device: torch.device, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image of ``source`` once, in order.
+
+    Returns:
+        Pairs of images (B, 3, R, R) and labels (B,) on ``device``; the last batch may be smaller.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    count = -(-len(source) // batch_size)
+    for data in _load(_EvaluationBatches(source, transform, batch_size), range(count), device, workers):
+        yield data["images"].to(device, non_blocking=True), data["labels"].to(device, non_blocking=True)
+
+
+def _load(dataset: Dataset, order: range, device: torch.device, workers: int) -> Iterator[dict[str, Tensor]]:
+    if workers == 0:  # no loader in between: it would draw from the global generator and copy
+        for index in order:
+            yield _data(dataset[index])
+        return
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4,
+    )
+    for item in loader:
+        yield _data(item)
+
+
+def _data(item: dict[str, Tensor] | DataError) -> dict[str, Tensor]:
+    if isinstance(item, DataError):
+        raise item
+    return item
+
+
+def _seed_augmentation(seed: int) -> None:
+    """Seed the host generators that image transforms draw from; those of other devices are left alone."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

@@ -1,0 +1,72 @@
+"""What a result depends on besides its configuration: versions, device, threads, memory."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cl_kernels
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: the device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cpu, cuda, cuda:N or auto, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {name} was asked for, but torch {torch.__version__} sees no CUDA device")
+    return device
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware that a result may depend on; the same on every run of one machine."""
+    packages = ("open_clip_torch", "torchvision", "numpy", "triton", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "cl_kernels": cl_kernels.__version__,
+        **{name: version for name in packages if (version := _version(name)) is not None},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "backends": {
+            operation: [name for name, status in backends.items() if status == "available"]
+            for operation, backends in cl_kernels.backends().items()
+        },
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest amount of memory so far: allocated by torch on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024  # kilobytes on Linux
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The CPU's name, with the widest vector instructions that torch found."""
+    name = platform.processor() or platform.machine()
+    if platform.system() == "Linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

@@ -1,0 +1,234 @@
+"""Progress of a run: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from cl_methods.training.loop import StepReport
+
+
+class Pace:
+    """Rates of a run, for samples per second and the time left.
+
+    The time left counts optimiser steps at their mean duration and evaluations at theirs; both are unknown (None) until
+    the first of them is done.
+    """
+
+    def __init__(self, tasks: int, steps_per_task: int) -> None:
+        self.steps_left, self.rows_left = tasks * steps_per_task, 1 + (tasks if steps_per_task else 0)
+        self.steps = self.samples = self.rows = 0
+        self.step_seconds = self.row_seconds = 0.0
+
+    def step(self, samples: int, seconds: float) -> None:
+        """Count one optimiser step."""
+        self.steps, self.samples, self.step_seconds = (
+            self.steps + 1,
+            self.samples + samples,
+            self.step_seconds + seconds,
+        )
+        self.steps_left -= 1
+
+    def row(self, seconds: float) -> None:
+        """Count one evaluation of all tasks."""
+        self.rows, self.row_seconds, self.rows_left = self.rows + 1, self.row_seconds + seconds, self.rows_left - 1
+
+    def skip(self, steps: int, rows: int) -> None:
+        """Take off what an earlier process has already done."""
+        self.steps_left, self.rows_left = self.steps_left - steps, self.rows_left - rows
+
+    @property
+    def samples_per_second(self) -> float:
+        """Images of tasks per second of training."""
+        return self.samples / self.step_seconds if self.step_seconds else 0.0
+
+    def seconds_left(self, steps: int | None = None) -> float | None:
+        """Of the next ``steps`` optimiser steps, or of the whole run."""
+        if self.steps_left and not self.steps:
+            return None
+        per_step = self.step_seconds / self.steps if self.steps else 0.0
+        if steps is not None:
+            return steps * per_step
+        per_row = self.row_seconds / self.rows if self.rows else 0.0
+        return self.steps_left * per_step + self.rows_left * per_row
+
+
+class RunProgress(AbstractContextManager["RunProgress"]):
+    """What a run reports to: the silent base, which only keeps the pace."""
+
+    def __init__(self) -> None:
+        self.pace = Pace(0, 0)
+        self._clock = 0.0
+        self._task, self._steps = "", 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run_started(self, method: str, scenario: str, tasks: int, steps_per_task: int) -> None:
+        """``tasks`` times ``steps_per_task`` optimiser steps are ahead (0 steps: only one evaluation)."""
+        self.pace = Pace(tasks, steps_per_task)
+
+    def task_started(self, name: str, number: int, tasks: int, steps: int, done: int) -> None:
+        """Training of a task starts, after ``done`` of its ``steps`` steps."""
+        self._task, self._steps, self._clock = name, steps, time.perf_counter()
+
+    def step(self, report: StepReport) -> None:
+        """One optimiser step is done."""
+        now = time.perf_counter()
+        self.pace.step(report.samples, now - self._clock)
+        self._clock = now
+
+    def evaluation_started(self, after: str, tasks: int) -> None:
+        """All tasks are about to be evaluated, ``after`` something was learnt."""
+        self._clock = time.perf_counter()
+
+    def evaluated(self, task: str, accuracy: float) -> None:
+        """One task has been evaluated."""
+
+    def row_finished(self, after: str, row: list[float]) -> None:
+        """All tasks have been evaluated."""
+        self.pace.row(time.perf_counter() - self._clock)
+
+    def note(self, text: str) -> None:
+        """Something that a reader of the log should know."""
+
+    def close(self) -> None:
+        """The run ends, well or badly."""
+
+
+class PlainProgress(RunProgress):
+    """A line at the start and the end of things, and every few seconds in between."""
+
+    def __init__(self, stream: TextIO | None = None, interval: float = 5.0) -> None:
+        super().__init__()
+        self.stream, self.interval, self._printed = stream or sys.stdout, interval, 0.0
+
+    def run_started(self, method: str, scenario: str, tasks: int, steps_per_task: int) -> None:
+        """See the base class."""
+        super().run_started(method, scenario, tasks, steps_per_task)
+        self.note(f"{method} on {scenario}: {tasks} tasks, {steps_per_task} optimiser steps each")
+
+    def task_started(self, name: str, number: int, tasks: int, steps: int, done: int) -> None:
+        """See the base class."""
+        super().task_started(name, number, tasks, steps, done)
+        self._printed = 0.0
+        self._label = f"task {number}/{tasks} {name}"
+
+    def step(self, report: StepReport) -> None:
+        """See the base class."""
+        super().step(report)
+        now, last = time.perf_counter(), report.step + 1 == self._steps
+        if last or now - self._printed >= self.interval:
+            self._printed = now
+            left = format_seconds(self.pace.seconds_left())
+            self.note(
+                f"{self._label}: step {report.step + 1}/{self._steps}, {describe_terms(report)}, "
+                f"{self.pace.samples_per_second:.0f} samples/s, {left} left"
+            )
+
+    def row_finished(self, after: str, row: list[float]) -> None:
+        """See the base class."""
+        super().row_finished(after, row)
+        self.note(f"{after}: " + " ".join(f"{value:.1f}" for value in row) + f" (mean {sum(row) / len(row):.1f})")
+
+    def note(self, text: str) -> None:
+        """See the base class."""
+        print(text, file=self.stream, flush=True)
+
+
+class RichProgress(RunProgress):
+    """Two bars: the present task and the whole run."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        self.console = console or Console()
+        self.bars = Progress(
+            TextColumn("{task.description}", justify="left"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[info]}"),
+            console=self.console,
+            transient=True,
+        )
+        self._whole = self.bars.add_task("whole run", total=None, info="")
+        self._part = self.bars.add_task("", total=None, info="", visible=False)
+        self._read, self._terms = 0.0, ""
+
+    def run_started(self, method: str, scenario: str, tasks: int, steps_per_task: int) -> None:
+        """See the base class."""
+        super().run_started(method, scenario, tasks, steps_per_task)
+        self.console.print(f"[bold]{method}[/] on [bold]{scenario}[/]: {tasks} tasks, {steps_per_task} steps each")
+        self.bars.update(self._whole, total=tasks * steps_per_task or None)
+        self.bars.start()
+
+    def task_started(self, name: str, number: int, tasks: int, steps: int, done: int) -> None:
+        """See the base class."""
+        super().task_started(name, number, tasks, steps, done)
+        self._read = 0.0
+        description = f"task {number}/{tasks} {name}"
+        self.bars.update(self._whole, completed=(number - 1) * steps + done)
+        self.bars.reset(self._part, total=steps, completed=done, description=description, visible=True, info="")
+
+    def step(self, report: StepReport) -> None:
+        """See the base class."""
+        super().step(report)
+        now = time.perf_counter()
+        if now - self._read > 0.2:  # reading the loss waits for the device
+            self._read, self._terms = now, describe_terms(report)
+        rate, rest = self.pace.samples_per_second, self.pace.seconds_left(self._steps - report.step - 1)
+        info = f"{self._terms}  {rate:.0f} samples/s  {format_seconds(rest)} left"
+        self.bars.update(self._part, advance=1, info=info)
+        self.bars.update(self._whole, advance=1, info=f"{format_seconds(self.pace.seconds_left())} left")
+
+    def evaluation_started(self, after: str, tasks: int) -> None:
+        """See the base class."""
+        super().evaluation_started(after, tasks)
+        self.bars.reset(self._part, total=tasks, description=f"evaluating {after}", visible=True, info="")
+
+    def evaluated(self, task: str, accuracy: float) -> None:
+        """See the base class."""
+        self.bars.update(self._part, advance=1, info=f"{task} {accuracy:.1f} %")
+
+    def row_finished(self, after: str, row: list[float]) -> None:
+        """See the base class."""
+        super().row_finished(after, row)
+        values = " ".join(f"{value:5.1f}" for value in row)
+        self.bars.console.print(f"{after:<22} {values}   mean {sum(row) / len(row):5.1f}", highlight=False)
+
+    def note(self, text: str) -> None:
+        """See the base class."""
+        self.bars.console.print(text)
+
+    def close(self) -> None:
+        """See the base class."""
+        self.bars.stop()
+
+
+def progress_for(stream: TextIO | None = None) -> RunProgress:
+    """Bars if standard output is a terminal, else plain lines."""
+    stream = stream or sys.stdout
+    return RichProgress() if stream.isatty() else PlainProgress(stream)
+
+
+def describe_terms(report: StepReport) -> str:
+    """``loss 1.234 (image 0.5, text 0.7)``."""
+    terms = report.log.values()
+    parts = ", ".join(f"{name} {value:.3f}" for name, value in terms.items() if name != "loss")
+    return f"loss {terms['loss']:.3f}" + (f" ({parts})" if parts else "")
+
+
+def format_seconds(seconds: float | None) -> str:
+    """``1:02:03`` or ``02:03``; ``--:--`` while unknown."""
+    if seconds is None:
+        return "--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"

@@ -1,0 +1,309 @@
+"""A run: one method over a whole scenario, evaluated on every task after every task."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cl_methods.backbone import load_backbone
+from cl_methods.evaluation.accuracy import accuracy_row
+from cl_methods.evaluation.metrics import forgetting, mtil_metrics
+from cl_methods.methods import METHODS, Method
+from cl_methods.scenarios import load as load_scenario
+from cl_methods.scenarios.base import Scenario
+from cl_methods.training.checkpoints import Checkpoint, RunDirectory, RunDirectoryError, TrainingProgress
+from cl_methods.training.config import RunConfig, differences
+from cl_methods.training.environment import choose_device, describe_environment, peak_memory_bytes
+from cl_methods.training.loop import Continuation, StepReport, train_task
+from cl_methods.training.progress import RunProgress
+from cl_methods.training.seeding import derive_seed, seed_everything
+
+
+class StoppedError(RuntimeError):
+    """The run was asked to stop; it has written a checkpoint and can be resumed."""
+
+
+@dataclass
+class Rows:
+    """Accuracies so far, in percent.
+
+    Attributes:
+        zero_shot: (T,) before any training; None until measured.
+        accuracy: rows after each task learnt so far.
+        seconds: duration of each evaluation, the zero-shot one first.
+    """
+
+    zero_shot: list[float] | None = None
+    accuracy: list[list[float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def run(
+    config: RunConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: RunProgress | None = None,
+) -> dict[str, Any]:
+    """Train and evaluate a whole task sequence, or finish one that was interrupted.
+
+    The zero-shot row first; then for each task: train, checkpoint, evaluate all tasks, write the row. On a CPU a run that
+    was killed and resumed gives the same accuracies to the bit.
+
+    Args:
+        config: everything that decides the result.
+        output: directory of the run; see :class:`~cl_methods.training.checkpoints.RunDirectory`.
+        resume: continue an earlier run in ``output``; one that is complete is returned as it is.
+        overwrite: replace an earlier run in ``output``.
+        progress: what to report to; silent when None.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        RunDirectoryError: ``output`` has content that may not be touched, or holds a run of other settings or other data.
+        DataError: the scenario's data is missing or damaged.
+        ValueError: a setting is wrong.
+        NonFiniteLossError: training diverged.
+        StoppedError: :meth:`Run.stop` was called.
+    """
+    with progress or RunProgress() as reporter:
+        return Run(config, output, resume=resume, overwrite=overwrite, progress=reporter).execute()
+
+
+class Run:
+    """The state of a run; see :func:`run`. Creating it loads data and model and prepares the directory."""
+
+    def __init__(
+        self, config: RunConfig, output: Path, *, resume: bool, overwrite: bool, progress: RunProgress
+    ) -> None:
+        self.config, self.reporter = config, progress
+        self.device = choose_device(config.device)
+        self.scenario = scenario = select_scenario(config)
+        self.method = build_method(config, scenario, self.device)
+        self.directory = RunDirectory(output)
+        self.description = {
+            "config": config.as_dict(),
+            "scenario_fingerprint": scenario.fingerprint(),
+            "environment": describe_environment(self.device),
+            "command": shlex.join(sys.argv),
+        }
+        self._stop = False
+        if self.directory.prepare(resume=resume, overwrite=overwrite):
+            self._check_same(self.directory.read_json("run.json"))
+        else:
+            self.directory.write_json("run.json", self.description)
+        self.rows = Rows(**(self.directory.read_json("rows.json") or {}))
+        self.training = TrainingProgress()
+
+    def stop(self) -> None:
+        """Ask the run to write a checkpoint after the present optimiser step and raise :class:`StoppedError`."""
+        self._stop = True
+
+    def execute(self) -> dict[str, Any]:
+        """Do what is left to do and write ``result.json``."""
+        finished = self.directory.read_json("result.json")
+        if finished is not None:
+            self.reporter.note(f"{self.directory.path} is complete; nothing left to do")
+            return finished
+        tasks, trains = self.scenario.tasks, self.method.trains
+        sessions = ([0] if self.method.joint else list(range(len(tasks)))) if trains else []
+        steps = self.method.config.iterations + 1 if trains else 0
+        self.reporter.run_started(self.method.name, self.config.scenario, len(sessions) or len(tasks), steps)
+        latest = self._restore(steps)
+        if self.rows.zero_shot is None:
+            self._evaluate(0)
+        for index in sessions:
+            done = latest is not None and (index < latest.task or (index == latest.task and latest.step is None))
+            if not done:
+                self._train(index, len(sessions), steps, latest if latest and latest.task == index else None)
+            if len(self.rows.accuracy) <= index:
+                self._evaluate(index + 1)
+        result = self._result()
+        self.directory.write_json("result.json", result)
+        return result
+
+    def _check_same(self, before: dict[str, Any]) -> None:
+        """Refuse to resume a run of other settings or other data."""
+        changed = differences(before["config"], self.description["config"])
+        if changed:
+            raise RunDirectoryError(
+                f"resume: the run in {self.directory.path} has other settings: {'; '.join(changed)}. "
+                "Give the same settings again, or choose another directory"
+            )
+        if before["scenario_fingerprint"] != self.description["scenario_fingerprint"]:
+            raise RunDirectoryError(
+                f"resume: the data of scenario {self.config.scenario} has changed since the run in "
+                f"{self.directory.path} began (fingerprint {before['scenario_fingerprint'][:12]}, "
+                f"now {self.description['scenario_fingerprint'][:12]}). Restore the data, or start a new run"
+            )
+        old, new = before["environment"], self.description["environment"]
+        moved = [f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]]
+        if moved:
+            self.reporter.note(
+                f"resuming in another environment; results may differ in the last bits: {'; '.join(moved)}"
+            )
+
+    def _restore(self, steps: int) -> Checkpoint | None:
+        """Load the newest checkpoint, or for one inside a task what came before that task."""
+        checkpoints = self.directory.found()
+        if not checkpoints:
+            return None
+        latest = checkpoints[-1]
+        _, self.training = latest.training_state()
+        finished = [checkpoint for checkpoint in checkpoints if checkpoint.step is None]
+        if finished:
+            self.method.load_state_dict(finished[-1].method_state())
+        rows = len(self.rows.accuracy) + (self.rows.zero_shot is not None)
+        self.reporter.pace.skip((latest.task + (latest.step is None)) * steps + (latest.step or 0), rows)
+        where = "after" if latest.step is None else f"at step {latest.step} of"
+        self.reporter.note(f"resuming {where} task {self.scenario.tasks[latest.task].name}")
+        return latest
+
+    def _train(self, index: int, sessions: int, steps: int, checkpoint: Checkpoint | None) -> None:
+        method, progress = self.method, self.training
+        name = "all tasks together" if method.joint else self.scenario.tasks[index].name
+        continuation = None
+        if checkpoint is not None:
+            optimizer_state, _ = checkpoint.training_state()
+            continuation = Continuation(checkpoint.step, checkpoint.method_state(), optimizer_state)
+        else:
+            progress.seconds.append(0.0)
+        clock = time.perf_counter()
+
+        def count_time() -> None:
+            nonlocal clock
+            now = time.perf_counter()
+            progress.seconds[index] += now - clock
+            clock = now
+
+        def on_start() -> None:
+            if len(progress.trainable_parameters) == index:
+                progress.trainable_parameters.append(sum(parameter.numel() for _, parameter in method.trainable()))
+            done = continuation.start_step if continuation else 0
+            self.reporter.task_started(name, index + 1, sessions, steps, done)
+
+        def on_step(report: StepReport) -> None:
+            progress.samples += report.samples
+            self.reporter.step(report)
+            done, every = report.step + 1, self.config.checkpoint.every
+            if self._stop or (every and done % every == 0 and done < steps):
+                report.log.check()  # never store weights that a loss has already shown to be broken
+                count_time()
+                self._save(index, done, report.optimizer.state_dict())
+            if self._stop:
+                raise StoppedError(f"stopped after step {done} of task {name}; continue with --resume")
+
+        train_task(
+            method,
+            index,
+            self.scenario.tasks,
+            seed=self.config.seed,
+            workers=self.config.workers,
+            continuation=continuation,
+            on_start=on_start,
+            on_step=on_step,
+        )
+        count_time()
+        self._save(index, None, None)
+
+    def _save(self, index: int, step: int | None, optimizer_state: dict[str, Any] | None) -> None:
+        state, keep = self.method.state_dict(), self.config.checkpoint.keep
+        self.directory.save(index, step, state, optimizer_state, self.training, keep=keep)
+
+    def _evaluate(self, learnt: int) -> None:
+        """Measure one row of the matrix and write it down; 0 tasks learnt is the zero-shot row."""
+        tasks = self.scenario.tasks
+        after = "zero-shot" if learnt == 0 else "joint" if self.method.joint else f"after {tasks[learnt - 1].name}"
+        if self.method.joint and learnt:
+            learnt = len(tasks)
+        self.reporter.evaluation_started(after, len(tasks))
+        clock = time.perf_counter()
+        row = accuracy_row(
+            self.method,
+            tasks,
+            learnt,
+            self.config.evaluation,
+            self.config.workers,
+            on_task=lambda index, value: self.reporter.evaluated(tasks[index].name, value),
+        )
+        self.rows.seconds.append(time.perf_counter() - clock)
+        if learnt == 0:
+            self.rows.zero_shot = row
+        else:
+            self.rows.accuracy.append(row)
+        self.directory.write_json("rows.json", vars(self.rows))
+        self.reporter.row_finished(after, row)
+
+    def _result(self) -> dict[str, Any]:
+        """The content of ``result.json``.
+
+        A method that learns nothing, or everything at once, has the same row after every task. For joint training
+        Transfer and forgetting would have no meaning and are null.
+        """
+        tasks, method, training = self.scenario.tasks, self.method, self.training
+        rows = self.rows.accuracy or [self.rows.zero_shot]
+        matrix = rows if len(rows) == len(tasks) else [rows[0]] * len(tasks)
+        metrics = mtil_metrics(matrix)
+        defined = not method.joint
+        seconds = sum(training.seconds)
+        return {
+            "method": method.name,
+            "scenario": self.config.scenario,
+            "order": self.config.order,
+            "seed": self.config.seed,
+            "continual": not method.joint,
+            "tasks": [task.name for task in tasks],
+            "chance": [task.chance for task in tasks],
+            "zero_shot": self.rows.zero_shot,
+            "accuracy": matrix,
+            "transfer": metrics["transfer"] if defined and len(tasks) > 1 else None,
+            "average": metrics["average"],
+            "last": metrics["last"],
+            "forgetting": forgetting(matrix) if defined else None,
+            "transfer_per_task": metrics["transfer_per_task"] if defined else None,
+            "average_per_task": metrics["average_per_task"],
+            "last_per_task": metrics["last_per_task"],
+            "train": {
+                "seconds": seconds,
+                "samples_per_second": training.samples / seconds if seconds else None,
+                "peak_memory_bytes": peak_memory_bytes(self.device),
+                "trainable_parameters": max(training.trainable_parameters, default=0),
+                "seconds_per_task": training.seconds,
+                "samples": training.samples,
+            },
+            "evaluation_seconds": self.rows.seconds,
+            "scenario_fingerprint": self.description["scenario_fingerprint"],
+            "environment": self.description["environment"],
+            "config": self.description["config"],
+        }
+
+
+def select_scenario(config: RunConfig) -> Scenario:
+    """The configured scenario, cut to its first ``limit_tasks`` tasks.
+
+    Raises:
+        DataError: its data is missing or damaged.
+    """
+    scenario = load_scenario(config.scenario, config.data, order=config.order)
+    if config.limit_tasks is None:
+        return scenario
+    return replace(scenario, tasks=scenario.tasks[: config.limit_tasks])
+
+
+def build_method(config: RunConfig, scenario: Scenario, device: torch.device) -> Method:
+    """The configured method over its backbone, built with seeded random numbers.
+
+    Raises:
+        ValueError: the method needs reference data and the scenario has none, or the model cannot be loaded.
+    """
+    seed_everything(derive_seed(config.seed, "build"))
+    backbone = load_backbone(config.model, config.pretrained, device=device)
+    return METHODS[config.method](backbone, config.effective_settings(), scenario.reference)

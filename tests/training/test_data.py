@@ -1,0 +1,107 @@
+"""Batches are a pure function of (seed, task, step)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fakes import tiny_scenario, to_float, to_noisy_float
+
+from cl_methods.scenarios.base import DataError, ImageSource
+from cl_methods.training.data import TrainingSteps, evaluation_batches, stream_indices, training_batches
+
+CPU = torch.device("cpu")
+
+
+def make_steps(**options) -> TrainingSteps:
+    scenario = tiny_scenario()
+    settings = {
+        "task_index": 0,
+        "seed": 3,
+        "batch_size": 8,
+        "reference_batch_size": 4,
+        "train_transform": to_noisy_float,
+        "eval_transform": to_float,
+        **options,
+    }
+    return TrainingSteps(settings.pop("tasks", scenario.tasks[:1]), scenario.reference.images, **settings)
+
+
+def read(steps: TrainingSteps, start: int = 0, workers: int = 0):
+    return list(training_batches(steps, start_step=start, iterations=9, device=CPU, workers=workers))
+
+
+def same(first, second) -> bool:
+    fields = ("images", "labels", "reference_images", "reference_indices")
+    return first.step == second.step and all(torch.equal(getattr(first, f), getattr(second, f)) for f in fields)
+
+
+def test_same_batches_for_any_number_of_workers_and_any_start():
+    whole = read(make_steps())
+    assert [batch.step for batch in whole] == list(range(10))
+    torch.manual_seed(99)
+    for workers, start in ((0, 4), (2, 0), (2, 7)):
+        others = read(make_steps(), start, workers)
+        assert len(others) == 10 - start
+        assert all(same(first, second) for first, second in zip(whole[start:], others, strict=True))
+
+
+def test_seed_task_and_step_change_order_and_augmentation():
+    whole, other_seed, other_task = read(make_steps()), read(make_steps(seed=4)), read(make_steps(task_index=1))
+    assert not torch.equal(whole[0].images, whole[1].images)
+    assert not torch.equal(whole[0].images, other_seed[0].images)
+    assert not torch.equal(whole[0].images, other_task[0].images)
+
+
+def test_every_image_comes_once_per_epoch_also_across_batches():
+    stream = torch.cat([stream_indices(20, start, 8, 3, "order", 0) for start in range(0, 80, 8)])
+    epochs = stream.view(4, 20)
+    assert all(sorted(epoch.tolist()) == list(range(20)) for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
+    assert len(stream_indices(3, 5, 11, "more than three epochs in one batch")) == 11
+
+
+def test_joint_training_takes_turns_and_names_the_task():
+    tasks = tiny_scenario().tasks
+    batches = read(make_steps(tasks=tasks))
+    assert [batch.task.name for batch in batches] == [f"task{step % 3}" for step in range(10)]
+    seen = torch.cat([make_steps(tasks=tasks)._read(step)["labels"] for step in (1, 4)])
+    assert len(seen) == 16
+
+
+class CountingImages(ImageSource):
+    def __init__(self, count: int, broken: int = -1) -> None:
+        self.labels, self.reads, self.broken = torch.arange(count) % 3, [], broken
+
+    def image(self, index: int) -> torch.Tensor:
+        if index == self.broken:
+            raise DataError(f"image {index} is broken")
+        self.reads.append(index)
+        return torch.full((3, 4, 4), index, dtype=torch.uint8)
+
+    def fingerprint(self) -> str:
+        return "counting"
+
+
+def test_every_image_of_a_batch_is_read_once():
+    source = CountingImages(20)
+    task = tiny_scenario().tasks[0]
+    steps = make_steps(tasks=[type(task)(task.name, task.class_names, task.templates, source, source, source)])
+    assert steps[0]["images"].shape == (8, 3, 4, 4)
+    assert len(source.reads) == 8
+    source.reads.clear()
+    list(evaluation_batches(source, to_float, batch_size=8, device=CPU))
+    assert source.reads == list(range(20))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_reported_in_one_sentence(workers):
+    with pytest.raises(DataError, match=r"^image 9 is broken$"):
+        list(evaluation_batches(CountingImages(20, broken=9), to_float, batch_size=8, device=CPU, workers=workers))
+
+
+def test_evaluation_keeps_the_order_and_the_short_last_batch():
+    source = tiny_scenario().tasks[0].test
+    for workers in (0, 2):
+        batches = list(evaluation_batches(source, to_float, batch_size=4, device=CPU, workers=workers))
+        assert [len(labels) for _, labels in batches] == [4, 4, 1]
+        assert torch.equal(torch.cat([labels for _, labels in batches]), source.labels)
