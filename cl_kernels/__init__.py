@@ -8,7 +8,16 @@ Triton, without the compiled library and without a GPU, and :func:`backends` tel
 from cl_kernels.dispatch import backends, use_backend
 from cl_kernels.distill_kl import distill_kl, feature_distill_kl
 from cl_kernels.gating import top_k_gating
+from cl_kernels.moe_adapter import moe_adapter
 from cl_kernels.weight_average import average_
 
-__all__ = ["average_", "backends", "distill_kl", "feature_distill_kl", "top_k_gating", "use_backend"]
+__all__ = [
+    "average_",
+    "backends",
+    "distill_kl",
+    "feature_distill_kl",
+    "moe_adapter",
+    "top_k_gating",
+    "use_backend",
+]
 __version__ = "0.1.0"
