@@ -40,7 +40,7 @@ class Backbone:
         name: str,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.model = model.to(device)
+        self.model: Any = model.to(device)
         self.tokenize, self.train_transform, self.eval_transform = tokenize, train_transform, eval_transform
         self.device, self.name = torch.device(device), name
 
@@ -50,7 +50,7 @@ class Backbone:
         return self.model.logit_scale.exp().squeeze()
 
     @property
-    def text_tower(self) -> nn.Module:
+    def text_tower(self) -> Any:
         """The module that holds ``token_embedding``, ``transformer`` and ``ln_final``: the model itself, or its ``text``."""
         return getattr(self.model, "text", self.model)
 
@@ -173,7 +173,7 @@ class Backbone:
     def _readout(self, tokens: Tensor) -> Tensor:
         """(N,) position at which each text is read."""
         if self._pool_type == "eos":
-            return (tokens == self._end_id).int().argmax(dim=-1)
+            return (tokens == torch.tensor(self._end_id)).int().argmax(dim=-1)
         return tokens.argmax(dim=-1)
 
     def _text_features(self, tokens: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from cl_methods.methods.base import Batch, Method
 from cl_methods.methods.finetune import FineTune
+from cl_methods.methods.joint import Joint
+from cl_methods.methods.moe_adapters import MoEAdapters
 from cl_methods.methods.zero_shot import ZeroShot
 from cl_methods.methods.zscl import ZSCL
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ZeroShot, FineTune, ZSCL)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ZeroShot, FineTune, ZSCL, MoEAdapters, Joint)}
 
-__all__ = ["METHODS", "ZSCL", "Batch", "FineTune", "Method", "ZeroShot"]
+__all__ = ["METHODS", "ZSCL", "Batch", "FineTune", "Joint", "Method", "MoEAdapters", "ZeroShot"]

@@ -14,6 +14,16 @@ from cl_methods.methods.config import FULL_TUNING_TASK_LR, TrainConfig
 from cl_methods.scenarios.base import Task
 
 
+@dataclass(frozen=True)
+class FineTuneConfig(TrainConfig):
+    """Settings of :class:`TrainConfig`; the published MTIL values by default."""
+
+    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "mtil": {"task_lr": FULL_TUNING_TASK_LR},
+        "mini": {"lr": 5e-4, "iterations": 80, "warmup": 8},
+    }
+
+
 class FineTune(Method):
     """``L = CE(s f_θ(x) g_θ(c)ᵀ, y)`` with label smoothing; both towers train, ``logit_scale`` does not.
 
@@ -23,15 +33,7 @@ class FineTune(Method):
 
     name: ClassVar[str] = "finetune"
 
-    @dataclass(frozen=True)
-    class Config(TrainConfig):
-        """Settings of :class:`TrainConfig`; the published MTIL values by default."""
-
-        scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-            "mtil": {"task_lr": FULL_TUNING_TASK_LR},
-            "mini": {"lr": 5e-4, "iterations": 80, "warmup": 8},
-        }
-
+    Config: type[TrainConfig] = FineTuneConfig
     _texts: Tensor | None = None
 
     def before_task(self, index: int, task: Task) -> None:

@@ -55,9 +55,9 @@ def fold_consolidation_gradient(
         anchor: θ̄ by name.
         strength: λ.
     """
-    moved = [(name, value) for name, value in parameters if value.grad is not None]
-    gradients = iter(_buckets([(value.grad, value.detach()) for _, value in moved]))
-    for values, anchors in _buckets([(value.detach(), anchor[name]) for name, value in moved]):
+    moved = [(value.grad, value.detach(), anchor[name]) for name, value in parameters if value.grad is not None]
+    gradients = iter(_buckets([(gradient, value) for gradient, value, _ in moved]))
+    for values, anchors in _buckets([(value, start) for _, value, start in moved]):
         torch._foreach_add_(next(gradients)[0], torch._foreach_sub(values, anchors), alpha=2 * strength)
 
 

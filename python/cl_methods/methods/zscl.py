@@ -102,8 +102,7 @@ class ZSCL(FineTune):
         teacher = [(name, value) for name, value in self._teacher.model.named_parameters() if name in self._start]
         move_towards(teacher, self._start, 1.0)
         if self.config.teacher == "mixed":
-            assert self._zero_shot is not None
-            move_towards(teacher, dict(self._zero_shot.model.named_parameters()), 1 - self.config.teacher_mix)
+            move_towards(teacher, self._weights("zero_shot"), 1 - self.config.teacher_mix)
 
     def _encode_reference_texts(self) -> None:
         assert self._teacher is not None
@@ -203,11 +202,7 @@ class ZSCL(FineTune):
 
     def _pull(self, parameters: list[tuple[str, nn.Parameter]]) -> None:
         towards = self.config.moving_average
-        if towards == "zero_shot":
-            assert self._zero_shot is not None
-            target: Mapping[str, Tensor] = dict(self._zero_shot.model.named_parameters())
-        else:
-            target = self._start if towards == "start" else self._pulled
+        target = self._pulled if towards == "previous" else self._weights(towards)
         unpulled = snapshot(parameters) if towards == "previous" else {}
         move_towards(parameters, target, 1 - self.config.moving_average_decay)
         self._pulled = unpulled
@@ -216,13 +211,18 @@ class ZSCL(FineTune):
         """Keep the ensemble, or the merged weights, or the last ones; drop what only the task needed."""
         config, parameters = self.config, self.trainable()
         if config.wise_merge != "none":
-            assert config.wise_merge == "start" or self._zero_shot is not None
-            source = dict(self._zero_shot.model.named_parameters()) if config.wise_merge == "zero_shot" else self._start
-            move_towards(parameters, source, 1 - config.wise_merge_alpha)
+            move_towards(parameters, self._weights(config.wise_merge), 1 - config.wise_merge_alpha)
         if config.ensemble != "none":
             move_towards(parameters, self._ensemble, 1.0)
         self._start, self._ensemble, self._pulled = {}, {}, {}
         super().after_task(index, task)
+
+    def _weights(self, which: str) -> Mapping[str, Tensor]:
+        """Weights at the ``start`` of the task, or of the ``zero_shot`` model."""
+        if which == "start":
+            return self._start
+        assert self._zero_shot is not None
+        return dict(self._zero_shot.model.named_parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model under its own names; under ``zscl.`` what a started task and the caches hold."""

@@ -1,0 +1,220 @@
+"""Mixtures of adapters mounted beside the MLPs of a CLIP model, instance by instance, and taken off again."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
+from torch import Tensor, nn
+
+import cl_kernels as clk
+from cl_methods.backbone import Backbone
+
+
+class BlockAdapters(nn.Module):
+    """Experts of one residual block and one router per task.
+
+    ``y = r + Σ_{e ∈ top-k} g_e · scale · (dropout(relu(x W_down[e]ᵀ + b_down[e])) W_up[e]ᵀ + b_up[e])``; the router sees token
+    0 of x, one choice of experts per sample. Experts start as zero functions, routers and noise weights at zero.
+
+    Attributes:
+        down_weight (E, R, D), down_bias (E, R), up_weight (E, D, R), up_bias (E, D): experts.
+        routers, noises: per task (D, E).
+        usage: (E,) int64, activations (sample x step) since :meth:`reset_usage`.
+        step_usage: (E,) int64, the same since :meth:`end_step`.
+        frozen: (E,) bool, experts that no longer train.
+        updates: (E,) bool, experts that the coming optimiser step may change.
+
+    Args:
+        width: D.
+        experts: E.
+        bottleneck: R.
+        top_k: experts per sample.
+        scale: factor of the branch.
+        dropout: probability after the ReLU, in training.
+    """
+
+    usage: Tensor
+    step_usage: Tensor
+    frozen: Tensor
+    updates: Tensor
+
+    def __init__(self, width: int, experts: int, bottleneck: int, top_k: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.top_k, self.scale, self.dropout = top_k, scale, dropout
+        bound = 1 / math.sqrt(width)
+        self.down_weight = nn.Parameter(torch.empty(experts, bottleneck, width).uniform_(-bound, bound))
+        self.down_bias = nn.Parameter(torch.zeros(experts, bottleneck))
+        self.up_weight = nn.Parameter(torch.zeros(experts, width, bottleneck))
+        self.up_bias = nn.Parameter(torch.zeros(experts, width))
+        self.routers, self.noises = nn.ParameterList(), nn.ParameterList()
+        self.register_buffer("usage", torch.zeros(experts, dtype=torch.int64))
+        self.register_buffer("step_usage", torch.zeros(experts, dtype=torch.int64))
+        self.register_buffer("frozen", torch.zeros(experts, dtype=torch.bool))
+        self.register_buffer("updates", torch.zeros(experts, dtype=torch.bool), persistent=False)
+
+    @property
+    def experts(self) -> list[nn.Parameter]:
+        """The four stacked tensors, experts along dimension 0."""
+        return [self.down_weight, self.down_bias, self.up_weight, self.up_bias]
+
+    def add_routers(self, count: int) -> None:
+        """Create routers, all zero, until there are ``count``."""
+        experts, _, width = self.down_weight.shape
+        while len(self.routers) < count:
+            self.routers.append(nn.Parameter(self.down_weight.new_zeros(width, experts)))
+            self.noises.append(nn.Parameter(self.down_weight.new_zeros(width, experts)))
+
+    def forward(self, x: Tensor, residual: Tensor, task: int, *, training: bool, noise: bool) -> Tensor:
+        """``residual`` (B, L, D) plus the branch on ``x`` (B, L, D), routed by router ``task``; no host synchronisation.
+
+        Args:
+            x: adapter input.
+            residual: what the branch is added to.
+            task: index of the router.
+            training: whether dropout is on and activations are counted in ``step_usage``.
+            noise: whether gates are noisy.
+        """
+        weight = self.routers[task]
+        normal = torch.randn(len(x), weight.shape[1], dtype=x.dtype, device=x.device) if noise else None
+        w_noise = self.noises[task] if noise else None
+        gates, experts, usage = clk.top_k_gating(x[:, 0], weight, w_noise, k=self.top_k, noise=normal)
+        if training:
+            self.step_usage += usage
+        dropout = self.dropout if training else 0.0
+        return clk.moe_adapter(x, experts, gates, *self.experts, scale=self.scale, dropout_p=dropout, residual=residual)
+
+    @torch.no_grad()
+    def end_backward(self) -> None:
+        """Before the optimiser step: experts that got samples and are not frozen may change. Starts a new step's counts."""
+        torch.logical_and(self.step_usage > 0, ~self.frozen, out=self.updates)
+        self.usage += self.step_usage
+        self.step_usage.zero_()
+
+    def reset_usage(self) -> None:
+        """Forget all activations."""
+        self.usage.zero_()
+        self.step_usage.zero_()
+
+    @torch.no_grad()
+    def freeze_most_used(self, count: int) -> Tensor:
+        """Freeze the ``count`` experts with most activations, frozen ones included; their ids, most used first."""
+        chosen = self.usage.topk(count).indices
+        self.frozen[chosen] = True
+        return chosen
+
+
+class MountedAdapters(nn.Module):
+    """:class:`BlockAdapters` on every residual block of both towers of one CLIP model, parallel to the MLP.
+
+    ``x₁ = x + Attn(LN₁ x)``, ``out = x₁ + MLP(LN₂ x₁) + Σ_e g_e A_e(x₁)``: the adapters read x₁ without LayerNorm.
+    Nothing but the ``forward`` of these block instances changes: the model's state-dict names stay, :meth:`remove` undoes it,
+    and outside :meth:`active` the blocks run their own code. Activation checkpointing would count activations twice.
+
+    Source: Yu et al., "Boosting Continual Learning of Vision-Language Models via Mixture-of-Experts Adapters", CVPR 2024.
+
+    Args:
+        backbone: gets the adapters.
+        experts, bottleneck, top_k, scale, dropout: see :class:`BlockAdapters`.
+        text: whether the text tower gets adapters too.
+
+    Raises:
+        TypeError: a block is not open_clip's residual attention block.
+        ValueError: a block already carries adapters, or ``top_k`` exceeds ``experts``.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        experts: int,
+        bottleneck: int = 64,
+        top_k: int = 2,
+        scale: float = 0.1,
+        dropout: float = 0.1,
+        text: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"top_k: expected 1 to experts = {experts}, got {top_k}")
+        self._hosts = _residual_blocks(backbone, text)
+        self.blocks = nn.ModuleDict(
+            {
+                name: BlockAdapters(block.ln_2.weight.shape[0], experts, bottleneck, top_k, scale, dropout)
+                for name, block in self._hosts.items()
+            }
+        ).to(backbone.device)
+        self._task: int | None = None
+        self._training = self._noise = False
+        for name, block in self._hosts.items():
+            block.forward = functools.partial(_adapted_forward, self, self.blocks[name], block)
+
+    def remove(self) -> None:
+        """Take the adapters off; the blocks run as they did before."""
+        for block in self._hosts.values():
+            del block.forward
+        self._hosts = {}
+
+    @contextmanager
+    def active(self, task: int | None, *, training: bool = False, noise: bool = False) -> Iterator[None]:
+        """Inside, the blocks use router ``task``; None bypasses the adapters exactly.
+
+        Args:
+            task: index of the router.
+            training: dropout, and counting of activations.
+            noise: noisy gates.
+        """
+        before = self._task, self._training, self._noise
+        self._task, self._training, self._noise = task, training, noise
+        try:
+            yield
+        finally:
+            self._task, self._training, self._noise = before
+
+    def each(self) -> Iterator[BlockAdapters]:
+        """The adapters of every block, image tower first."""
+        for block in self.blocks.values():
+            assert isinstance(block, BlockAdapters)
+            yield block
+
+
+def _residual_blocks(backbone: Backbone, text: bool) -> dict[str, Any]:
+    towers = {"visual": backbone.model.visual} | ({"text": backbone.text_tower} if text else {})
+    found: dict[str, Any] = {}
+    for tower_name, tower in towers.items():
+        blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
+        if blocks is None:
+            raise TypeError(f"model: the {tower_name} tower of {backbone.name} has no open_clip residual blocks")
+        for index, block in enumerate(blocks):
+            if type(block) not in (ResidualAttentionBlock, CustomResidualAttentionBlock):
+                raise TypeError(f"model: expected open_clip residual blocks, got {type(block).__name__}")
+            if "forward" in vars(block):
+                raise ValueError(f"model: block {index} of the {tower_name} tower already carries adapters")
+            found[f"{tower_name}_{index}"] = block
+    return found
+
+
+def _adapted_forward(
+    mounted: MountedAdapters,
+    adapters: nn.Module,
+    block: Any,
+    x: Tensor,
+    k_x: Tensor | None = None,
+    v_x: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+) -> Tensor:
+    """The forward of an open_clip block with the adapters beside its MLP."""
+    if mounted._task is None:
+        return type(block).forward(block, x, attn_mask=attn_mask)
+    if isinstance(block, ResidualAttentionBlock):
+        attended = block.attention(q_x=block.ln_1(x), attn_mask=attn_mask)
+    else:
+        attended = block.ln_attn(block.attn(block.ln_1(x), attn_mask=attn_mask))
+    x = x + block.ls_1(attended)
+    residual = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return adapters(x, residual, mounted._task, training=mounted._training, noise=mounted._noise)

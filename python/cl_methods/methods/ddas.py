@@ -1,0 +1,240 @@
+"""Which task does an image belong to? Autoencoders on frozen features, one per task and one for generic data (DDAS)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_methods.backbone import Backbone, Transform
+from cl_methods.methods.config import check_field
+from cl_methods.methods.frozen_features import Extractor, alexnet_features, backbone_features
+from cl_methods.scenarios.base import ImageSource
+
+_CACHE_BYTES = 1 << 30
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class DDASConfig:
+    """Settings of the detector; the published ones by default, which need AlexNet weights on disk.
+
+    Attributes:
+        features: ``alexnet`` conv5 before its ReLU (published), or early statistics of the frozen ``backbone`` (no weights).
+        alexnet_weights: path of torchvision's AlexNet state dict.
+        depth: blocks of the image tower before the statistics, for ``backbone``.
+        code: width of the autoencoders' bottleneck.
+        iterations, generic_iterations: Adam steps for a task's autoencoder and for the one on generic data.
+        batch_size: images per step.
+        lr, weight_decay: of Adam; the rate falls tenfold every 10 epochs.
+        augment: train on randomly cropped images (published) instead of evaluation images.
+        threshold: largest error at which an image still belongs to a task.
+        relative: compare errors in units of each autoencoder's mean error on held-out images of its own data, instead of
+            raw errors (published).
+        scope: ``sample`` decides for each image alone; ``batch`` once for the whole evaluation batch, as published, which
+            uses that a batch holds one data set only.
+    """
+
+    features: Literal["alexnet", "backbone"] = "alexnet"
+    alexnet_weights: str = ""
+    depth: int = 0
+    code: int = 100
+    iterations: int = 301
+    generic_iterations: int = 1001
+    batch_size: int = 64
+    lr: float = 0.01
+    weight_decay: float = 1e-4
+    augment: bool = True
+    threshold: float = 0.0655
+    relative: bool = False
+    scope: Literal["sample", "batch"] = "sample"
+
+    def __post_init__(self) -> None:
+        check_field(self, "features", ("alexnet", "backbone"))
+        check_field(self, "scope", ("sample", "batch"))
+        for name in ("code", "iterations", "generic_iterations", "batch_size", "lr", "threshold"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+
+
+class AutoEncoder(nn.Module):
+    """``AE(z) = sigmoid(relu(z W_eᵀ + b_e) W_dᵀ + b_d)`` on z (N, D) in (0, 1).
+
+    Attributes:
+        unit: scalar, mean error on held-out images of the data that it was trained on.
+    """
+
+    unit: Tensor
+
+    def __init__(self, width: int, code: int) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(width, code), nn.Linear(code, width)
+        self.register_buffer("unit", torch.ones(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Reconstruction of z (N, D)."""
+        return torch.sigmoid(self.decoder(F.relu(self.encoder(z))))
+
+    def errors(self, z: Tensor) -> Tensor:
+        """(N,) mean squared error of each row of z (N, D)."""
+        return (self(z) - z).square().mean(dim=1)
+
+
+def decide(errors: Tensor, threshold: float, scope: str) -> Tensor:
+    """Task of each image: the autoencoder with the smallest error, or -1 for the plain model.
+
+    -1 where the generic autoencoder (column 0) has the smallest error or the smallest error exceeds the threshold.
+
+    Args:
+        errors: (B, 1 + tasks) reconstruction errors, generic data in column 0.
+        threshold: see above.
+        scope: ``"sample"``: each row alone; ``"batch"``: the mean row decides for all.
+
+    Returns:
+        (B,) int64.
+
+    Source: MoE-Adapters (Yu et al., CVPR 2024), section 3.3; the public code has batch scope.
+    """
+    if scope == "batch":
+        errors = errors.mean(dim=0, keepdim=True).expand_as(errors)
+    smallest, index = errors.min(dim=1)
+    return torch.where(smallest > threshold, -1, index - 1)
+
+
+class DDAS(nn.Module):
+    """Distribution discriminative auto-selector: one autoencoder per learnt task and one for generic data.
+
+    Only trained autoencoders compete. Without generic data, column 0 never wins and the threshold alone protects unseen data.
+
+    Args:
+        backbone: frozen; its own features, or the device for AlexNet's.
+        config: settings.
+    """
+
+    def __init__(self, backbone: Backbone, config: DDASConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._backbone = [backbone]  # in a list, so that it is no sub-module
+        self.extractor: Extractor = (
+            alexnet_features(config.alexnet_weights, backbone.device)
+            if config.features == "alexnet"
+            else backbone_features(backbone, config.depth)
+        )
+        self.generic: AutoEncoder | None = None
+        self.tasks = nn.ModuleList()
+        self.register_buffer("shift", torch.zeros(0))
+        self.register_buffer("spread", torch.zeros(0))
+
+    @torch.no_grad()
+    def inputs(self, images: Tensor) -> Tensor:
+        """z (B, D) = sigmoid of the (standardised, if the extractor asks for it) features of images (B, 3, R, R)."""
+        return self._squash(self.extractor.features(images))
+
+    def _squash(self, features: Tensor) -> Tensor:
+        if self.extractor.standardise:
+            features = (features - self.shift) / self.spread
+        return torch.sigmoid(features)
+
+    @torch.no_grad()
+    def errors(self, images: Tensor) -> Tensor:
+        """(B, 1 + tasks) errors of images (B, 3, R, R), in units of held-out errors if ``relative``."""
+        z, columns = self.inputs(images), []
+        for coder in (self.generic, *self.tasks):
+            if coder is None:
+                columns.append(z.new_full((len(z),), torch.inf))
+            else:
+                columns.append(coder.errors(z) / coder.unit if self.config.relative else coder.errors(z))
+        return torch.stack(columns, dim=1)
+
+    @torch.no_grad()
+    def decide(self, images: Tensor) -> Tensor:
+        """(B,) int64: task of each image, -1 for the plain model; -1 throughout before the first task."""
+        if not len(self.tasks):
+            return torch.full((len(images),), -1, device=images.device)
+        return decide(self.errors(images), self.config.threshold, self.config.scope)
+
+    def learn_generic(self, images: ImageSource) -> None:
+        """Train the autoencoder of generic data, column 0."""
+        self.generic = self._learn(images, None, self.config.generic_iterations, seed=0)
+
+    def learn_task(self, index: int, train: ImageSource, held_out: ImageSource) -> None:
+        """Train the autoencoder of the ``index``-th task on its training images.
+
+        Raises:
+            ValueError: tasks are learnt out of order.
+        """
+        if index != len(self.tasks):
+            raise ValueError(f"index: expected the next task, {len(self.tasks)}, got {index}")
+        self.tasks.append(self._learn(train, held_out, self.config.iterations, seed=index + 1))
+
+    def _learn(self, source: ImageSource, held_out: ImageSource | None, iterations: int, seed: int) -> AutoEncoder:
+        """A new autoencoder; every random number comes from ``seed`` and the caller's generators are left alone."""
+        device = self._backbone[0].device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            order = torch.randperm(len(source))
+            kept = len(source) if held_out is not None and len(held_out) else max(1, len(source) * 9 // 10)
+            if not len(self.shift):
+                self._standardise(source, order[:kept])
+            coder = AutoEncoder(len(self.shift), self.config.code).to(device)
+            optimizer = torch.optim.Adam(coder.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay)
+            epoch_length = max(1, kept // self.config.batch_size)
+            batches = self._batches(source, order[:kept], iterations)
+            for step, z in enumerate(batches):
+                for group in optimizer.param_groups:
+                    group["lr"] = self.config.lr * 0.1 ** (step // epoch_length // 10)
+                optimizer.zero_grad(set_to_none=True)
+                (coder(z) - z).square().mean().backward()
+                optimizer.step()
+            if held_out is not None and len(held_out):
+                others = self._all(held_out, torch.arange(len(held_out)))
+            else:
+                others = self._all(source, order[kept:] if kept < len(source) else order)
+            with torch.no_grad():
+                coder.unit.copy_(coder.errors(others).mean())
+        return coder.requires_grad_(False)
+
+    def _standardise(self, source: ImageSource, rows: Tensor) -> None:
+        """Fix shift and spread of every feature from the first data seen; the width of the features too."""
+        features = torch.cat([self._features(source, chunk, augment=False) for chunk in rows[:2048].split(_CHUNK)])
+        self.shift = features.mean(dim=0)
+        self.spread = features.std(dim=0).clamp(min=1e-6)
+
+    def _features(self, source: ImageSource, rows: Tensor, augment: bool) -> Tensor:
+        backbone = self._backbone[0]
+        transform: Transform = backbone.train_transform if augment else backbone.eval_transform
+        images = torch.stack([transform(source.image(row)) for row in rows.tolist()])
+        with torch.no_grad():
+            return self.extractor.features(images.to(backbone.device))
+
+    def _all(self, source: ImageSource, rows: Tensor) -> Tensor:
+        return self._squash(torch.cat([self._features(source, chunk, augment=False) for chunk in rows.split(_CHUNK)]))
+
+    def _batches(self, source: ImageSource, rows: Tensor, iterations: int) -> Iterator[Tensor]:
+        """``iterations`` batches of inputs, every image once per epoch; features are kept where they fit and are fixed."""
+        size = min(self.config.batch_size, len(rows))
+        fits = len(rows) * len(self.shift) * 4 <= _CACHE_BYTES
+        cached = self._all(source, rows) if fits and not self.config.augment else None
+        queue = torch.zeros(0, dtype=torch.int64)
+        for _ in range(iterations):
+            if len(queue) < size:
+                queue = torch.randperm(len(rows))
+            chosen, queue = queue[:size], queue[size:]
+            if cached is not None:
+                yield cached[chosen.to(cached.device)]
+            else:
+                yield self._squash(self._features(source, rows[chosen], self.config.augment))
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore ``state_dict()`` into a detector that may have learnt less or more."""
+        self.shift, self.spread = state["shift"], state["spread"]
+        count = len({name.split(".")[1] for name in state if name.startswith("tasks.")})
+        new = lambda: AutoEncoder(len(self.shift), self.config.code).to(self.shift.device).requires_grad_(False)  # noqa: E731
+        with torch.random.fork_rng(devices=[]):
+            self.generic = new() if any(name.startswith("generic.") for name in state) else None
+            self.tasks = nn.ModuleList([new() for _ in range(count)])
+        self.load_state_dict(state)

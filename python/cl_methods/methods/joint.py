@@ -1,0 +1,55 @@
+"""Joint training on all tasks together: the upper bound, not a continual method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from cl_methods.methods.base import Batch
+from cl_methods.methods.config import TrainConfig
+from cl_methods.methods.finetune import FineTune
+from cl_methods.scenarios.base import Task
+
+
+@dataclass(frozen=True)
+class JointConfig(TrainConfig):
+    """Settings of :class:`TrainConfig`; ``iterations`` counts all tasks together."""
+
+    iterations: int = 11000
+
+    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "mini": {"lr": 5e-4, "iterations": 560, "warmup": 56},
+    }
+
+
+class Joint(FineTune):
+    """Fine-tuning on the data of every task at once, each step one task's batch and classes: ``L = CE(s f(x) g(c_t)ᵀ, y)``.
+
+    A bound for continual methods, which see one task at a time.
+    """
+
+    name: ClassVar[str] = "joint"
+    joint: ClassVar[bool] = True
+
+    Config = JointConfig
+
+    def before_task(self, index: int, task: Task) -> None:
+        """Start without texts; each task's are tokenised when its first batch comes."""
+        super().before_task(index, task)
+        self._first = task
+        self._task_texts: dict[str, Tensor] = {}
+
+    def learning_rate(self, task: Task) -> float:
+        """One rate for all tasks."""
+        return self.config.lr
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """``{"loss"}``: the cross-entropy of the batch over the classes of its own task."""
+        task = batch.task if batch.task is not None else self._first
+        if task.name not in self._task_texts:
+            self._task_texts[task.name] = self.training_texts(task)
+        features = self.backbone.encode_images(batch.images)
+        return {"loss": self.cross_entropy(features, batch.labels, self._task_texts[task.name])}

@@ -1,0 +1,242 @@
+"""MoE-Adapters: routed adapters in every block of a frozen CLIP, experts frozen once they are used, tasks told apart by DDAS."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_methods.adapters import MountedAdapters
+from cl_methods.backbone import Backbone
+from cl_methods.methods.base import Batch, Method
+from cl_methods.methods.config import ADAPTER_TASK_LR, ADAPTER_TASK_LR_FEW_SHOT, TrainConfig, check_field
+from cl_methods.methods.ddas import DDAS, DDASConfig
+from cl_methods.methods.expert_adamw import ExpertAdamW
+from cl_methods.scenarios.base import Reference, Task
+
+
+@dataclass(frozen=True)
+class MoEAdaptersConfig(TrainConfig):
+    """Settings of :class:`MoEAdapters`; the defaults are those of the full-shot MTIL run.
+
+    Attributes:
+        experts: E per block.
+        top_k: experts per sample.
+        bottleneck: width of an expert.
+        scale: factor of the adapter branch.
+        dropout: after the ReLU of an expert, in training.
+        gating_noise: noisy gates in training.
+        text_adapters: adapters in the text tower too.
+        routers: one per task (``task``), or one for all (``shared``, class-incremental form).
+        freeze: most used experts per block that stop training after each task; 0 for none.
+        detection: who chooses the router of a test image: ``ddas``, or ``none`` for the one shared router.
+        ddas: settings of the detector.
+    """
+
+    lr: float = 1e-3
+    experts: int = 22
+    top_k: int = 2
+    bottleneck: int = 64
+    scale: float = 0.1
+    dropout: float = 0.1
+    gating_noise: bool = True
+    text_adapters: bool = True
+    routers: Literal["task", "shared"] = "task"
+    freeze: int = 2
+    detection: Literal["ddas", "none"] = "ddas"
+    ddas: DDASConfig = field(default_factory=DDASConfig)
+
+    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "mtil": {"task_lr": ADAPTER_TASK_LR},
+        "mtil_few_shot": {"task_lr": ADAPTER_TASK_LR_FEW_SHOT, "iterations": 500, "ddas": DDASConfig(threshold=0.06)},
+        "cil": {
+            "warmup": 30,
+            "batch_size": 128,
+            "label_smoothing": 0.0,
+            "experts": 2,
+            "routers": "shared",
+            "freeze": 0,
+            "detection": "none",
+        },
+        "mini": {
+            "lr": 5e-3,
+            "iterations": 80,
+            "warmup": 8,
+            "ddas": DDASConfig(features="backbone", code=16, augment=False, relative=True, threshold=2.0),
+        },
+        "folders": {"ddas": DDASConfig(features="backbone", code=16, augment=False, relative=True, threshold=2.0)},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self, "routers", ("task", "shared"))
+        check_field(self, "detection", ("ddas", "none"))
+        for name in ("experts", "bottleneck", "scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k: expected 1 to experts = {self.experts}, got {self.top_k}")
+        if not 0 <= self.freeze <= self.experts:
+            raise ValueError(f"freeze: expected 0 to experts = {self.experts}, got {self.freeze}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected 0 <= value < 1, got {self.dropout}")
+        if self.routers == "task" and self.detection == "none":
+            raise ValueError("detection: 'none' leaves open which task's router to use; set routers to 'shared'")
+        if self.routers == "shared" and self.detection == "ddas":
+            raise ValueError("detection: a shared router needs no detector; set detection to 'none'")
+
+
+class MoEAdapters(Method):
+    """``L = CE(s f(x) g(c)ᵀ, y)`` over the experts and the current router only; the CLIP weights never change.
+
+    Adapters sit in every residual block of both towers (:class:`~cl_methods.adapters.MountedAdapters`). Each task adds a
+    router; after it the most used experts of every block are frozen, though every router may still choose them. Test images
+    go to the router of the task that :class:`~cl_methods.methods.ddas.DDAS` finds, or to the plain model.
+
+    Source: Yu et al., "Boosting Continual Learning of Vision-Language Models via Mixture-of-Experts Adapters", CVPR 2024.
+    As in its public code the load-balancing loss is not part of training, and experts without samples in a step are not
+    updated. Unlike there, activation counts restart with each task and the list of frozen experts has no duplicates.
+    """
+
+    name: ClassVar[str] = "moe_adapters"
+    Config = MoEAdaptersConfig
+    config: MoEAdaptersConfig
+
+    def __init__(self, backbone: Backbone, config: MoEAdaptersConfig, reference: Reference | None = None) -> None:
+        super().__init__(backbone, config, reference)
+        backbone.model.requires_grad_(False)
+        self.adapters = MountedAdapters(
+            backbone,
+            experts=config.experts,
+            bottleneck=config.bottleneck,
+            top_k=config.top_k,
+            scale=config.scale,
+            dropout=config.dropout,
+            text=config.text_adapters,
+        )
+        self.detector = DDAS(backbone, config.ddas) if config.detection == "ddas" else None
+        self.router: int | None = None
+        self._texts: Tensor | None = None
+        self._routed: dict[tuple[int | None, tuple[str, ...]], Tensor] = {}
+
+    def before_task(self, index: int, task: Task) -> None:
+        """Add the task's router and restart the counts."""
+        super().before_task(index, task)
+        self.router = 0 if self.config.routers == "shared" else index
+        for block in self.adapters.each():
+            block.add_routers(self.router + 1)
+            block.reset_usage()
+        self._texts = self.training_texts(task)
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """The experts and the current task's router; frozen experts are rows that the optimiser leaves out."""
+        if self.router is None:
+            raise RuntimeError("moe_adapters: call before_task before asking what trains")
+        names = {"down_weight", "down_bias", "up_weight", "up_bias", f"routers.{self.router}", f"noises.{self.router}"}
+        return [
+            (f"{place}.{name}", value)
+            for place, block in self.adapters.blocks.items()
+            for name, value in block.named_parameters()
+            if name in names
+        ]
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW that skips frozen experts and experts without samples, moments included."""
+        config = self.config
+        masks = {expert: block.updates for block in self.adapters.each() for expert in block.experts}
+        parameters = [value for _, value in self.trainable()]
+        return ExpertAdamW(parameters, masks, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """``{"loss"}``: the label-smoothed cross-entropy with the class texts re-encoded."""
+        if self._texts is None:
+            raise RuntimeError("moe_adapters: call before_task before the first step")
+        with self.adapters.active(self.router, training=True, noise=self.config.gating_noise):
+            features = self.backbone.encode_images(batch.images)
+            texts = self.backbone.encode_texts(self._texts)
+        logits = self.backbone.logit_scale * features @ texts.T
+        return {"loss": F.cross_entropy(logits, batch.labels, label_smoothing=self.config.label_smoothing)}
+
+    def before_step(self, batch: Batch) -> None:
+        """Tell the optimiser which experts had samples."""
+        super().before_step(batch)
+        for block in self.adapters.each():
+            block.end_backward()
+
+    def after_task(self, index: int, task: Task) -> None:
+        """Freeze the most used experts; teach the detector the task's images."""
+        super().after_task(index, task)
+        if self.config.freeze:
+            for block in self.adapters.each():
+                block.freeze_most_used(self.config.freeze)
+        if self.detector is not None:
+            self._teach_detector(self.detector, index, task)
+
+    def _teach_detector(self, detector: DDAS, index: int, task: Task) -> None:
+        if index == 0:
+            if self.reference is not None and len(self.reference.images):
+                detector.learn_generic(self.reference.images)
+            else:
+                warnings.warn(
+                    "moe_adapters: this scenario has no reference images, so the detector has no autoencoder of generic "
+                    "data; the threshold alone keeps unseen images on the plain model",
+                    stacklevel=2,
+                )
+        detector.learn_task(index, task.train, task.validation)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor, task: Task) -> Tensor:
+        """(B, classes) scores, each image through the router that the detector chooses for it."""
+        images = images.to(self.backbone.device)
+        if self.detector is None:
+            return self._routed_logits(images, task, self.router if self.config.routers == "task" else self._shared())
+        chosen = self.detector.decide(images)
+        scores = torch.empty(len(images), len(task.class_names), device=images.device)
+        for router in chosen.unique().tolist():
+            rows = (chosen == router).nonzero().squeeze(1)
+            scores[rows] = self._routed_logits(images[rows], task, None if router < 0 else router).to(scores.dtype)
+        return scores
+
+    def _shared(self) -> int | None:
+        """The shared router once it exists."""
+        return 0 if next(self.adapters.each()).routers else None
+
+    def _routed_logits(self, images: Tensor, task: Task, router: int | None) -> Tensor:
+        with self.adapters.active(router):
+            key = (router, (*task.class_names, "", *task.templates))
+            if key not in self._routed:
+                self._routed[key] = self.backbone.class_embeddings(task.class_names, task.templates)
+            return self.backbone.logit_scale * self.backbone.encode_images(images) @ self._routed[key].T
+
+    def forget_classifiers(self) -> None:
+        """Drop the class embeddings of every router."""
+        super().forget_classifiers()
+        self._routed.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Adapters (``adapters.``) and detector (``ddas.``); the CLIP weights are never changed and not included."""
+        state = {f"adapters.{name}": value for name, value in self.adapters.state_dict().items()}
+        if self.detector is not None:
+            state.update({f"ddas.{name}": value for name, value in self.detector.state_dict().items()})
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore :meth:`state_dict`, creating the routers and autoencoders that it holds."""
+        parts: dict[str, dict[str, Tensor]] = {"adapters": {}, "ddas": {}}
+        for name, value in state.items():
+            part, _, rest = name.partition(".")
+            if part not in parts:
+                raise RuntimeError(f"state: {name!r} is no tensor of moe_adapters")
+            parts[part][rest] = value
+        routers = 1 + max((int(name.split(".")[3]) for name in parts["adapters"] if ".routers." in name), default=-1)
+        for block in self.adapters.each():
+            block.add_routers(routers)
+        self.adapters.load_state_dict(parts["adapters"])
+        if self.detector is not None:
+            self.detector.load_state(parts["ddas"])
+        self.forget_classifiers()
