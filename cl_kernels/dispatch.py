@@ -84,11 +84,16 @@ def choose(operation: str, device: torch.device, backend: str | None = None) -> 
     Raises:
         ValueError: the backend asked for does not exist, is not available (with the reason), or does not run on that device.
     """
-    wanted = backend or _override or os.environ.get("CL_KERNELS_BACKEND")
+    return _resolve(operation, device.type, backend or _override or os.environ.get("CL_KERNELS_BACKEND"))
+
+
+@torch.compiler.assume_constant_result
+def _resolve(operation: str, device: str, wanted: str | None) -> str:
+    """torch.compile evaluates this while tracing and guards on its arguments alone."""
     if wanted is not None:
-        return _explicit(operation, device.type, wanted)
-    chosen = _chosen.get((operation, device.type))
-    return chosen if chosen is not None else _automatic(operation, device.type)
+        return _explicit(operation, device, wanted)
+    chosen = _chosen.get((operation, device))
+    return chosen if chosen is not None else _automatic(operation, device)
 
 
 def _check_name(name: str) -> None:
@@ -115,7 +120,7 @@ def _automatic(operation: str, device: str) -> str:
         warnings.warn(
             f"cl_kernels: {operation} runs on its plain PyTorch reference on {device} ({reasons}). `clk doctor` tells more.",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     _chosen[operation, device] = chosen
     return chosen

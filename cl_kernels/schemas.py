@@ -39,5 +39,9 @@ SCHEMAS = {
         "float columns, bool mask_diagonal, bool need_student, bool need_anchors, bool need_scale) "
         "-> (Tensor grad_student, Tensor grad_anchors, Tensor grad_scale)"
     ),
+    # gates (B, k) fp32 (fp64 for fp64 x), expert_ids (B, k) and usage (E,) int64. Its gradient needs no kernel of its own.
+    "top_k_gating": (
+        "(Tensor x, Tensor w_gate, Tensor? w_noise, Tensor? noise, int k) -> (Tensor gates, Tensor expert_ids, Tensor usage)"
+    ),
     "average_": "(Tensor(a!)[] averages, Tensor[] values, float weight) -> ()",
 }

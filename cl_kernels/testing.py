@@ -118,7 +118,10 @@ def _read_amd(target: str, compiled: Any) -> CompiledInfo:
     text = compiled.asm["amdgcn"]
 
     def field(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        if found is None:
+            raise RuntimeError(f"the assembly for {target} has no field .{name}")
+        return int(found[1])
 
     opcodes = re.findall(r"^\s+([svdgb][a-z]*_\w+)", text, re.MULTILINE)
     return CompiledInfo(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+
+# Folders of tests are packages where module names repeat (test_cpu.py …); their helpers have names of their own (*_cases.py).
+sys.path[:0] = sorted({str(path.parent) for path in Path(__file__).parent.glob("*/*_cases.py")})
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -16,12 +20,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselect what cannot run in this process; a skip would look like a test that was meant to run here.
 
     Triton fixes at import whether kernels are interpreted, so interpreter tests have a process of their own (TRITON_INTERPRET=1),
-    and ahead-of-time compilation is impossible in it.
+    and ahead-of-time compilation is impossible in it. Tests in files called test_cpu.py need the compiled library: they fail where
+    it is missing, unless CL_KERNELS_NATIVE=0 says that it was left out on purpose.
     """
+    for item in items:
+        if item.path.name == "test_cpu.py":
+            item.add_marker("native")
     missing = {
         "interpreter": not INTERPRETING,
         "aot": INTERPRETING,
         "gpu": not torch.cuda.is_available(),
+        "native": os.environ.get("CL_KERNELS_NATIVE") == "0",
     }
     deselected = [item for item in items if any(absent and item.get_closest_marker(m) for m, absent in missing.items())]
     if deselected:

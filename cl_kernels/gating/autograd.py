@@ -1,0 +1,87 @@
+"""Registrations of top-k gating: fake implementation, gradient, and the Triton kernel."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_kernels import dispatch, library
+from cl_kernels.gating.reference import compute_dtype
+
+operator = partial(library.operator, "top_k_gating")
+
+
+def _sizes(x: Tensor, w_gate: Tensor, w_noise: Tensor | None, noise: Tensor | None, k: int) -> tuple[int, int]:
+    """(B, E), for those who call the operator itself; the public function has better sentences."""
+    torch._check(
+        x.dim() == 2 and w_gate.dim() == 2 and x.shape[1] == w_gate.shape[0], lambda: "x (B, D), w_gate (D, E)"
+    )
+    rows, experts = x.shape[0], w_gate.shape[1]
+    torch._check(1 <= k <= experts, lambda: f"k: got {k}, expected 1 to {experts}")
+    torch._check(w_noise is None or w_noise.shape == w_gate.shape, lambda: "w_noise: expected the shape of w_gate")
+    fits = noise is None or (w_noise is not None and noise.dim() == 2 and noise.shape == (rows, experts))
+    torch._check(fits, lambda: "noise: expected (B, E), and w_noise with it")
+    return rows, experts
+
+
+def _fake(
+    x: Tensor, w_gate: Tensor, w_noise: Tensor | None, noise: Tensor | None, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, experts = _sizes(x, w_gate, w_noise, noise, k)
+    return (
+        x.new_empty((rows, k), dtype=compute_dtype(x)),
+        x.new_empty((rows, k), dtype=torch.int64),
+        x.new_empty((experts,), dtype=torch.int64),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w_gate, w_noise, noise, _ = inputs
+    gates, expert_ids, usage = output
+    ctx.mark_non_differentiable(expert_ids, usage)
+    ctx.save_for_backward(x, w_gate, w_noise, noise, gates, expert_ids)
+
+
+def _backward(ctx: Any, grad_gates: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradient of the softmax over the kept logits, spread over (B, E); then two thin matrix products per input.
+
+    A few small PyTorch operations: E is at most some dozens, and written like this it can be differentiated again.
+    """
+    x, w_gate, w_noise, noise, gates, expert_ids = ctx.saved_tensors
+    compute = gates.dtype
+    wide, gate = x.to(compute), w_gate.to(compute)
+    kept = gates * (grad_gates - (grad_gates * gates).sum(1, keepdim=True))  # (B, k)
+    logits = kept.new_zeros(x.shape[0], w_gate.shape[1]).scatter(
+        1, expert_ids, kept
+    )  # (B, E): ids of a row are distinct
+    grad_x = logits @ gate.T if ctx.needs_input_grad[0] else None
+    grad_gate = (wide.T @ logits).to(w_gate.dtype) if ctx.needs_input_grad[1] else None
+    grad_noise_weight = None
+    if noise is not None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]):
+        spread = logits * noise.to(compute) * torch.sigmoid(wide @ w_noise.to(compute))  # (B, E): softplus' = sigmoid
+        if grad_x is not None:
+            grad_x = grad_x + spread @ w_noise.to(compute).T
+        if ctx.needs_input_grad[2]:
+            grad_noise_weight = (wide.T @ spread).to(w_noise.dtype)
+    return None if grad_x is None else grad_x.to(x.dtype), grad_gate, grad_noise_weight, None, None
+
+
+def _triton(
+    x: Tensor, w_gate: Tensor, w_noise: Tensor | None, noise: Tensor | None, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from cl_kernels.gating import triton_kernels
+
+    _sizes(x, w_gate, w_noise, noise, k)
+    return triton_kernels.top_k_gating(x, w_gate, w_noise, noise, k)
+
+
+for _namespace in (library.COMPILED, library.TRITON):
+    library.definitions[_namespace]._register_fake("top_k_gating", _fake)
+    torch.library.register_autograd(
+        f"{_namespace}::top_k_gating", _backward, setup_context=_setup_context, lib=library.definitions[_namespace]
+    )
+for _key in ("CUDA", "CPU") if dispatch.INTERPRETING else ("CUDA",):
+    library.definitions[library.TRITON].impl("top_k_gating", _triton, _key)
