@@ -8,10 +8,10 @@ from __future__ import annotations
 
 SCHEMAS = {
     # x (B, L, D), expert_ids (B, k) int64, gates (B, k) fp32/fp64, seed () int64 on the CPU -> out (B, L, D), hidden (B, k, L, R):
-    # the bottleneck activation after ReLU and dropout, which is all that the backward pass needs.
+    # the bottleneck activation after ReLU and dropout, which is all that the backward pass needs (zero elements unless saved).
     "moe_adapter": (
         "(Tensor x, Tensor expert_ids, Tensor gates, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, "
-        "Tensor? residual, Tensor? seed, float scale, float dropout_p) -> (Tensor out, Tensor hidden)"
+        "Tensor? residual, Tensor? seed, float scale, float dropout_p, bool save_hidden) -> (Tensor out, Tensor hidden)"
     ),
     # Gradients that are not needed come back with zero elements.
     "moe_adapter_backward": (

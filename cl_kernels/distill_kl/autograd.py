@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_kernels import dispatch, library
+from cl_kernels import library
 from cl_kernels.distill_kl.reference import compute_dtype
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cl_kernels import dispatch
-from cl_kernels.moe_adapter import dropout, reference
+from cl_kernels.moe_adapter import autograd, dropout, reference
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -61,7 +61,9 @@ def moe_adapter(
         raise ValueError(f"dropout_p: got {dropout_p}, expected a probability in [0, 1)")
     dtype = _autocast_dtype(x)
     _check_dtypes(dtype, x, weights)
-    dispatch.choose("moe_adapter", x.device, backend)
+    chosen = dispatch.choose("moe_adapter", x.device, backend)
+    if chosen == "triton" and dtype == torch.float64:
+        chosen = "reference"  # documented: the tensor cores of most GPUs have no float64
 
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     inside = residual is not None and residual.dtype == dtype
@@ -76,7 +78,12 @@ def moe_adapter(
         float(scale),
         float(dropout_p),
     )
-    out = reference.moe_adapter(*inputs)
+    if chosen == "reference":
+        out = reference.moe_adapter(*inputs)
+    else:
+        differentiable = (x, gates, residual if inside else None, *weights.values())
+        save_hidden = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+        out, _ = autograd.operator(chosen)(*inputs, save_hidden)
     if tokens:
         out = out.squeeze(1)
     return out if residual is None or inside else (residual + out).to(residual.dtype)

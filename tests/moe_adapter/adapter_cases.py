@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import cl_kernels as clk
+
 WEIGHTS = ("down_weight", "down_bias", "up_weight", "up_bias")
 
 
@@ -107,3 +109,40 @@ def naive(
         expert = torch.einsum("belr,edr->bld", slot, up_weight) + torch.einsum("be,ed->bd", chosen, up_bias)[:, None]
         out = out + scale * gates[:, j, None, None].to(x.dtype) * expert
     return out
+
+
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Relative root-mean-square error against float64 arithmetic on the same inputs: a few units in the last place."""
+
+
+def relative_error(given: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of ``expected``; NaN if either has one."""
+    given, expected = given.double(), expected.double()
+    return ((given - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def outputs(
+    case: Case, backend: str, dropout_p: float = 0.0, needs: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
+    """Output and gradients of one call under a fixed seed and upstream gradient; ``needs`` names what requires a gradient."""
+    arguments = case.arguments(requires_grad=needs is None)
+    for name in needs or ():
+        arguments[name].requires_grad_()
+    torch.manual_seed(7)
+    out = clk.moe_adapter(**arguments, scale=case.scale, dropout_p=dropout_p, backend=backend)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    out.backward(upstream.to(case.tensors["x"].dtype).to(out.dtype))
+    found = {"out": out.detach()}
+    return found | {name: tensor.grad for name, tensor in arguments.items() if tensor.grad is not None}
+
+
+def assert_matches_reference(case: Case, backend: str, dropout_p: float = 0.0, factor: float = 1.0) -> None:
+    """Output and every gradient against the reference in float64 on the same (already rounded) inputs."""
+    dtype = case.tensors["x"].dtype
+    found = outputs(case, backend, dropout_p)
+    expected = outputs(case.to(torch.float64), "reference", dropout_p)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == (case.tensors["gates"].dtype if name == "gates" else dtype)
+        error = relative_error(tensor, expected[name])
+        assert error <= factor * TOLERANCE[dtype], f"{name}: relative error {error:.2e}"

@@ -1,0 +1,153 @@
+#include "moe_adapter/cpu_driver.h"
+
+#include <algorithm>
+
+namespace clk {
+namespace moe {
+namespace {
+
+// Samples shorter than this are handled token by token, gathered by expert: their tiles would be nearly empty.
+constexpr int64_t kShortSample = 4;
+constexpr int64_t kGrainWork = 1 << 20;  // multiply-adds that are worth a thread
+
+}  // namespace
+
+Shape check_arguments(const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const Tensor& down_weight,
+                      const Tensor& up_weight, const Tensor& up_bias) {
+  STD_TORCH_CHECK(x.dim() == 3 && expert_ids.dim() == 2 && gates.dim() == 2 && down_weight.dim() == 3 && up_weight.dim() == 3 &&
+                      up_bias.dim() == 2,
+                  "moe_adapter: expected x, down_weight and up_weight with 3 dimensions, expert_ids, gates and up_bias with 2");
+  const Shape s{x.size(0), x.size(1), x.size(2), down_weight.size(1), down_weight.size(0), expert_ids.size(1)};
+  STD_TORCH_CHECK(expert_ids.size(0) == s.batch && gates.size(0) == s.batch && gates.size(1) == s.slots && down_weight.size(2) == s.width &&
+                      up_weight.size(0) == s.experts && up_weight.size(1) == s.width && up_weight.size(2) == s.rank &&
+                      up_bias.size(0) == s.experts && up_bias.size(1) == s.width,
+                  "moe_adapter: sizes do not fit x (B, L, D), expert_ids and gates (B, k), down_weight (E, R, D), up_weight (E, D, R), "
+                  "up_bias (E, D)");
+  STD_TORCH_CHECK(expert_ids.scalar_type() == ScalarType::Long, "moe_adapter: expert_ids must be int64");
+  STD_TORCH_CHECK(gates.scalar_type() == compute_type(x), "moe_adapter: gates must be float32, or float64 for float64 x");
+  for (const Tensor* weight : {&down_weight, &up_weight, &up_bias}) {
+    STD_TORCH_CHECK(weight->scalar_type() == x.scalar_type(), "moe_adapter: weights must have the dtype of x");
+  }
+  return s;
+}
+
+void check_like(const Tensor& tensor, const Tensor& expected, const char* name) {
+  bool same = tensor.dim() == expected.dim() && tensor.scalar_type() == expected.scalar_type();
+  for (int64_t i = 0; same && i < expected.dim(); ++i) same = tensor.size(i) == expected.size(i);
+  STD_TORCH_CHECK(same, "moe_adapter: ", name, " must have the shape and dtype of x");
+}
+
+Element element_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Element::f32;
+    case ScalarType::Double: return Element::f64;
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Half: return Element::f16;
+    default: STD_TORCH_CHECK(false, "moe_adapter: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+ScalarType compute_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor unit_stride(const Tensor& tensor) { return tensor.stride(2) == 1 ? tensor : torch::stable::contiguous(tensor); }
+
+View view_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1)}; }
+
+Tensor empty_rows(const Tensor& x) {
+  if (!x.is_contiguous() && torch::stable::transpose(x, 0, 1).is_contiguous()) {
+    return torch::stable::transpose(torch::stable::new_empty(x, {x.size(1), x.size(0), x.size(2)}), 0, 1);
+  }
+  return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+}
+
+void fill(Problem& p, const Shape& s, const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const Tensor& up_bias, double scale,
+          double dropout_p) {
+  p.type = element_of(x);
+  p.length = s.length;
+  p.width = s.width;
+  p.rank = s.rank;
+  p.experts = s.experts;
+  p.slots = s.slots;
+  p.expert_ids = data<int64_t>(expert_ids);
+  p.gates = gates.data_ptr();
+  p.up_bias = up_bias.data_ptr();
+  p.scale = scale;
+  p.dropout_p = dropout_p;
+  p.sums = nullptr;
+}
+
+Pairs::Pairs(const Shape& s, const int64_t* ids) : begin(static_cast<size_t>(s.experts) + 2), pairs(static_cast<size_t>(s.batch * s.slots)) {
+  const auto bucket = [&](int64_t id) { return static_cast<size_t>(id >= 0 && id < s.experts ? id : s.experts); };
+  for (size_t i = 0; i < pairs.size(); ++i) ++begin[bucket(ids[i]) + 1];
+  for (size_t e = 1; e < begin.size(); ++e) begin[e] += begin[e - 1];
+  std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+  for (size_t i = 0; i < pairs.size(); ++i) pairs[static_cast<size_t>(next[bucket(ids[i])]++)] = static_cast<int64_t>(i);
+}
+
+PackedWeights::PackedWeights(const Tensor& weight, const Pairs& pairs, bool transposed)
+    : experts_(static_cast<size_t>(weight.size(0)), nullptr) {
+  const Element type = element_of(weight);
+  // Transposed: stored (E, n, K); otherwise (E, K, n).
+  const int64_t K = weight.size(transposed ? 2 : 1), n = weight.size(transposed ? 1 : 2);
+  const int64_t bytes = (CLK_CALL(packed_bytes, type, K, n) + 63) / 64 * 64;
+  std::vector<int64_t> used;
+  for (int64_t e = 0; e < weight.size(0); ++e) {
+    if (pairs.count(e) > 0) used.push_back(e);
+  }
+  memory_.reset(new char[used.size() * static_cast<size_t>(bytes) + 64]);
+  char* base = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64);
+  const char* source = data<char>(weight);
+  const int64_t stride = K * n * static_cast<int64_t>(weight.element_size());
+  torch::stable::parallel_for(0, static_cast<int64_t>(used.size()), 1 + (1 << 16) / (K * n + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t e = used[static_cast<size_t>(i)];
+      CLK_CALL(pack_weight, type, source + e * stride, K, n, transposed ? 1 : n, transposed ? K : 1, base + i * bytes);
+      experts_[static_cast<size_t>(e)] = base + i * bytes;
+    }
+  });
+}
+
+Tiles::Tiles(const Shape& s, const int64_t* ids) : shape_(s), gathered_(s.length < kShortSample) {
+  const int64_t rows = CLK_CALL(tile_rows);
+  grain_ = std::max<int64_t>(1, kGrainWork / std::max<int64_t>(1, rows * s.width * s.rank * (gathered_ ? 1 : s.slots)));
+  if (!gathered_) {
+    tiles_per_sample_ = (s.length + rows - 1) / rows;
+    passes_ = {0, s.batch * tiles_per_sample_};
+    return;
+  }
+  const int64_t total = s.batch * s.length;
+  order_.resize(static_cast<size_t>(std::max<int64_t>(s.slots, 1) * total));
+  passes_ = {0};
+  for (int64_t j = 0; j < std::max<int64_t>(s.slots, 1); ++j) {
+    // Without a single slot, one pass of tiles without an expert still passes the residual on.
+    const auto bucket = [&](int64_t sample) {
+      const int64_t id = s.slots ? ids[sample * s.slots + j] : -1;
+      return static_cast<size_t>(id >= 0 && id < s.experts ? id : s.experts);
+    };
+    std::vector<int64_t> begin(static_cast<size_t>(s.experts) + 2);
+    for (int64_t i = 0; i < total; ++i) ++begin[bucket(i / s.length) + 1];
+    for (size_t e = 1; e < begin.size(); ++e) begin[e] += begin[e - 1];
+    int64_t* order = order_.data() + j * total;
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t i = 0; i < total; ++i) order[next[bucket(i / s.length)]++] = i;
+    for (int64_t e = 0; e <= s.experts; ++e) {
+      const int64_t last = begin[static_cast<size_t>(e) + 1];
+      for (int64_t i = begin[static_cast<size_t>(e)]; i < last; i += rows) {
+        tiles_.push_back({std::min(rows, last - i), 0, 0, order + i, j, e < s.experts ? e : -1, j == 0, j + 1 >= s.slots});
+      }
+    }
+    passes_.push_back(static_cast<int64_t>(tiles_.size()));
+  }
+}
+
+Tile Tiles::tile(int64_t i) const {
+  if (gathered_) return tiles_[static_cast<size_t>(i)];
+  const int64_t sample = i / tiles_per_sample_, t = i % tiles_per_sample_;
+  const int64_t first = shape_.length * t / tiles_per_sample_;
+  return {shape_.length * (t + 1) / tiles_per_sample_ - first, sample, first, nullptr, 0, 0, true, true};
+}
+
+}  // namespace moe
+}  // namespace clk

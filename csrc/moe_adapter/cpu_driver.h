@@ -1,0 +1,89 @@
+// What forward and backward on the CPU have in common: checked views of the arguments, packed weights, and the cutting of the work
+// into tiles.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+#include "common/tensor.h"
+#include "moe_adapter/cpu_kernels.h"
+
+namespace clk {
+namespace moe {
+
+struct Shape {
+  int64_t batch, length, width, rank, experts, slots;
+};
+
+// Checks dimensions, sizes and types against each other, so that nothing is ever read outside a tensor.
+Shape check_arguments(const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const Tensor& down_weight,
+                      const Tensor& up_weight, const Tensor& up_bias);
+void check_like(const Tensor& tensor, const Tensor& expected, const char* name);
+
+Element element_of(const Tensor& tensor);
+ScalarType compute_type(const Tensor& tensor);
+
+// `tensor` with unit stride along its last dimension: itself or a copy.
+Tensor unit_stride(const Tensor& tensor);
+View view_of(const Tensor& tensor);
+
+// Uninitialised (B, L, D) in the memory order of x: (L, B, D) in memory if x is, else (B, L, D).
+Tensor empty_rows(const Tensor& x);
+
+void fill(Problem& problem, const Shape& shape, const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const Tensor& up_bias,
+          double scale, double dropout_p);
+
+// The (sample, slot) pairs of every expert, in order: pairs[begin[e]] to pairs[begin[e + 1]]; ids out of range come last.
+struct Pairs {
+  std::vector<int64_t> begin, pairs;
+
+  Pairs(const Shape& shape, const int64_t* expert_ids);
+  int64_t count(int64_t expert) const {
+    return begin[static_cast<size_t>(expert) + 1] - begin[static_cast<size_t>(expert)];
+  }
+};
+
+// The (E, n, K) or (E, K, n) weights of the experts that somebody chose, packed for products of depth K with n columns.
+class PackedWeights {
+ public:
+  PackedWeights(const Tensor& weight, const Pairs& pairs, bool transposed);
+  const void* const* experts() const { return experts_.data(); }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  std::vector<const void*> experts_;
+};
+
+// Calls `run(tile, scratch)` for all tiles, in parallel; for tokens routed one by one, slot after slot.
+class Tiles {
+ public:
+  Tiles(const Shape& shape, const int64_t* expert_ids);
+  // Whether rows are visited once per slot, so that 16-bit results need `sums` between the visits.
+  bool revisits() const { return gathered_ && shape_.slots > 1; }
+
+  template <typename Run>
+  void for_each(const Problem& problem, Run run) const {
+    const int64_t bytes = CLK_CALL(tile_scratch, problem);
+    for (size_t pass = 0; pass + 1 < passes_.size(); ++pass) {
+      torch::stable::parallel_for(passes_[pass], passes_[pass + 1], grain_, [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<char[]> memory(new char[static_cast<size_t>(bytes) + 64]);
+        char* scratch = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
+        for (int64_t i = begin; i < end; ++i) run(tile(i), scratch);
+      });
+    }
+  }
+
+ private:
+  Tile tile(int64_t i) const;
+
+  Shape shape_;
+  bool gathered_;
+  int64_t tiles_per_sample_ = 0, grain_ = 1;
+  std::vector<int64_t> order_;   // (k, B L): linear token indices by expert, for every slot
+  std::vector<Tile> tiles_;      // of gathered rows
+  std::vector<int64_t> passes_;  // first tile of every pass, and the end
+};
+
+}  // namespace moe
+}  // namespace clk

@@ -1,0 +1,54 @@
+// Forward pass of the adapters on the CPU: one pass over x, the bottleneck of a tile stays in cache, the residual is added while
+// the result is written.
+#include "moe_adapter/adapter.h"
+#include "moe_adapter/cpu_driver.h"
+
+namespace clk {
+
+std::tuple<Tensor, Tensor> moe_adapter_cpu(Tensor x, Tensor expert_ids, Tensor gates, Tensor down_weight, Tensor down_bias,
+                                           Tensor up_weight, Tensor up_bias, std::optional<Tensor> residual,
+                                           std::optional<Tensor> seed, double scale, double dropout_p, bool save_hidden) {
+  using namespace moe;
+  const Shape s = check_arguments(x, expert_ids, gates, down_weight, up_weight, up_bias);
+  STD_TORCH_CHECK(down_bias.dim() == 2 && down_bias.size(0) == s.experts && down_bias.size(1) == s.rank &&
+                      down_bias.scalar_type() == x.scalar_type(),
+                  "moe_adapter: down_bias must be (E, R) with the dtype of x");
+  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "moe_adapter: dropout_p must be in [0, 1)");
+  STD_TORCH_CHECK(dropout_p == 0 || (seed.has_value() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long),
+                  "moe_adapter: dropout needs an int64 seed");
+  if (residual.has_value()) check_like(*residual, x, "residual");
+
+  Tensor out = empty_rows(x);
+  Tensor hidden = save_hidden ? torch::stable::new_empty(x, {s.batch, s.slots, s.length, s.rank}) : torch::stable::new_empty(x, {0});
+  if (out.numel() == 0) return {out, hidden};
+
+  const Tensor ids = torch::stable::contiguous(expert_ids), g = torch::stable::contiguous(gates);
+  const Tensor down = torch::stable::contiguous(down_weight), up = torch::stable::contiguous(up_weight);
+  const Tensor b_down = torch::stable::contiguous(down_bias), b_up = torch::stable::contiguous(up_bias);
+  const Tensor rows = unit_stride(x);
+  std::optional<Tensor> base;
+  if (residual.has_value()) base = unit_stride(*residual);
+
+  const Pairs pairs(s, data<int64_t>(ids));
+  const PackedWeights packed_down(down, pairs, true), packed_up(up, pairs, true);
+  const Tiles tiles(s, data<int64_t>(ids));
+  Forward op{};
+  fill(op, s, rows, ids, g, b_up, scale, dropout_p);
+  op.packed_in = packed_down.experts();
+  op.packed_out = packed_up.experts();
+  op.x = view_of(rows);
+  op.out = view_of(out);
+  if (base.has_value()) op.residual = view_of(*base);
+  op.down_bias = b_down.data_ptr();
+  op.hidden = save_hidden ? hidden.data_ptr() : nullptr;
+  op.seed = dropout_p > 0 ? static_cast<uint64_t>(*data<int64_t>(*seed)) : 0;
+  std::optional<Tensor> sums;
+  if (tiles.revisits() && x.element_size() == 2) {
+    sums = torch::stable::new_empty(x, {s.batch, s.length, s.width}, ScalarType::Float);
+    op.sums = sums->data_ptr();
+  }
+  tiles.for_each(op, [&](const Tile& tile, void* scratch) { CLK_CALL(forward_tile, op, tile, scratch); });
+  return {out, hidden};
+}
+
+}  // namespace clk

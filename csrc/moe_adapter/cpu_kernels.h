@@ -1,0 +1,85 @@
+// What the drivers (cpu_forward.cpp, cpu_backward.cpp) and the per-instruction-set kernels (cpu_kernels.cpp) share.
+//
+// "Compute type" is the type of arithmetic: float for 16-bit storage, else the storage type itself.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace clk {
+namespace moe {
+
+enum class Element : int { f32, f64, bf16, f16 };
+
+// A (B, L, D) tensor with unit stride along D; null where there is none.
+struct View {
+  void* data = nullptr;
+  int64_t sample_stride = 0, token_stride = 0;
+};
+
+struct Problem {
+  Element type;
+  int64_t length, width, rank, experts, slots;  // L, D, R, E, k
+  const int64_t* expert_ids;                    // (B, k)
+  const void* gates;                            // (B, k), compute type
+  double scale, dropout_p;
+  const void* const* packed_in;   // per expert: the matrix from D to R, packed; null where nobody chose it
+  const void* const* packed_out;  // per expert: the matrix from R to D, packed
+  const void* up_bias;            // (E, D)
+  void* sums;                     // (B L, D) compute type, holds 16-bit results between slots; or null
+};
+
+struct Forward : Problem {
+  View x, residual, out;
+  const void* down_bias;  // (E, R)
+  void* hidden;           // (B, k, L, R) or null
+  uint64_t seed;
+};
+
+struct Backward : Problem {
+  View grad, grad_x;
+  const void* hidden;  // (B, k, L, R)
+  void* gate_terms;    // (B, k, L) compute type, one term of the gate gradient per token; or null
+  void* grad_pre;      // (B, k, L, R) compute type, gradient before the ReLU; or null
+};
+
+// Rows that are handled together: consecutive tokens of one sample, which uses all its slots at once; or, with `gathered`, linear
+// token indices b L + l that have the same expert in `slot`, whose contributions come one slot after another.
+struct Tile {
+  int64_t rows;
+  int64_t sample, first;
+  const int64_t* gathered;
+  int64_t slot, expert;
+  bool opens, closes;  // whether this is the first, the last contribution to these rows
+};
+
+// The gradients of one expert's weights from the (sample, slot) pairs that chose it, in their order.
+struct ExpertGradients : Problem {
+  View x, grad;
+  const void* hidden;    // (B, k, L, R)
+  const void* grad_pre;  // (B, k, L, R) compute type
+  int64_t expert, count;
+  const int64_t* pairs;  // (count), b k + j
+  void *down_weight, *down_bias, *up_weight, *up_bias;
+};
+
+#define CLK_DECLARE(ISA)                                                                                               \
+  namespace ISA {                                                                                                      \
+  int64_t tile_rows();                                                                                                 \
+  int64_t packed_bytes(Element type, int64_t K, int64_t n);                                                            \
+  void pack_weight(Element type, const void* source, int64_t K, int64_t n, int64_t row, int64_t column, void* packed); \
+  int64_t tile_scratch(const Problem& problem);                                                                        \
+  void forward_tile(const Forward& op, const Tile& tile, void* scratch);                                               \
+  void backward_tile(const Backward& op, const Tile& tile, void* scratch);                                             \
+  int64_t gradient_columns(Element type);                                                                              \
+  int64_t gradient_scratch(const Problem& problem);                                                                    \
+  void gradient_block(const ExpertGradients& op, int64_t first_column, void* scratch);                                 \
+  }
+CLK_DECLARE(baseline)
+CLK_DECLARE(avx2)
+CLK_DECLARE(avx512)
+#undef CLK_DECLARE
+
+}  // namespace moe
+}  // namespace clk
