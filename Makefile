@@ -29,10 +29,10 @@ $(STAMP): $(BIN)/python constraints.txt pyproject.toml setup.py $(NATIVE)
 
 mini: install
 	for method in $(METHODS); do \
-		$(BIN)/clk run --method $$method --scenario mini --scenario.order $(ORDER) --seed $(SEED) \
+		$(BIN)/clk run --method $$method --scenario mini --order $(ORDER) --seed $(SEED) \
 			--output $(RUNS)/$$method-$(ORDER)-$(SEED) --overwrite || exit 1; \
 	done
-	$(BIN)/clk compare $(foreach method,$(METHODS),$(RUNS)/$(method)-$(ORDER)-$(SEED)) --output $(RUNS)/compare --overwrite
+	$(BIN)/clk compare $(foreach method,$(METHODS),$(RUNS)/$(method)-$(ORDER)-$(SEED)) --output $(RUNS)/compare
 
 test: lint test-unit test-interpreter test-aot test-install
 

@@ -50,10 +50,10 @@ def load(name: str, options: ScenarioOptions | None = None, *, order: str = "I")
             raise DataError(f"order: scenario mini has the orders I and II, got {order!r}")
         return mini.load_scenario(order)
     if name == "folders":
-        from cl_methods.scenarios import folders
-
         if options.root is None:
             raise DataError("data.root: scenario folders needs the folder that holds one sub-folder per task")
+        from cl_methods.scenarios import folders
+
         return folders.load_scenario(
             options.root,
             order,

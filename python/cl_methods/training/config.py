@@ -20,10 +20,10 @@ class RunConfig:
     """One method over one scenario.
 
     Attributes:
-        method: name in :data:`cl_methods.methods.METHODS`.
-        settings: the method's ``Config``.
-        scenario: name in :data:`cl_methods.scenarios.SCENARIOS`.
-        order: order of the tasks.
+        method: a name that `clk methods` lists.
+        settings: the method's own settings; naming another method resets them to its defaults.
+        scenario: a name that `clk methods` lists.
+        order: order of the tasks: I, II, or for folders the task names separated by commas.
         seed: of everything random.
         model: `mini`, or an open_clip model name.
         pretrained: checkpoint on disk or open_clip tag; None for `mini`.

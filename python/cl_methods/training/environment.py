@@ -27,6 +27,8 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device: expected cpu, cuda, cuda:N or auto, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {name} was asked for, but torch {torch.__version__} sees no CUDA device")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"device: {name} was asked for, but there are only {torch.cuda.device_count()} CUDA devices")
     return device
 
 

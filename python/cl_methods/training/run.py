@@ -89,7 +89,7 @@ class Run:
         self.scenario = scenario = select_scenario(config)
         self.method = build_method(config, scenario, self.device)
         self.directory = RunDirectory(output)
-        self.description = {
+        self.description: dict[str, Any] = {
             "config": config.as_dict(),
             "scenario_fingerprint": scenario.fingerprint(),
             "environment": describe_environment(self.device),
@@ -173,7 +173,7 @@ class Run:
         continuation = None
         if checkpoint is not None:
             optimizer_state, _ = checkpoint.training_state()
-            continuation = Continuation(checkpoint.step, checkpoint.method_state(), optimizer_state)
+            continuation = Continuation(checkpoint.step or 0, checkpoint.method_state(), optimizer_state or {})
         else:
             progress.seconds.append(0.0)
         clock = time.perf_counter()
@@ -249,7 +249,7 @@ class Run:
         Transfer and forgetting would have no meaning and are null.
         """
         tasks, method, training = self.scenario.tasks, self.method, self.training
-        rows = self.rows.accuracy or [self.rows.zero_shot]
+        rows = self.rows.accuracy or [self.rows.zero_shot or []]
         matrix = rows if len(rows) == len(tasks) else [rows[0]] * len(tasks)
         metrics = mtil_metrics(matrix)
         defined = not method.joint

@@ -1,0 +1,68 @@
+"""The ``clk`` command: verbs, each in a module of its own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+COMMANDS = {
+    "run": "train and evaluate a method over a whole task sequence",
+    "compare": "one table, figures and an HTML page over several runs",
+    "methods": "list methods and scenarios",
+    "doctor": "versions, devices, and which backend runs each operation and why",
+}
+"""Verb -> what it does; the code is in ``cl_methods.commands.<verb>``."""
+
+EXPECTED_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
+"""What a wrong setting, damaged data or a missing file raises; shown as one line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``clk`` with the given arguments (default: the process').
+
+    Returns:
+        0 on success, 2 after an error that the message explains, 130 if stopped by the user.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    verb = arguments.pop(0)
+    if verb not in COMMANDS:
+        close = get_close_matches(verb, COMMANDS, n=1)
+        hint = f"; did you mean `clk {close[0]}`?" if close else ""
+        print(f"clk: error: no command {verb!r}{hint} (there are: {', '.join(COMMANDS)})", file=sys.stderr)
+        return 2
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
+    try:
+        return importlib.import_module(f"cl_methods.commands.{verb}").main(arguments)
+    except EXPECTED_ERRORS as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"clk {verb}: error: {text} (--debug shows where)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"clk {verb}: stopped", file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    lines = "\n".join(f"  {verb:<10}{text}" for verb, text in COMMANDS.items())
+    return (
+        "usage: clk COMMAND [options]\n\n"
+        f"Continual learning of CLIP.\n\ncommands:\n{lines}\n\n"
+        "examples:\n"
+        "  clk run                                    a default method on the embedded offline scenario, in minutes\n"
+        "  clk run --method zscl --seed 1 --output runs/zscl\n"
+        "  clk compare runs/* --output report\n"
+        "  clk COMMAND --help                         options and examples of a command"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

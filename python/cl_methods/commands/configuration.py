@@ -1,0 +1,200 @@
+"""From command line and YAML file to a :class:`~cl_methods.training.config.RunConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import tyro
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from cl_methods.methods import METHODS
+from cl_methods.scenarios import SCENARIOS
+from cl_methods.training.config import RunConfig
+
+DEFAULT_METHOD = "moe_adapters"
+DEFAULT_MODELS = {"mini": ("mini", None)}
+"""Model and weights of scenarios that bring their own; the others take OpenAI's ViT-B/16."""
+
+
+class ConfigurationError(ValueError):
+    """Settings that do not fit; the message lists every one of them."""
+
+
+@dataclasses.dataclass
+class Invocation:
+    """How ``clk run`` was called, besides the configuration.
+
+    Attributes:
+        config: YAML file with settings; options on the command line go before it.
+        output: directory of the run; by default a fresh `runs/SCENARIO-METHOD-seedN`.
+        resume: continue the run in the output directory.
+        overwrite: replace the run in the output directory.
+        dry_run: say what would be done, and stop.
+    """
+
+    config: Path | None = None
+    output: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def parse(arguments: Sequence[str], description: str) -> tuple[RunConfig, Invocation]:
+    """Read ``clk run``'s arguments.
+
+    Defaults depend on method and scenario, so these and ``--config`` are looked up first: naming another method than the
+    file does drops the file's method settings. Then the file is validated, then tyro reads the whole line.
+
+    Raises:
+        ConfigurationError: unknown or wrong settings in the file, or an unknown method or scenario.
+        SystemExit: tyro's: status 2 after a wrong option, 0 after ``--help``.
+    """
+    path = _peek(arguments, "--config")
+    file = read_yaml(Path(path)) if path is not None else {}
+    from_file = file.get("method", {})
+    from_file = {"name": from_file} if isinstance(from_file, str) else dict(from_file)
+    method = _known("method", _peek(arguments, "--method") or from_file.get("name", DEFAULT_METHOD), METHODS)
+    scenario = _known("scenario", _peek(arguments, "--scenario") or file.get("scenario", "mini"), SCENARIOS)
+    if from_file.pop("name", method) != method:
+        from_file = {}
+    default = validated(method, scenario, {**file, "method": from_file})
+    values = {entry.name: getattr(default, entry.name) for entry in dataclasses.fields(RunConfig)}
+    command_type = _command_type(type(default.settings))
+    command = tyro.cli(
+        command_type,
+        default=command_type(**values),
+        args=list(arguments),
+        prog="clk run",
+        description=description,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    config = RunConfig(**{entry.name: getattr(command, entry.name) for entry in dataclasses.fields(RunConfig)})
+    rest = {entry.name: getattr(command, entry.name) for entry in dataclasses.fields(Invocation)}
+    return config, Invocation(**rest)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigurationError: the file does not exist, is not YAML, or does not hold a mapping.
+    """
+    if not path.is_file():
+        raise ConfigurationError(f"config: {path} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"config: {path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"config: {path} must hold `name: value` lines, not a {type(content).__name__}")
+    return content
+
+
+def validated(method: str, scenario: str, given: Mapping[str, Any]) -> RunConfig:
+    """The defaults of a method on a scenario, overridden by ``given`` as a YAML file holds it.
+
+    Raises:
+        ConfigurationError: all unknown keys (with the closest known one) and all values of the wrong type at once.
+    """
+    settings_type = METHODS[method].Config
+    settings = settings_type.for_scenario(scenario)
+    model, pretrained = DEFAULT_MODELS.get(scenario, ("ViT-B-16-quickgelu", "openai"))
+    default = RunConfig(method=method, settings=settings, scenario=scenario, model=model, pretrained=pretrained)
+    if "model" in given and "pretrained" not in given:
+        default.pretrained = None
+    known = {**default.as_dict(), "method": dataclasses.asdict(settings)}
+    problems = _unknown_keys(known, given, "")
+    values, of_method = _merged(known, given), dict(given.get("method") or {})
+    merged_settings = {
+        **dataclasses.asdict(settings),
+        **{key: of_method[key] for key in of_method if key in known["method"]},
+    }
+    values.pop("method")
+    try:
+        settings = TypeAdapter(settings_type).validate_python(merged_settings)
+    except ValidationError as error:
+        problems += _messages(error, "method.")
+    try:
+        config = TypeAdapter(RunConfig).validate_python({**values, "method": method, "settings": settings})
+    except ValidationError as error:
+        problems += _messages(error, "")
+    if problems:
+        raise ConfigurationError("config: " + "; ".join(problems))
+    return config
+
+
+def _command_type(settings_type: type) -> type:
+    """RunConfig and Invocation as one dataclass whose ``--method.*`` options are those of the chosen method."""
+    hints = get_type_hints(RunConfig)
+    hints["method"] = Literal[tuple(METHODS)]  # type: ignore[valid-type]
+    hints["scenario"] = Literal[tuple(SCENARIOS)]  # type: ignore[valid-type]
+    hints["settings"] = Annotated[settings_type, tyro.conf.arg(name="method")]
+    fields: list[Any] = []
+    for entry in dataclasses.fields(RunConfig):
+        fields.append((entry.name, hints[entry.name]))
+    invocation = get_type_hints(Invocation)
+    for entry in dataclasses.fields(Invocation):
+        fields.append((entry.name, invocation[entry.name], dataclasses.field(default=entry.default)))
+    made = dataclasses.make_dataclass("Run", fields)
+    attributes = [(kind.__doc__ or "").split("Attributes:", 1)[1].rstrip() for kind in (RunConfig, Invocation)]
+    made.__doc__ = "Run.\n\n    Attributes:" + "".join(attributes) + "\n"
+    return made
+
+
+def _peek(arguments: Sequence[str], option: str) -> str | None:
+    """The last value given to ``option``, as ``--x value`` or ``--x=value``."""
+    found = None
+    for position, argument in enumerate(arguments):
+        if argument == option and position + 1 < len(arguments):
+            found = arguments[position + 1]
+        elif argument.startswith(f"{option}="):
+            found = argument.split("=", 1)[1]
+    return found
+
+
+def _known(what: str, name: Any, known: Mapping[str, Any]) -> str:
+    if name not in known:
+        close = get_close_matches(str(name), known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigurationError(f"{what}: expected one of {', '.join(known)}, got {name!r}{hint}")
+    return name
+
+
+def _unknown_keys(known: Mapping[str, Any], given: Mapping[str, Any], prefix: str) -> list[str]:
+    problems = []
+    for key, value in given.items():
+        if key not in known:
+            close = get_close_matches(str(key), known, n=1)
+            hint = f", did you mean {prefix}{close[0]}?" if close else ""
+            problems.append(f"unknown setting {prefix}{key}{hint}")
+        elif isinstance(known[key], dict) and known[key] and isinstance(value, Mapping):
+            problems += _unknown_keys(known[key], value, f"{prefix}{key}.")
+    return problems
+
+
+def _merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``defaults`` overridden by what is known of ``given``, sections key by key."""
+    result = dict(defaults)
+    for key, value in given.items():
+        if key in result:
+            section = isinstance(result[key], dict) and result[key] and isinstance(value, Mapping)
+            result[key] = _merged(result[key], value) if section else value
+    return result
+
+
+def _messages(error: ValidationError, prefix: str) -> list[str]:
+    messages = []
+    for problem in error.errors():
+        where = prefix + ".".join(str(part) for part in problem["loc"])
+        text = problem["msg"].removeprefix("Value error, ")
+        messages.append(
+            f"{where.rstrip('.')}: {text}, got {problem['input']!r}" if problem["loc"] else f"{prefix}{text}"
+        )
+    return messages

@@ -1,0 +1,101 @@
+"""``clk run``: train and evaluate a method over a whole task sequence."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cl_methods.commands.configuration import Invocation, parse
+from cl_methods.evaluation.report import write_run_report
+from cl_methods.methods import METHODS
+from cl_methods.training.checkpoints import write_atomically
+from cl_methods.training.config import RunConfig
+from cl_methods.training.progress import progress_for
+from cl_methods.training.run import Run, StoppedError, select_scenario
+
+DESCRIPTION = """Train a method on a sequence of tasks, evaluating all tasks after each.
+
+Writes result.json, report.md and figures into the output directory, and checkpoints on the way.
+
+examples:
+  clk run
+  clk run --method zscl --seed 1 --output runs/zscl-1
+  clk run --method zscl --method.lr 3e-4 --method.iterations 200
+  clk run --scenario folders --data.root my_images --model ViT-B-16-quickgelu --pretrained openai
+  clk run --config runs/zscl-1/config.yaml --seed 2 --output runs/zscl-2
+  clk run --output runs/zscl-1 --method zscl --seed 1 --resume"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, run, report."""
+    config, invocation = parse(arguments, DESCRIPTION)
+    output = invocation.output or _default_output(config, invocation)
+    if invocation.dry_run:
+        _print_plan(config, output)
+        return 0
+    with progress_for() as reporter:
+        run = Run(config, output, resume=invocation.resume, overwrite=invocation.overwrite, progress=reporter)
+        write_atomically(output / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+        try:
+            with _StopOnInterrupt(run):
+                result = run.execute()
+        except StoppedError as stopped:
+            reporter.note(str(stopped))
+            return 130
+    write_run_report(result, output, Console())
+    return 0
+
+
+class _StopOnInterrupt:
+    """The first Ctrl-C lets the run write a checkpoint, the second one ends it at once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __enter__(self) -> None:
+        self.previous = signal.signal(signal.SIGINT, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.run.stop()
+        self.run.reporter.note("stopping after this step; press Ctrl-C again to stop without a checkpoint")
+        signal.signal(signal.SIGINT, self.previous)
+
+
+def _default_output(config: RunConfig, invocation: Invocation) -> Path:
+    """A fresh directory under ``runs``; with --resume or --overwrite, the one that the same command made last."""
+    base = Path("runs") / f"{config.scenario}-{config.method}-seed{config.seed}"
+    candidates = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 1000))]
+    existing = [path for path in candidates if path.exists()]
+    if invocation.resume or invocation.overwrite:
+        return existing[-1] if existing else base
+    return next(path for path in candidates if not path.exists() or not any(path.iterdir()))
+
+
+def _print_plan(config: RunConfig, output: Path) -> None:
+    console, settings = Console(), config.effective_settings()
+    scenario = select_scenario(config)
+    table = Table(title=f"{config.method} on {config.scenario}, order {config.order}, seed {config.seed}")
+    for column in ("task", "classes", "train", "validation", "test"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task in scenario.tasks:
+        sizes = (len(task.class_names), len(task.train), len(task.validation), len(task.test))
+        table.add_row(task.name, *(f"{size:,}" for size in sizes))
+    console.print(table)
+    method = METHODS[config.method]
+    if method.trains:
+        steps, sessions = settings.iterations + 1, 1 if method.joint else len(scenario.tasks)
+        console.print(f"{sessions} x {steps} optimiser steps of {settings.batch_size} images, model {config.model}")
+    images = sum(len(getattr(task, config.evaluation.split)) for task in scenario.tasks)
+    rows = 1 + (0 if not method.trains else 1 if method.joint else len(scenario.tasks))
+    console.print(f"{rows} evaluations of {images:,} {config.evaluation.split} images")
+    console.print(f"would write to {output}; nothing has been written", soft_wrap=True)
+    console.print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(), highlight=False)

@@ -1,0 +1,255 @@
+"""Reading ``result.json`` files and grouping what may be compared."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cl_methods.evaluation.metrics import mtil_metrics
+
+REQUIRED = (
+    "method", "scenario", "seed", "tasks", "zero_shot", "accuracy", "transfer", "average", "last", "forgetting", "train",
+    "environment", "config",
+)  # fmt: skip
+METRICS = ("transfer", "average", "last", "forgetting")
+
+
+class ResultError(ValueError):
+    """A result cannot be read or compared. The message names the file and says what to do."""
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but the seed.
+
+    Attributes:
+        label: the method's name, with the settings in which groups of the same method differ.
+        results: contents of ``result.json``, by seed.
+    """
+
+    label: str
+    results: list[dict[str, Any]]
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self.results[0]["method"]
+
+    @property
+    def continual(self) -> bool:
+        """False for joint training."""
+        return self.results[0].get("continual", True)
+
+    def values(self, metric: str) -> np.ndarray:
+        """(seeds,) of one of :data:`METRICS`; empty if it is not defined."""
+        return np.array([result[metric] for result in self.results if result[metric] is not None], dtype=float)
+
+    def curves(self) -> np.ndarray:
+        """(seeds, T + 1, T) accuracies: the zero-shot row, then one row after each task."""
+        return np.array([[result["zero_shot"], *result["accuracy"]] for result in self.results], dtype=float)
+
+    def per_task(self, metric: str) -> np.ndarray:
+        """(T,) mean over seeds of one of transfer, average and last; NaN for the first task's Transfer."""
+        values = [mtil_metrics(result["accuracy"])[f"{metric}_per_task"] for result in self.results]
+        mean = np.mean(values, axis=0)
+        return np.concatenate([[np.nan], mean]) if metric == "transfer" else mean
+
+
+@dataclass
+class Board:
+    """Groups that may stand in one table: same scenario, order, data, model, label space and split.
+
+    Attributes:
+        scenario, order: of the runs.
+        tasks: their names.
+        conditions: model, label space and split, for headings.
+        chance: (T,) accuracy of guessing in percent.
+        zero_shot: (T,) accuracy of the model before any training.
+        groups: continual methods first, joint training last.
+    """
+
+    scenario: str
+    order: str
+    tasks: list[str]
+    conditions: dict[str, Any]
+    chance: list[float] | None
+    zero_shot: list[float]
+    groups: list[Group] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """Scenario and order, and whatever is not the default."""
+        extra = [self.conditions["model"]] if self.conditions["model"] != self.scenario else []
+        if self.conditions["label_space"] != "task":
+            extra.append(f"label space {self.conditions['label_space']}")
+        if self.conditions["split"] != "test":
+            extra.append(f"{self.conditions['split']} split")
+        return f"{self.scenario}, order {self.order}" + (f" ({', '.join(extra)})" if extra else "")
+
+    def compared(self) -> list[Group]:
+        """The groups without zero-shot runs, whose row every board has anyway."""
+        return [group for group in self.groups if group.method != "zero_shot"]
+
+
+@dataclass(frozen=True)
+class Published:
+    """Numbers from a paper.
+
+    Attributes:
+        method, split, source: as named there; ``split`` is the family of data splits.
+        transfer, average, last: printed means in percent; None where a paper gives none.
+    """
+
+    method: str
+    split: str
+    source: str
+    transfer: float | None
+    average: float | None
+    last: float | None
+
+
+def find_results(paths: Sequence[Path]) -> list[Path]:
+    """``result.json`` of each given run directory, or of the run directories inside each given directory.
+
+    Raises:
+        ResultError: a directory does not exist, holds no run, or holds one that is not complete.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            raise ResultError(f"{path} is not a directory; give the output directories of `clk run`")
+        if (path / "result.json").is_file():
+            found.append(path / "result.json")
+            continue
+        if (path / "run.json").is_file():
+            raise ResultError(
+                f"{path} holds a run that is not complete; finish it with `clk run --resume --output {path}`"
+            )
+        inside = sorted(path.glob("*/result.json"))
+        if not inside:
+            raise ResultError(
+                f"{path} holds no result.json, nor does any directory in it; give the output of `clk run`"
+            )
+        found += inside
+    return list(dict.fromkeys(file.resolve() for file in found))
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The content of a ``result.json``.
+
+    Raises:
+        ResultError: it is not valid JSON, lacks keys, or its matrix does not fit its tasks.
+    """
+    try:
+        result = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ResultError(f"{path} is not valid JSON: {error}") from error
+    missing = [key for key in REQUIRED if key not in result] if isinstance(result, dict) else list(REQUIRED)
+    if missing:
+        raise ResultError(f"{path} lacks {', '.join(missing)}; it was not written by `clk run`")
+    shape, tasks = np.shape(result["accuracy"]), len(result["tasks"])
+    if shape != (tasks, tasks) or len(result["zero_shot"]) != tasks:
+        raise ResultError(
+            f"{path}: accuracy has shape {shape}, zero_shot {len(result['zero_shot'])}, tasks are {tasks}"
+        )
+    return {**result, "path": str(path.parent)}
+
+
+def arrange(results: Sequence[dict[str, Any]]) -> tuple[list[Board], list[str]]:
+    """Sort results into boards and groups.
+
+    Returns:
+        The boards, and notes for the reader: repeated runs are counted once.
+    """
+    notes: list[str] = []
+    boards: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for result in results:
+        boards.setdefault(_board_key(result), []).append(result)
+    arranged = []
+    for members in boards.values():
+        first = members[0]
+        board = Board(
+            scenario=first["scenario"],
+            order=first.get("order", "I"),
+            tasks=first["tasks"],
+            conditions=_conditions(first),
+            chance=first.get("chance"),
+            zero_shot=np.mean([member["zero_shot"] for member in members], axis=0).tolist(),
+        )
+        board.groups, repeated = _groups(members)
+        notes += repeated
+        arranged.append(board)
+    return arranged, notes
+
+
+def published(scenario: str, order: str) -> list[Published]:
+    """Numbers of papers on a scenario and order; none for scenarios that no paper has used.
+
+    Source: the packaged table ``published.csv``, which names for every row where it was printed.
+    """
+    if scenario != "mtil":
+        return []
+    rows: dict[tuple[str, str, str], dict[str, float]] = {}
+    with files("cl_methods.evaluation").joinpath("published.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["order"] == order:
+                key = (row["method"], row["split"], row["source"])
+                rows.setdefault(key, {})[row["metric"]] = float(row["mean"])
+    return [
+        Published(*key, values.get("transfer"), values.get("average"), values.get("last"))
+        for key, values in rows.items()
+    ]
+
+
+def _conditions(result: dict[str, Any]) -> dict[str, Any]:
+    config = result["config"]
+    evaluation = config.get("evaluation", {})
+    return {
+        "model": config.get("model", "?"),
+        "pretrained": config.get("pretrained"),
+        "label_space": evaluation.get("label_space", "task"),
+        "split": evaluation.get("split", "test"),
+    }
+
+
+def _board_key(result: dict[str, Any]) -> tuple[Any, ...]:
+    tasks = tuple(result["tasks"])
+    fingerprint = result.get("scenario_fingerprint")
+    return (result["scenario"], result.get("order", "I"), tasks, fingerprint, *_conditions(result).values())
+
+
+def _flat_settings(result: dict[str, Any]) -> dict[str, Any]:
+    settings = {key: value for key, value in result["config"].get("method", {}).items() if key != "name"}
+    limit = result["config"].get("limit_iterations")
+    return {**settings, **({} if limit is None else {"limit_iterations": limit})}
+
+
+def _groups(results: list[dict[str, Any]]) -> tuple[list[Group], list[str]]:
+    by_settings: dict[str, dict[int, dict[str, Any]]] = {}
+    notes = []
+    for result in results:
+        key = json.dumps([result["method"], _flat_settings(result)], sort_keys=True)
+        seeds = by_settings.setdefault(key, {})
+        if result["seed"] in seeds:
+            other = seeds[result["seed"]]["path"]
+            notes.append(f"{other} and {result['path']} have the same method, settings and seed; the first is counted")
+            continue
+        seeds[result["seed"]] = result
+    members = [[seeds[seed] for seed in sorted(seeds)] for seeds in by_settings.values()]
+    groups = [Group(_label(group[0], [other[0] for other in members]), group) for group in members]
+    return sorted(groups, key=lambda group: not group.continual), notes
+
+
+def _label(result: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """The method's name, and the settings in which it differs from other groups of the same method."""
+    rivals = [_flat_settings(other) for other in others if other["method"] == result["method"]]
+    mine = _flat_settings(result)
+    differing = [key for key in mine if any(rival.get(key) != mine[key] for rival in rivals)]
+    return result["method"] + (f" ({', '.join(f'{key}={mine[key]}' for key in differing)})" if differing else "")

@@ -1,0 +1,182 @@
+"""Tables as rows of text, and their two forms: terminal and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table as RichTable
+
+from cl_methods.evaluation.results import Board, published
+
+ABSENT = "–"
+
+
+@dataclass
+class TextTable:
+    """Cells as text; the first column is left-aligned, the others right-aligned.
+
+    Attributes:
+        title: heading.
+        columns: headers.
+        rows: one list of cells per row.
+        breaks: numbers of rows before which a line is drawn.
+        emphasised: (row, column) of cells that are the best of their column.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    breaks: Sequence[int] = ()
+    emphasised: frozenset[tuple[int, int]] = frozenset()
+
+    def rich(self) -> RichTable:
+        """For the terminal."""
+        table = RichTable(
+            title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1)
+        )
+        for position, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if position else "left", no_wrap=position > 0, overflow="fold")
+        for number, row in enumerate(self.rows):
+            cells = [
+                f"[bold]{cell}[/]" if (number, column) in self.emphasised else cell for column, cell in enumerate(row)
+            ]
+            table.add_row(*cells, end_section=number + 1 in self.breaks)
+        return table
+
+    def markdown(self) -> str:
+        """A heading and a pipe table."""
+        lines = [
+            f"### {self.title}",
+            "",
+            "| " + " | ".join(self.columns) + " |",
+            "|" + "|".join("---" if position == 0 else "---:" for position in range(len(self.columns))) + "|",
+        ]
+        for number, row in enumerate(self.rows):
+            cells = [f"**{cell}**" if (number, column) in self.emphasised else cell for column, cell in enumerate(row)]
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def matrix_table(result: dict[str, Any]) -> TextTable:
+    """The accuracy matrix of one run, with chance and the zero-shot row first."""
+    tasks = result["tasks"]
+    rows = [["chance", *_numbers(result["chance"])]] if "chance" in result else []
+    rows.append(["zero-shot", *_numbers(result["zero_shot"])])
+    start = len(rows)
+    if result.get("continual", True):
+        rows += [[f"after {task}", *_numbers(row)] for task, row in zip(tasks, result["accuracy"], strict=True)]
+    else:
+        rows.append(["all tasks at once", *_numbers(result["accuracy"][0])])
+    means = [row[1:] for row in rows]
+    rows = [[*row, f"{np.mean([float(cell) for cell in cells]):.1f}"] for row, cells in zip(rows, means, strict=True)]
+    learnt = frozenset(
+        (start + index, 1 + index) for index in range(len(rows) - start) if result.get("continual", True)
+    )
+    title = f"{result['method']} on {result['scenario']}, order {result['order']}, seed {result['seed']}: accuracy in %"
+    return TextTable(title, ["", *tasks, "mean"], rows, breaks=(start,), emphasised=learnt)
+
+
+def summary_table(board: Board) -> TextTable:
+    """Transfer, Average, Last and forgetting of every group, with chance, zero-shot, joint bound and published numbers."""
+    rows = []
+    if board.chance is not None:
+        rows.append(["chance", "", *_flat_summary(board.chance), ABSENT])
+    rows.append(["zero-shot", "", *_flat_summary(board.zero_shot), "0.0"])
+    first = len(rows)
+    for group in board.compared():
+        label = group.label if group.continual else f"{group.label} (bound)"
+        values = [spread(group.values(metric)) for metric in ("transfer", "average", "last", "forgetting")]
+        rows.append([label, str(len(group.results)), *values])
+    continual = sum(group.continual for group in board.compared())
+    best = frozenset(_best(rows[first : first + continual], first))
+    breaks = [first, first + continual, len(rows)]
+    for entry in published(board.scenario, board.order):
+        printed = [ABSENT if value is None else f"{value:.1f}" for value in (entry.transfer, entry.average, entry.last)]
+        split = "" if entry.split == "zscl" else f", {entry.split} splits"
+        rows.append([f"{entry.method} (published, {entry.source}{split})", "", *printed, ABSENT])
+    return TextTable(board.title, ["method", "seeds", "Transfer", "Average", "Last", "Forgetting"], rows, breaks, best)
+
+
+def cost_table(board: Board) -> TextTable:
+    """What training each group took: means over seeds, the largest peak memory."""
+    rows = []
+    for group in board.compared():
+        train = [result["train"] for result in group.results]
+        rows.append(
+            [
+                group.label,
+                _count(max(entry["trainable_parameters"] for entry in train)),
+                _duration(float(np.mean([entry["seconds"] for entry in train]))),
+                _rate([entry["samples_per_second"] for entry in train]),
+                _bytes(max(entry["peak_memory_bytes"] for entry in train)),
+            ]
+        )
+    columns = ["method", "trainable", "training time", "samples/s", "peak memory"]
+    return TextTable(f"Cost, {board.title}", columns, rows)
+
+
+def per_task_tables(board: Board) -> list[TextTable]:
+    """Transfer, Average and Last of every group task by task."""
+    tables = []
+    for metric in ("transfer", "average", "last"):
+        rows = [["zero-shot", *_numbers(board.zero_shot)]]
+        if metric == "transfer":
+            rows[0][1] = ABSENT
+        for group in board.compared():
+            if group.continual or metric == "last":
+                rows.append([group.label, *_numbers(group.per_task(metric))])
+        tables.append(TextTable(f"{metric.capitalize()} per task, {board.title}", ["method", *board.tasks], rows, (1,)))
+    return tables
+
+
+def spread(values: np.ndarray) -> str:
+    """``mean`` of one value, ``mean ± sample standard deviation`` of several."""
+    if len(values) == 0:
+        return ABSENT
+    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def _numbers(values: Any) -> list[str]:
+    return [ABSENT if np.isnan(value) else f"{value:.1f}" for value in np.asarray(values, dtype=float)]
+
+
+def _flat_summary(row: list[float]) -> list[str]:
+    """Transfer, Average and Last of a model that never changes."""
+    transfer = f"{np.mean(row[1:]):.1f}" if len(row) > 1 else ABSENT
+    return [transfer, f"{np.mean(row):.1f}", f"{np.mean(row):.1f}"]
+
+
+def _best(rows: list[list[str]], first: int) -> list[tuple[int, int]]:
+    """Cells with the highest Transfer, Average and Last among several continual methods."""
+    cells = []
+    for column in (2, 3, 4) if len(rows) > 1 else ():
+        values = [float(row[column].split(" ")[0]) if row[column] != ABSENT else -np.inf for row in rows]
+        cells += [(first + number, column) for number, value in enumerate(values) if value == max(values) > -np.inf]
+    return cells
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.2f} M" if number >= 1e5 else f"{number:,}"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 600
+        else f"{seconds / 60:.0f} min"
+        if seconds < 36000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _rate(rates: list[float | None]) -> str:
+    known = [rate for rate in rates if rate]
+    return f"{np.mean(known):,.0f}" if known else ABSENT
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"

@@ -1,0 +1,105 @@
+"""The command as a user types it: verbs, exit codes, one-line errors, and one short real run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cl_methods.cli import COMMANDS, main
+
+
+def clk(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cl_methods.cli", *map(str, arguments)]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'python'}"}
+    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
+
+
+def test_usage_lists_every_verb(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in COMMANDS)
+
+
+def test_unknown_verbs_get_a_suggestion(capsys):
+    assert main(["comprae"]) == 2
+    assert capsys.readouterr().err.startswith("clk: error: no command 'comprae'; did you mean `clk compare`?")
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_every_verb_has_help(verb, capsys):
+    try:
+        status = main([verb, "--help"])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 0
+    assert f"clk {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--method", "zsl"], "did you mean zscl?"),
+        (["run", "--scenario", "folders"], "data.root: scenario folders needs"),
+        (["run", "--order", "III"], "scenario mini has the orders I and II, got 'III'"),
+        (["run", "--device", "cuda:99"], "device: cuda:99"),
+        (["compare", "nowhere"], "nowhere is not a directory"),
+        (["methods", "all"], "expected no arguments"),
+        (["doctor", "all"], "expected no arguments"),
+    ],
+)
+def test_errors_are_one_line_with_status_two(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_where(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="zsl"):
+        main(["run", "--debug", "--method", "zsl"])
+
+
+def test_doctor_and_methods_tell_what_there_is(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("torch", "moe_adapter", "feature_distill_kl", "average_", "reference"))
+    assert main(["methods"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("zero_shot", "moe_adapters", "mini", "folders"))
+
+
+def test_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--dry-run", "--method", "finetune", "--limit-iterations", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "7 x 4 optimiser steps" in text
+    assert "would write to runs/mini-finetune-seed0; nothing has been written" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_short_run_on_mini_with_plain_progress_and_report(tmp_path, capsys):
+    short = ["--limit-tasks", "2", "--limit-iterations", "2"]
+    finished = clk("run", "--method", "finetune", *short, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    output = tmp_path / "runs" / "mini-finetune-seed0"
+    assert {path.name for path in output.iterdir()} == {
+        "run.json", "config.yaml", "rows.json", "result.json", "checkpoints", "report.md", "accuracy.png", "matrix.png",
+    }  # fmt: skip
+    result = json.loads((output / "result.json").read_text())
+    assert result["train"]["samples"] == 2 * 3 * 64
+    for words in ("finetune on mini: 2 tasks, 3 optimiser steps each", "samples/s", "left", "zero-shot:", "Transfer"):
+        assert words in finished.stdout
+    assert main(["run", "--method", "finetune", *short, "--output", str(output)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main(["compare", str(output), "--output", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "report.html").is_file()

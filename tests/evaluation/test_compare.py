@@ -1,0 +1,139 @@
+"""Comparing runs: grouping over seeds, what may not stand in one table, values, files."""
+
+from __future__ import annotations
+
+import io
+import re
+import statistics
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from cl_methods.evaluation.report import compare
+from cl_methods.evaluation.results import ResultError, arrange, find_results, published, read_result
+from cl_methods.evaluation.tables import summary_table
+
+
+def boards_of(*folders):
+    return arrange([read_result(path) for path in find_results(folders)])
+
+
+def row_of(table, label):
+    return next(row for row in table.rows if row[0] == label)
+
+
+def test_seeds_become_mean_and_spread(write_result):
+    last = [90.0, 92.0, 97.0]
+    folders = [write_result(f"s{seed}", seed=seed, accuracy=[[90.0, 40.0 + seed], [80.0, value]])
+               for seed, value in enumerate(last)]  # fmt: skip
+    (board,), notes = boards_of(*folders)
+    row = row_of(summary_table(board), "finetune")
+    means = [(80 + value) / 2 for value in last]
+    assert row[1] == "3"
+    assert row[2] == "41.0 ± 1.0"
+    assert row[4] == f"{statistics.mean(means):.1f} ± {statistics.stdev(means):.1f}"
+    assert not notes
+
+
+def test_chance_zero_shot_and_joint_stand_beside_the_methods(write_result):
+    folders = [write_result("ft"), write_result("joint", method="joint"), write_result("zs", method="zero_shot")]
+    (board,), _ = boards_of(*folders)
+    table = summary_table(board)
+    assert row_of(table, "chance")[2:5] == ["20.0", "15.0", "15.0"]
+    assert row_of(table, "zero-shot")[2:5] == ["60.0", "55.0", "55.0"]
+    assert row_of(table, "joint (bound)")[2:] == ["–", "76.2", "87.5", "–"]
+    assert [row[0] for row in table.rows] == ["chance", "zero-shot", "finetune", "joint (bound)"]
+
+
+def test_the_best_of_each_column_is_emphasised_among_continual_methods(write_result):
+    better = [[90.0, 60.0], [70.0, 95.0]]
+    folders = [write_result("ft"), write_result("z", method="zscl", accuracy=better), write_result("j", method="joint")]
+    (board,), _ = boards_of(*folders)
+    table = summary_table(board)
+    cells = {(table.rows[row][0], table.columns[column]) for row, column in table.emphasised}
+    assert cells == {("zscl", "Transfer"), ("zscl", "Average"), ("finetune", "Last")}
+    assert "**60.0**" in table.markdown()
+
+
+def test_other_settings_are_another_row_that_names_them(write_result):
+    (board,), _ = boards_of(write_result("a"), write_result("b", settings={"lr": 0.2}), write_result("c", seed=1))
+    assert [(group.label, len(group.results)) for group in board.groups] == [
+        ("finetune (lr=0.1)", 2),
+        ("finetune (lr=0.2)", 1),
+    ]
+
+
+def test_the_same_run_twice_counts_once(write_result):
+    (board,), notes = boards_of(write_result("a"), write_result("copy"))
+    assert len(board.groups[0].results) == 1
+    assert "same method, settings and seed" in notes[0]
+
+
+def test_scenarios_orders_and_label_spaces_are_never_mixed(write_result):
+    other_space = {"method": {"name": "finetune", "lr": 0.1}, "model": "mini", "evaluation": {"label_space": "all"}}
+    boards, _ = boards_of(
+        write_result("a"),
+        write_result("b", scenario="mtil"),
+        write_result("c", order="II"),
+        write_result("d", config=other_space),
+        write_result("e", scenario_fingerprint="abc"),
+    )
+    assert len(boards) == 5
+
+
+def test_published_numbers_stand_beside_mtil_only(write_result):
+    (mini,), _ = boards_of(write_result("a"))
+    (mtil,), _ = boards_of(write_result("b", scenario="mtil"))
+    assert not any("published" in row[0] for row in summary_table(mini).rows)
+    rows = {row[0]: row for row in summary_table(mtil).rows}
+    assert rows["ZSCL (published, ZSCL result files)"][2:5] == ["68.1", "75.4", "83.6"]
+    assert rows["DIKI (published, DPW tables E.3-E.4, coop splits)"][2:5] == ["68.7", "76.3", "85.1"]
+    second = {entry.method: entry for entry in published("mtil", "II")}
+    assert (second["ZSCL"].transfer, second["ZSCL"].last) == (64.2, 83.4)
+    assert published("mini", "I") == []
+
+
+def test_files_are_complete_and_the_page_is_self_contained(write_result, tmp_path):
+    folders = [write_result("ft"), write_result("z", method="zscl", seed=1), write_result("j", method="joint")]
+    text = io.StringIO()
+    compare(folders, tmp_path / "out", Console(file=text))
+    assert "zscl" in text.getvalue()
+    for name in ("accuracy.png", "summary.png", "matrix.png"):
+        with Image.open(tmp_path / "out" / name) as image:
+            assert image.size[0] > 600
+            assert len(image.convert("RGB").getcolors(2**24)) > 50
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 3
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "http" not in page
+    assert "<script" not in page
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| finetune | 1 | **40.0** |" in table
+    assert "### Transfer per task, mini, order I" in table
+
+
+def test_a_directory_of_runs_stands_for_the_runs_in_it(write_result, tmp_path):
+    write_result("runs/a")
+    write_result("runs/b", seed=1)
+    assert len(find_results([tmp_path / "runs", tmp_path / "runs" / "a"])) == 2
+
+
+def test_errors_name_the_run_and_say_what_to_do(write_result, tmp_path):
+    with pytest.raises(ResultError, match="nowhere is not a directory"):
+        find_results([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ResultError, match=r"empty holds no result\.json"):
+        find_results([tmp_path / "empty"])
+    (tmp_path / "empty" / "run.json").write_text("{}")
+    with pytest.raises(ResultError, match=r"not complete; finish it with `clk run --resume"):
+        find_results([tmp_path / "empty"])
+    folder = write_result("bad", accuracy=[[1.0, 2.0], [3.0, 4.0]], tasks=["one", "two", "three"])
+    with pytest.raises(ResultError, match=r"accuracy has shape \(2, 2\)"):
+        read_result(folder / "result.json")
+    (folder / "result.json").write_text('{"method": 3}')
+    with pytest.raises(ResultError, match="lacks scenario, seed"):
+        read_result(folder / "result.json")
+    (folder / "result.json").write_text("{")
+    with pytest.raises(ResultError, match="not valid JSON"):
+        read_result(folder / "result.json")
