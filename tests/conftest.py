@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     missing = {
         "interpreter": not INTERPRETING,
         "aot": INTERPRETING,
+        "nvcc": shutil.which("nvcc") is None,
         "gpu": not torch.cuda.is_available(),
         "native": os.environ.get("CL_KERNELS_NATIVE") == "0",
     }

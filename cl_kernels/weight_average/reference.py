@@ -10,5 +10,6 @@ def average_(averages: list[Tensor], values: list[Tensor], weight: float) -> Non
     """``a ← a + weight · (v − a)``, computed in fp64 for fp64 averages and in fp32 otherwise."""
     for average, value in zip(averages, values, strict=True):
         compute = torch.float64 if average.dtype == torch.float64 else torch.float32
-        start = average.to(compute)
-        average.copy_(start + weight * (value.to(compute) - start))
+        start = average.to(compute)  # the average itself, unless it is stored in 16 bits
+        result = torch.add(start, value.to(compute) - start, alpha=weight)
+        average.copy_(result)

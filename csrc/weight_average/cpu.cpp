@@ -34,11 +34,11 @@ int64_t bytes_of(Storage type) { return type == Storage::f64 ? 8 : type == Stora
 }  // namespace
 
 void average_cpu(std::vector<Tensor> averages, std::vector<Tensor> values, double weight) {
+  check_pairs(averages, values);
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < averages.size(); ++i) {
     const Storage dst_type = storage_of(averages[i].scalar_type());
     const Storage src_type = storage_of(values[i].scalar_type());
-    STD_TORCH_CHECK(averages[i].is_contiguous() && values[i].is_contiguous(), "average_: tensors must be contiguous");
     char* dst = data<char>(averages[i]);
     const char* src = data<char>(values[i]);
     const int64_t total = averages[i].numel();

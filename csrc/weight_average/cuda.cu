@@ -139,6 +139,7 @@ Storage storage_of(ScalarType type) {
 }  // namespace
 
 void average_cuda(std::vector<Tensor> averages, std::vector<Tensor> values, double weight) {
+  check_pairs(averages, values);
   if (averages.empty()) return;
   const int32_t device = averages[0].get_device_index();
   int previous = 0;
@@ -157,7 +158,6 @@ void average_cuda(std::vector<Tensor> averages, std::vector<Tensor> values, doub
     tensors = chunks = 0;
   };
   for (size_t i = 0; i < averages.size(); ++i) {
-    STD_TORCH_CHECK(averages[i].is_contiguous() && values[i].is_contiguous(), "average_: tensors must be contiguous");
     const int64_t total = averages[i].numel();
     int64_t chunk = 0;
     while (chunk * kChunk < total) {

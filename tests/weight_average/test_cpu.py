@@ -1,0 +1,92 @@
+"""The compiled weight averaging."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import average_cases as cases
+import pytest
+import torch
+
+import cl_kernels as clk
+
+
+@pytest.mark.parametrize(("average_dtype", "value_dtype"), cases.PAIRS)
+def test_equals_the_formula(average_dtype, value_dtype):
+    cases.check_against_float64("cpu", average_dtype, value_dtype, 1 / 3)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """Each in its own process, because the choice is made once. Where the machine lacks one, the best that it has runs."""
+    code = "import average_cases as c\nfor pair in c.PAIRS: c.check_against_float64('cpu', *pair, 0.3)\nc.check_layouts('cpu')"
+    environment = os.environ | {"CL_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_extreme_halves():
+    """Subnormals, the largest numbers, infinities and NaN survive storage in 16 bits as PyTorch stores them."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        every = bits.view(dtype)
+        stored = torch.zeros_like(every)
+        clk.average_([stored], [every], 1.0, backend="cpu")
+        expected = torch.zeros_like(every)
+        clk.average_([expected], [every], 1.0, backend="reference")
+        assert torch.equal(stored.isnan(), expected.isnan())
+        assert torch.equal(stored[~stored.isnan()], expected[~expected.isnan()])
+
+
+def test_rounds_to_nearest_even():
+    wide = torch.randn(4096, generator=torch.Generator().manual_seed(1)) * torch.logspace(-8, 5, 4096)
+    for dtype in (torch.float16, torch.bfloat16):
+        stored = torch.zeros(4096, dtype=dtype)
+        clk.average_([stored], [wide], 1.0, backend="cpu")
+        assert torch.equal(stored, wide.to(dtype))
+
+
+def test_threads_do_not_change_a_bit():
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            averages, values = cases.lists(torch.bfloat16, torch.float32, shapes=[(70_001,), (300_000,), (5,)])
+            clk.average_(averages, values, 0.3, backend="cpu")
+            results.append(averages)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_layouts():
+    cases.check_layouts("cpu")
+
+
+def test_allocates_nothing_tensor_sized():
+    averages, values = cases.lists(torch.float32, torch.bfloat16, shapes=[(1000,), (10, 10)])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        clk.average_(averages, values, 0.5, backend="cpu")
+    assert sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0) == 0
+
+
+def test_running_mean():
+    cases.check_running_mean("cpu")
+
+
+def test_autograd_sees_the_change():
+    cases.check_autograd_sees_the_change("cpu")
+
+
+def test_opcheck():
+    cases.check_opcheck("cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", None])
+def test_compiles_without_a_break(backend):
+    cases.check_compile(backend)
+
+
+def test_operator_refuses_what_does_not_fit():
+    cases.check_operator_refuses("cpu")
