@@ -50,7 +50,9 @@ def _network(model: str, pretrained: str | None) -> nn.Module:
         if not archive:
             return open_clip.create_model(model, pretrained=str(path))
         network = open_clip.create_model(model)
-        state = torch.jit.load(str(path), map_location="cpu").state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # OpenAI's archives exist in this form only
+            state = torch.jit.load(str(path), map_location="cpu").state_dict()
         sizes = ("input_resolution", "context_length", "vocab_size")
         network.load_state_dict({name: value.float() for name, value in state.items() if name not in sizes})
         _warn_if_gelu_differs(network, model, str(path))

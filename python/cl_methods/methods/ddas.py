@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from cl_methods.backbone import Backbone, Transform
 from cl_methods.methods.config import check_field
 from cl_methods.methods.frozen_features import Extractor, alexnet_features, backbone_features
-from cl_methods.scenarios.base import ImageSource
+from cl_methods.scenarios.base import ImageSource, Subset
 
 _CACHE_BYTES = 1 << 30
 _CHUNK = 256
+_STATISTICS = 2048
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,12 @@ class DDASConfig:
         code: width of the autoencoders' bottleneck.
         iterations, generic_iterations: Adam steps for a task's autoencoder and for the one on generic data.
         batch_size: images per step.
-        lr, weight_decay: of Adam; the rate falls tenfold every 10 epochs.
+        lr, weight_decay: of Adam.
+        decay_epochs: the rate falls tenfold every so many epochs.
         augment: train on randomly cropped images (published) instead of evaluation images.
         threshold: largest error at which an image still belongs to a task.
-        relative: compare errors in units of each autoencoder's mean error on held-out images of its own data, instead of
-            raw errors (published).
+        relative: the threshold is in units of the winning autoencoder's mean error on held-out images of its own task, not
+            one number for all (published).
         scope: ``sample`` decides for each image alone; ``batch`` once for the whole evaluation batch, as published, which
             uses that a batch holds one data set only.
     """
@@ -48,6 +50,7 @@ class DDASConfig:
     batch_size: int = 64
     lr: float = 0.01
     weight_decay: float = 1e-4
+    decay_epochs: int = 10
     augment: bool = True
     threshold: float = 0.0655
     relative: bool = False
@@ -56,7 +59,7 @@ class DDASConfig:
     def __post_init__(self) -> None:
         check_field(self, "features", ("alexnet", "backbone"))
         check_field(self, "scope", ("sample", "batch"))
-        for name in ("code", "iterations", "generic_iterations", "batch_size", "lr", "threshold"):
+        for name in ("code", "iterations", "generic_iterations", "batch_size", "lr", "decay_epochs", "threshold"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
 
@@ -84,14 +87,14 @@ class AutoEncoder(nn.Module):
         return (self(z) - z).square().mean(dim=1)
 
 
-def decide(errors: Tensor, threshold: float, scope: str) -> Tensor:
+def decide(errors: Tensor, threshold: float | Tensor, scope: str) -> Tensor:
     """Task of each image: the autoencoder with the smallest error, or -1 for the plain model.
 
     -1 where the generic autoencoder (column 0) has the smallest error or the smallest error exceeds the threshold.
 
     Args:
         errors: (B, 1 + tasks) reconstruction errors, generic data in column 0.
-        threshold: see above.
+        threshold: one for all, or (1 + tasks,), that of the winning autoencoder counts.
         scope: ``"sample"``: each row alone; ``"batch"``: the mean row decides for all.
 
     Returns:
@@ -102,7 +105,8 @@ def decide(errors: Tensor, threshold: float, scope: str) -> Tensor:
     if scope == "batch":
         errors = errors.mean(dim=0, keepdim=True).expand_as(errors)
     smallest, index = errors.min(dim=1)
-    return torch.where(smallest > threshold, -1, index - 1)
+    limit = threshold[index] if isinstance(threshold, Tensor) else threshold
+    return torch.where(smallest > limit, -1, index - 1)
 
 
 class DDAS(nn.Module):
@@ -141,25 +145,31 @@ class DDAS(nn.Module):
 
     @torch.no_grad()
     def errors(self, images: Tensor) -> Tensor:
-        """(B, 1 + tasks) errors of images (B, 3, R, R), in units of held-out errors if ``relative``."""
-        z, columns = self.inputs(images), []
-        for coder in (self.generic, *self.tasks):
-            if coder is None:
-                columns.append(z.new_full((len(z),), torch.inf))
-            else:
-                columns.append(coder.errors(z) / coder.unit if self.config.relative else coder.errors(z))
-        return torch.stack(columns, dim=1)
+        """(B, 1 + tasks) reconstruction errors of images (B, 3, R, R); infinite in column 0 without generic data."""
+        z = self.inputs(images)
+        unknown = z.new_full((len(z),), torch.inf)
+        generic = unknown if self.generic is None else self.generic.errors(z)
+        return torch.stack([generic, *(coder.errors(z) for coder in self._coders())], dim=1)
+
+    def _coders(self) -> Iterator[AutoEncoder]:
+        for coder in self.tasks:
+            assert isinstance(coder, AutoEncoder)
+            yield coder
 
     @torch.no_grad()
     def decide(self, images: Tensor) -> Tensor:
         """(B,) int64: task of each image, -1 for the plain model; -1 throughout before the first task."""
         if not len(self.tasks):
             return torch.full((len(images),), -1, device=images.device)
-        return decide(self.errors(images), self.config.threshold, self.config.scope)
+        threshold: float | Tensor = self.config.threshold
+        if self.config.relative:
+            units = torch.stack([coder.unit for coder in self._coders()])
+            threshold = threshold * torch.cat([units.new_full((1,), torch.inf), units])
+        return decide(self.errors(images), threshold, self.config.scope)
 
     def learn_generic(self, images: ImageSource) -> None:
         """Train the autoencoder of generic data, column 0."""
-        self.generic = self._learn(images, None, self.config.generic_iterations, seed=0)
+        self.generic = self._learn(images, None, self.config.generic_iterations)
 
     def learn_task(self, index: int, train: ImageSource, held_out: ImageSource) -> None:
         """Train the autoencoder of the ``index``-th task on its training images.
@@ -169,38 +179,33 @@ class DDAS(nn.Module):
         """
         if index != len(self.tasks):
             raise ValueError(f"index: expected the next task, {len(self.tasks)}, got {index}")
-        self.tasks.append(self._learn(train, held_out, self.config.iterations, seed=index + 1))
+        self.tasks.append(self._learn(train, held_out, self.config.iterations))
 
-    def _learn(self, source: ImageSource, held_out: ImageSource | None, iterations: int, seed: int) -> AutoEncoder:
-        """A new autoencoder; every random number comes from ``seed`` and the caller's generators are left alone."""
-        device = self._backbone[0].device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+    def _learn(self, source: ImageSource, held_out: ImageSource | None, iterations: int) -> AutoEncoder:
+        """A new autoencoder; without held-out images a tenth of the source is kept apart."""
+        if held_out is None or not len(held_out):
+            apart = max(1, len(source) // 10)
             order = torch.randperm(len(source))
-            kept = len(source) if held_out is not None and len(held_out) else max(1, len(source) * 9 // 10)
-            if not len(self.shift):
-                self._standardise(source, order[:kept])
-            coder = AutoEncoder(len(self.shift), self.config.code).to(device)
-            optimizer = torch.optim.Adam(coder.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay)
-            epoch_length = max(1, kept // self.config.batch_size)
-            batches = self._batches(source, order[:kept], iterations)
-            for step, z in enumerate(batches):
-                for group in optimizer.param_groups:
-                    group["lr"] = self.config.lr * 0.1 ** (step // epoch_length // 10)
-                optimizer.zero_grad(set_to_none=True)
-                (coder(z) - z).square().mean().backward()
-                optimizer.step()
-            if held_out is not None and len(held_out):
-                others = self._all(held_out, torch.arange(len(held_out)))
-            else:
-                others = self._all(source, order[kept:] if kept < len(source) else order)
-            with torch.no_grad():
-                coder.unit.copy_(coder.errors(others).mean())
+            source, held_out = Subset(source, order[apart:]), Subset(source, order[:apart])
+        if not len(self.shift):
+            self._standardise(source)
+        coder = AutoEncoder(len(self.shift), self.config.code).to(self._backbone[0].device)
+        optimizer = torch.optim.Adam(coder.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay)
+        epoch = max(1, len(source) // self.config.batch_size)
+        for step, z in enumerate(self._batches(source, iterations)):
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.lr * 0.1 ** (step // epoch // self.config.decay_epochs)
+            optimizer.zero_grad(set_to_none=True)
+            (coder(z) - z).square().mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            coder.unit.copy_(coder.errors(self._all(held_out)).mean())
         return coder.requires_grad_(False)
 
-    def _standardise(self, source: ImageSource, rows: Tensor) -> None:
+    def _standardise(self, source: ImageSource) -> None:
         """Fix shift and spread of every feature from the first data seen; the width of the features too."""
-        features = torch.cat([self._features(source, chunk, augment=False) for chunk in rows[:2048].split(_CHUNK)])
+        rows = torch.randperm(len(source))[:_STATISTICS]
+        features = torch.cat([self._features(source, chunk, augment=False) for chunk in rows.split(_CHUNK)])
         self.shift = features.mean(dim=0)
         self.spread = features.std(dim=0).clamp(min=1e-6)
 
@@ -211,23 +216,24 @@ class DDAS(nn.Module):
         with torch.no_grad():
             return self.extractor.features(images.to(backbone.device))
 
-    def _all(self, source: ImageSource, rows: Tensor) -> Tensor:
+    def _all(self, source: ImageSource) -> Tensor:
+        rows = torch.arange(len(source))
         return self._squash(torch.cat([self._features(source, chunk, augment=False) for chunk in rows.split(_CHUNK)]))
 
-    def _batches(self, source: ImageSource, rows: Tensor, iterations: int) -> Iterator[Tensor]:
+    def _batches(self, source: ImageSource, iterations: int) -> Iterator[Tensor]:
         """``iterations`` batches of inputs, every image once per epoch; features are kept where they fit and are fixed."""
-        size = min(self.config.batch_size, len(rows))
-        fits = len(rows) * len(self.shift) * 4 <= _CACHE_BYTES
-        cached = self._all(source, rows) if fits and not self.config.augment else None
+        size = min(self.config.batch_size, len(source))
+        fits = len(source) * len(self.shift) * 4 <= _CACHE_BYTES
+        cached = self._all(source) if fits and not self.config.augment else None
         queue = torch.zeros(0, dtype=torch.int64)
         for _ in range(iterations):
             if len(queue) < size:
-                queue = torch.randperm(len(rows))
+                queue = torch.randperm(len(source))
             chosen, queue = queue[:size], queue[size:]
             if cached is not None:
                 yield cached[chosen.to(cached.device)]
             else:
-                yield self._squash(self._features(source, rows[chosen], self.config.augment))
+                yield self._squash(self._features(source, chosen, self.config.augment))
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore ``state_dict()`` into a detector that may have learnt less or more."""

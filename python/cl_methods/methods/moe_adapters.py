@@ -19,6 +19,18 @@ from cl_methods.methods.ddas import DDAS, DDASConfig
 from cl_methods.methods.expert_adamw import ExpertAdamW
 from cl_methods.scenarios.base import Reference, Task
 
+BACKBONE_DDAS = DDASConfig(
+    features="backbone",
+    code=64,
+    iterations=401,
+    generic_iterations=1501,
+    decay_epochs=20,
+    augment=False,
+    threshold=2.0,
+    relative=True,
+)
+"""Detector that needs no AlexNet weights."""
+
 
 @dataclass(frozen=True)
 class MoEAdaptersConfig(TrainConfig):
@@ -63,13 +75,8 @@ class MoEAdaptersConfig(TrainConfig):
             "freeze": 0,
             "detection": "none",
         },
-        "mini": {
-            "lr": 5e-3,
-            "iterations": 80,
-            "warmup": 8,
-            "ddas": DDASConfig(features="backbone", code=16, augment=False, relative=True, threshold=2.0),
-        },
-        "folders": {"ddas": DDASConfig(features="backbone", code=16, augment=False, relative=True, threshold=2.0)},
+        "mini": {"lr": 5e-3, "iterations": 80, "warmup": 8, "ddas": BACKBONE_DDAS},
+        "folders": {"ddas": BACKBONE_DDAS},
     }
 
     def __post_init__(self) -> None:
