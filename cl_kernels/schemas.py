@@ -20,9 +20,11 @@ SCHEMAS = {
         "(Tensor grad_x, Tensor grad_gates, Tensor grad_down_weight, Tensor grad_down_bias, "
         "Tensor grad_up_weight, Tensor grad_up_bias)"
     ),
-    # student, teacher (outer, M, inner), softmax over M -> loss (outer, inner), lse (2, outer, inner) of student and teacher.
-    "distill_kl": "(Tensor student, Tensor teacher, float temperature, bool kl) -> (Tensor loss, Tensor lse)",
-    "distill_kl_backward": "(Tensor grad, Tensor student, Tensor teacher, Tensor lse, float temperature) -> Tensor",
+    # student, teacher (outer, M, inner), softmax over M -> loss (outer, inner), stats (4, outer, inner): maximum and log-sum of
+    # the exponentials from it, of the student's and the teacher's logits over temperature. Two numbers, because with large
+    # logits their sum would round away the probabilities' digits.
+    "distill_kl": "(Tensor student, Tensor teacher, float temperature, bool kl) -> (Tensor loss, Tensor stats)",
+    "distill_kl_backward": "(Tensor grad, Tensor student, Tensor teacher, Tensor stats, float temperature) -> Tensor",
     # student (N, d), teacher (K, N, d_t), anchors (M, d), teacher_anchors (M, d_t), weight (K, N) fp32/fp64, logit_scale () times
     # factor -> loss (), row_stats (1 + K, N): log-sum-exps over the anchors of student and teachers, column_stats (2 + K, M):
     # log-sum-exp over the rows of the student, weighted sum of the teachers' probabilities, log-sum-exps of the teachers.

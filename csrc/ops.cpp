@@ -1,5 +1,6 @@
 // Every compiled operation, in one place. Schemas live in cl_kernels/schemas.py, because they must exist where nothing was compiled;
 // this file registers the implementations of this library against them.
+#include "distill_kl/distill.h"
 #include "gating/gating.h"
 #include "moe_adapter/adapter.h"
 #include "weight_average/average.h"
@@ -9,6 +10,10 @@ STABLE_TORCH_LIBRARY_IMPL(cl_kernels, CPU, m) {
   m.impl("top_k_gating", TORCH_BOX(&clk::top_k_gating_cpu));
   m.impl("moe_adapter", TORCH_BOX(&clk::moe_adapter_cpu));
   m.impl("moe_adapter_backward", TORCH_BOX(&clk::moe_adapter_backward_cpu));
+  m.impl("distill_kl", TORCH_BOX(&clk::distill_kl_cpu));
+  m.impl("distill_kl_backward", TORCH_BOX(&clk::distill_kl_backward_cpu));
+  m.impl("feature_distill_kl", TORCH_BOX(&clk::feature_distill_kl_cpu));
+  m.impl("feature_distill_kl_backward", TORCH_BOX(&clk::feature_distill_kl_backward_cpu));
 }
 
 #if defined(CLK_WITH_CUDA)

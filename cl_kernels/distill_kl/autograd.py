@@ -45,10 +45,10 @@ def feature_distill_kl(
 def _fake(student: Tensor, teacher: Tensor, temperature: float, kl: bool) -> tuple[Tensor, Tensor]:
     outer, _, inner = student.shape
     dtype = compute_dtype(student.dtype)
-    return student.new_empty(outer, inner, dtype=dtype), student.new_empty(2, outer, inner, dtype=dtype)
+    return student.new_empty(outer, inner, dtype=dtype), student.new_empty(4, outer, inner, dtype=dtype)
 
 
-def _fake_backward(grad: Tensor, student: Tensor, teacher: Tensor, lse: Tensor, temperature: float) -> Tensor:
+def _fake_backward(grad: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, temperature: float) -> Tensor:
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 

@@ -9,26 +9,18 @@
 #include <cstring>
 
 #include "common/scalar.h"
+#include "common/vector.h"
 
 namespace clk {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
 constexpr int kTileRows = 12;
 #elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
 constexpr int kTileRows = 6;
 #else
-constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 4;
 #endif
-
-template <typename C>
-struct Vector {
-  typedef C type __attribute__((vector_size(kVectorBytes)));
-  static constexpr int width = kVectorBytes / sizeof(C);
-};
 
 template <typename C>
 constexpr int64_t panel_width(int64_t n) {
