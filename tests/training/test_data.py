@@ -6,8 +6,9 @@ import pytest
 import torch
 from fakes import tiny_scenario, to_float, to_noisy_float
 
+from cl_methods.datasets.loading import evaluation_batches
 from cl_methods.scenarios.base import DataError, ImageSource
-from cl_methods.training.data import TrainingSteps, evaluation_batches, stream_indices, training_batches
+from cl_methods.training.data import TrainingSteps, stream_indices, training_batches
 
 CPU = torch.device("cpu")
 

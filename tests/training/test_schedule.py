@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from cl_methods.seeding import derive_seed, step_seed
 from cl_methods.training.schedule import warmup_cosine
-from cl_methods.training.seeding import derive_seed, step_seed
 
 
 def test_follows_the_published_rule():

@@ -62,7 +62,11 @@ def parse(arguments: Sequence[str], description: str) -> tuple[RunConfig, Invoca
     scenario = _known("scenario", _peek(arguments, "--scenario") or file.get("scenario", "mini"), SCENARIOS)
     if from_file.pop("name", method) != method:
         from_file = {}
-    default = validated(method, scenario, {**file, "method": from_file})
+    given = {**file, "method": from_file}
+    model = _peek(arguments, "--model")
+    if model is not None and model != file.get("model"):
+        given |= {"model": model, "pretrained": None}  # other weights than the default model's; --pretrained names them
+    default = validated(method, scenario, given)
     values = {entry.name: getattr(default, entry.name) for entry in dataclasses.fields(RunConfig)}
     command_type = _command_type(type(default.settings))
     command = tyro.cli(
@@ -103,7 +107,7 @@ def validated(method: str, scenario: str, given: Mapping[str, Any]) -> RunConfig
     Raises:
         ConfigurationError: all unknown keys (with the closest known one) and all values of the wrong type at once.
     """
-    settings_type = METHODS[method].Config
+    settings_type: Any = getattr(METHODS[method], "Config")  # noqa: B009 (each method nests its own)
     settings = settings_type.for_scenario(scenario)
     model, pretrained = DEFAULT_MODELS.get(scenario, ("ViT-B-16-quickgelu", "openai"))
     default = RunConfig(method=method, settings=settings, scenario=scenario, model=model, pretrained=pretrained)

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cl_methods.datasets.loading import evaluation_batches
 from cl_methods.methods.base import Method
 from cl_methods.scenarios.base import Task
-from cl_methods.training.data import evaluation_batches
 
 LabelSpace = Literal["task", "seen", "all"]
 

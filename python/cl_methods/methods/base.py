@@ -42,7 +42,6 @@ class Method(ABC):
     per step, so a resumed run repeats them.
 
     Attributes:
-        Config: dataclass of the method's settings, with a class method ``for_scenario(name)`` that gives tuned defaults.
         name: by which the command line and the reports know the method.
         uses_reference: batches carry reference images, drawn from :meth:`reference_source`.
         trains: False for methods that only evaluate.
@@ -53,7 +52,6 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    Config: ClassVar[Any]
     uses_reference: bool = False
     trains: ClassVar[bool] = True
     joint: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cl_methods.scenarios.base import DataError, Scenario
@@ -54,11 +54,15 @@ def load(name: str, options: ScenarioOptions | None = None, *, order: str = "I")
             raise DataError("data.root: scenario folders needs the folder that holds one sub-folder per task")
         from cl_methods.scenarios import folders
 
-        return folders.load_scenario(
+        chosen = None if order == "I" else [name.strip() for name in order.split(",")]
+        if order == "II":
+            chosen = folders.task_names(options.root)[::-1]
+        scenario = folders.load_scenario(
             options.root,
-            order,
+            chosen,
             validation_fraction=options.validation_fraction,
             test_fraction=options.test_fraction,
             seed=options.split_seed,
         )
+        return replace(scenario, order=order)
     raise DataError(f"scenario: expected one of {', '.join(SCENARIOS)}, got {name!r}")

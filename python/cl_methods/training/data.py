@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from cl_methods.datasets.loading import Transform, load_items
 from cl_methods.methods.base import Batch
-from cl_methods.scenarios.base import DataError, ImageSource, RawImage, Task
-from cl_methods.training.seeding import derive_seed
-
-Transform = Callable[[RawImage], Tensor]
+from cl_methods.scenarios.base import DataError, ImageSource, Task
+from cl_methods.seeding import derive_seed
 
 
 def stream_indices(count: int, start: int, length: int, *key: int | str) -> Tensor:
@@ -115,64 +114,10 @@ def training_batches(
     Raises:
         DataError: an image cannot be read.
     """
-    for data in _load(steps, range(start_step, iterations + 1), device, workers):
+    for data in load_items(steps, range(start_step, iterations + 1), device, workers):
         step = int(data["step"])
         tensors = {name: value.to(device, non_blocking=True) for name, value in data.items() if name != "step"}
         yield Batch(**tensors, step=step, task=steps.tasks[step % len(steps.tasks)])
-
-
-class _EvaluationBatches(Dataset):
-    """Item b is the b-th batch of a source, in the source's order."""
-
-    def __init__(self, source: ImageSource, transform: Transform, batch_size: int) -> None:
-        self.source, self.transform, self.batch_size = source, transform, batch_size
-
-    def __getitem__(self, batch: int) -> dict[str, Tensor] | DataError:
-        indices = range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.source)))
-        try:
-            images = [self.transform(self.source.image(index)) for index in indices]
-        except DataError as error:
-            return error
-        return {"images": torch.stack(images), "labels": self.source.labels[indices.start : indices.stop]}
-
-
-def evaluation_batches(
-    source: ImageSource, transform: Transform, *, batch_size: int, device: torch.device, workers: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image of ``source`` once, in order.
-
-    Returns:
-        Pairs of images (B, 3, R, R) and labels (B,) on ``device``; the last batch may be smaller.
-
-    Raises:
-        DataError: an image cannot be read.
-    """
-    count = -(-len(source) // batch_size)
-    for data in _load(_EvaluationBatches(source, transform, batch_size), range(count), device, workers):
-        yield data["images"].to(device, non_blocking=True), data["labels"].to(device, non_blocking=True)
-
-
-def _load(dataset: Dataset, order: range, device: torch.device, workers: int) -> Iterator[dict[str, Tensor]]:
-    if workers == 0:  # no loader in between: it would draw from the global generator and copy
-        for index in order:
-            yield _data(dataset[index])
-        return
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=order,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4,
-    )
-    for item in loader:
-        yield _data(item)
-
-
-def _data(item: dict[str, Tensor] | DataError) -> dict[str, Tensor]:
-    if isinstance(item, DataError):
-        raise item
-    return item
 
 
 def _seed_augmentation(seed: int) -> None:

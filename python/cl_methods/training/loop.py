@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cl_methods.methods.base import Batch, Method
 from cl_methods.scenarios.base import Task
+from cl_methods.seeding import derive_seed, seed_everything, step_seed
 from cl_methods.training.data import TrainingSteps, training_batches
 from cl_methods.training.schedule import warmup_cosine
-from cl_methods.training.seeding import derive_seed, seed_everything, step_seed
 
 _CHECK_EVERY = 16
 

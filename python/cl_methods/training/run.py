@@ -17,12 +17,12 @@ from cl_methods.evaluation.metrics import forgetting, mtil_metrics
 from cl_methods.methods import METHODS, Method
 from cl_methods.scenarios import load as load_scenario
 from cl_methods.scenarios.base import Scenario
+from cl_methods.seeding import derive_seed, seed_everything
 from cl_methods.training.checkpoints import Checkpoint, RunDirectory, RunDirectoryError, TrainingProgress
 from cl_methods.training.config import RunConfig, differences
 from cl_methods.training.environment import choose_device, describe_environment, peak_memory_bytes
 from cl_methods.training.loop import Continuation, StepReport, train_task
 from cl_methods.training.progress import RunProgress
-from cl_methods.training.seeding import derive_seed, seed_everything
 
 
 class StoppedError(RuntimeError):
