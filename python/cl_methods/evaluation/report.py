@@ -87,6 +87,7 @@ def compare(paths: Sequence[Path], output: Path, console: Console) -> list[Board
 def _print(table: TextTable, console: Console) -> None:
     """Print a table; where there is no terminal whose width counts, as wide as it needs to be."""
     target = console if console.is_terminal else Console(file=console.file, width=240)
+    target.print(table.title, style="bold", highlight=False)
     target.print(table.rich())
 
 

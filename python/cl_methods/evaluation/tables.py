@@ -34,7 +34,7 @@ class TextTable:
     emphasised: frozenset[tuple[int, int]] = frozenset()
 
     def rich(self) -> RichTable:
-        """For the terminal."""
+        """For the terminal, without the title."""
         table = RichTable(
             title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1)
         )
