@@ -34,10 +34,10 @@ def blocks_for(dtype: torch.dtype, length: int, width: int, rank: int, slots: in
     padded_rank = max(16, triton.next_power_of_2(rank))
     half = dtype != torch.float32
     columns = min(128 if half else 64, padded_rank if gathered else triton.next_power_of_2(padded_rank * slots))
-    rows = 64 if gathered else max(16, min(64, triton.next_power_of_2(length)))
+    rows = (64 if half else 32) if gathered else max(16, min(64, triton.next_power_of_2(length)))
     block_width = max(16, min(64 if half else 32, triton.next_power_of_2(width)))
     # fp32 products without tensor cores need twice the registers of the others.
-    wide = columns * rows >= (8192 if half else 4096)
+    wide = columns * rows >= (8192 if half else 2048)
     return Blocks(rows, columns, block_width, padded_rank, num_warps=8 if wide else 4, num_stages=2)
 
 

@@ -52,7 +52,9 @@ void tile(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t K, C* c, int
       for (int v = 0; v < VECTORS; ++v) sum[i][v] += value * row[v];
     }
   }
+#pragma GCC unroll 12
   for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) {
       C* out = c + i * ldc + v * W;
       V total = sum[i][v];
