@@ -1,7 +1,7 @@
 """Which backend runs an operation, and why the others do not.
 
 Order of choice: the ``backend=`` argument, :func:`use_backend`, the environment variable ``CL_KERNELS_BACKEND``, then the first
-available one for the tensors' device. Falling back from a kernel to the reference warns once per operation and device.
+available one for the tensors' device. Falling back from a kernel to the reference warns once per reason.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 _override: str | None = None
 _chosen: dict[tuple[str, str], str] = {}
+_warned: set[str] = set()
 
 
 def _status(operation: str, backend: str) -> str:
@@ -87,13 +88,16 @@ def choose(operation: str, device: torch.device, backend: str | None = None) -> 
     return _resolve(operation, device.type, backend or _override or os.environ.get("CL_KERNELS_BACKEND"))
 
 
-@torch.compiler.assume_constant_result
 def _resolve(operation: str, device: str, wanted: str | None) -> str:
     """torch.compile evaluates this while tracing and guards on its arguments alone."""
     if wanted is not None:
         return _explicit(operation, device, wanted)
     chosen = _chosen.get((operation, device))
     return chosen if chosen is not None else _automatic(operation, device)
+
+
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo, which would import Triton.
+_resolve.__dict__["_dynamo_marked_constant"] = True
 
 
 def _check_name(name: str) -> None:
@@ -115,10 +119,12 @@ def _explicit(operation: str, device: str, name: str) -> str:
 def _automatic(operation: str, device: str) -> str:
     preferred = PREFERENCE.get(device, ("reference",))
     chosen = next(name for name in preferred if _status(operation, name) == AVAILABLE)
-    if chosen == "reference" and preferred[0] != "reference":
-        reasons = "; ".join(f"{name}: {_status(operation, name)}" for name in preferred[:-1])
+    reasons = "; ".join(f"{name}: {_status(operation, name)}" for name in preferred[:-1])
+    if chosen == "reference" and reasons and reasons not in _warned:
+        _warned.add(reasons)
         warnings.warn(
-            f"cl_kernels: {operation} runs on its plain PyTorch reference on {device} ({reasons}). `clk doctor` tells more.",
+            f"cl_kernels: {operation} runs on its plain PyTorch reference on {device} ({reasons}), as will every operation "
+            "for that reason. `python -m cl_kernels.doctor` tells more.",
             RuntimeWarning,
             stacklevel=5,
         )
