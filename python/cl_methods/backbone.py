@@ -71,7 +71,7 @@ class Backbone:
         features = self.model.encode_image(images.to(self.device, non_blocking=True))
         return features / features.norm(dim=-1, keepdim=True)
 
-    def encode_texts(self, tokens: Tensor) -> Tensor:
+    def encode_texts(self, tokens: Tensor, *, trimmed: bool = False) -> Tensor:
         """L2-normalised text features; only the positions up to the last read-out position are computed.
 
         The text tower is causal and reads one position per text, so later positions cannot change the result: this equals the
@@ -80,6 +80,7 @@ class Backbone:
 
         Args:
             tokens: (N, L) int64, L up to the context length.
+            trimmed: whether ``tokens`` come from :meth:`trim_texts`, so that nobody has to look at them again.
 
         Returns:
             (N, d), differentiable in the model's parameters.
@@ -89,7 +90,7 @@ class Backbone:
         """
         if tokens.ndim != 2 or tokens.shape[1] > self._context_length:
             raise ValueError(f"tokens: expected (N, L) with L <= {self._context_length}, got {tuple(tokens.shape)}")
-        features = self._text_features(self.trim_texts(tokens))
+        features = self._text_features(tokens if trimmed else self.trim_texts(tokens))
         return features / features.norm(dim=-1, keepdim=True)
 
     def trim_texts(self, tokens: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class FineTune(Method):
         """
         if texts is None:
             raise RuntimeError(f"{self.name}: call before_task before the first step")
-        logits = self.backbone.logit_scale.detach() * features @ self.backbone.encode_texts(texts).T
+        logits = self.backbone.logit_scale.detach() * features @ self.backbone.encode_texts(texts, trimmed=True).T
         return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
 
     def after_task(self, index: int, task: Task) -> None:

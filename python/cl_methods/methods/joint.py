@@ -35,6 +35,7 @@ class Joint(FineTune):
     joint: ClassVar[bool] = True
 
     Config = JointConfig
+    _first: Task | None = None
 
     def before_task(self, index: int, task: Task) -> None:
         """Start without texts; each task's are tokenised when its first batch comes."""
@@ -48,6 +49,8 @@ class Joint(FineTune):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """``{"loss"}``: the cross-entropy of the batch over the classes of its own task."""
+        if self._first is None:
+            raise RuntimeError("joint: call before_task before the first step")
         task = batch.task if batch.task is not None else self._first
         if task.name not in self._task_texts:
             self._task_texts[task.name] = self.training_texts(task)

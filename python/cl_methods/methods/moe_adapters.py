@@ -165,7 +165,7 @@ class MoEAdapters(Method):
             raise RuntimeError("moe_adapters: call before_task before the first step")
         with self.adapters.active(self.router, training=True, noise=self.config.gating_noise):
             features = self.backbone.encode_images(batch.images)
-            texts = self.backbone.encode_texts(self._texts)
+            texts = self.backbone.encode_texts(self._texts, trimmed=True)
         logits = self.backbone.logit_scale * features @ texts.T
         return {"loss": F.cross_entropy(logits, batch.labels, label_smoothing=self.config.label_smoothing)}
 

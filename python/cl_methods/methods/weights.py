@@ -18,6 +18,12 @@ def snapshot(parameters: Sequence[tuple[str, nn.Parameter]]) -> dict[str, Tensor
 
 
 @torch.no_grad()
+def assign(parameters: Sequence[tuple[str, Tensor]], source: Mapping[str, Tensor]) -> None:
+    """``θ ← θ_source`` in place and to the bit, which a move of weight 1 is not."""
+    torch._foreach_copy_([value.detach() for _, value in parameters], [source[name] for name, _ in parameters])
+
+
+@torch.no_grad()
 def move_towards(parameters: Sequence[tuple[str, Tensor]], target: Mapping[str, Tensor], weight: float) -> None:
     """``θ ← θ + weight (θ_target − θ)`` in place, by one :func:`cl_kernels.average_` call.
 

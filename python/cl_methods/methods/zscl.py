@@ -13,7 +13,7 @@ from cl_methods.backbone import Backbone
 from cl_methods.methods.base import Batch
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.reference_features import FrozenFeatures, random_texts
-from cl_methods.methods.weights import consolidation_value, fold_consolidation_gradient, move_towards, snapshot
+from cl_methods.methods.weights import assign, consolidation_value, fold_consolidation_gradient, move_towards, snapshot
 from cl_methods.methods.zscl_config import ZSCLConfig
 from cl_methods.scenarios.base import ImageSource, Reference, Task
 
@@ -100,7 +100,7 @@ class ZSCL(FineTune):
         """Give a teacher other than the zero-shot one its weights: the task's start, or a mix of it and zero-shot."""
         assert self._teacher is not None
         teacher = [(name, value) for name, value in self._teacher.model.named_parameters() if name in self._start]
-        move_towards(teacher, self._start, 1.0)
+        assign(teacher, self._start)
         if self.config.teacher == "mixed":
             move_towards(teacher, self._weights("zero_shot"), 1 - self.config.teacher_mix)
 
@@ -213,7 +213,7 @@ class ZSCL(FineTune):
         if config.wise_merge != "none":
             move_towards(parameters, self._weights(config.wise_merge), 1 - config.wise_merge_alpha)
         if config.ensemble != "none":
-            move_towards(parameters, self._ensemble, 1.0)
+            assign(parameters, self._ensemble)
         self._start, self._ensemble, self._pulled = {}, {}, {}
         super().after_task(index, task)
 
