@@ -33,7 +33,7 @@ class FineTune(Method):
 
     name: ClassVar[str] = "finetune"
 
-    Config: type[TrainConfig] = FineTuneConfig
+    Config: ClassVar[type[TrainConfig]] = FineTuneConfig
     _texts: Tensor | None = None
 
     def before_task(self, index: int, task: Task) -> None:

@@ -34,7 +34,7 @@ class Joint(FineTune):
     name: ClassVar[str] = "joint"
     joint: ClassVar[bool] = True
 
-    Config = JointConfig
+    Config: ClassVar[type[TrainConfig]] = JointConfig
     _first: Task | None = None
 
     def before_task(self, index: int, task: Task) -> None:

@@ -111,7 +111,7 @@ class MoEAdapters(Method):
     """
 
     name: ClassVar[str] = "moe_adapters"
-    Config = MoEAdaptersConfig
+    Config: ClassVar[type[TrainConfig]] = MoEAdaptersConfig
     config: MoEAdaptersConfig
 
     def __init__(self, backbone: Backbone, config: MoEAdaptersConfig, reference: Reference | None = None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import cl_kernels as clk
 from cl_methods.backbone import Backbone
 from cl_methods.methods.base import Batch
+from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.reference_features import FrozenFeatures, random_texts
 from cl_methods.methods.weights import assign, consolidation_value, fold_consolidation_gradient, move_towards, snapshot
@@ -36,7 +37,7 @@ class ZSCL(FineTune):
     """
 
     name: ClassVar[str] = "zscl"
-    Config = ZSCLConfig
+    Config: ClassVar[type[TrainConfig]] = ZSCLConfig
     config: ZSCLConfig
 
     def __init__(self, backbone: Backbone, config: ZSCLConfig, reference: Reference | None = None) -> None:
