@@ -12,7 +12,7 @@ TEMPLATES = (
     "{}", "a picture of {}", "a photo of {}", "an image of {}", "a drawing of {}", "a painting of {}", "a render of {}",
     "this is {}", "there is {}", "a good photo of {}", "a blurry picture of {}", "a clean image of {}", "a close view of {}",
 )  # fmt: skip
-"""A phrase brings its own article, so the same templates serve "a star" and "three stars"; as in CLIP's prompts it is always "a"."""
+"""A phrase brings its own article, so the same templates serve "a star" and "three stars"; it is always "a", as in CLIP."""
 
 
 def phrases(fact: str) -> tuple[tuple[str, ...], ...]:

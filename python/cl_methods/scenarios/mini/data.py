@@ -108,6 +108,12 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cl-kernels"
 
 
+def cache_file() -> Path:
+    """The file of the rendered world; its name ends in a digest of all fingerprints, so versions do not overwrite each other."""
+    digest = hashlib.sha256(json.dumps(FINGERPRINT, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / f"{VERSION}-{digest[:12]}.safetensors"
+
+
 def _read_cache(path: Path) -> dict[str, Tensor] | None:
     if not path.is_file():
         return None
@@ -137,7 +143,7 @@ def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _tensors() -> dict[str, Tensor]:
-    path = cache_folder() / f"{VERSION}.safetensors"
+    path = cache_file()
     tensors = _read_cache(path)
     if tensors is None:
         tensors = render_all()

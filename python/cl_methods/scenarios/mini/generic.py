@@ -18,7 +18,7 @@ from cl_methods.scenarios.mini.stream import Stream
 
 FACTS = ("shape", "colour", "pattern", "scene", "ground", "glyph", "count")
 KINDS = ("object", "glyph", "count", "pattern", "scene")
-SHARES = {"object": 0.36, "glyph": 0.28, "count": 0.2, "pattern": 0.1, "scene": 0.06}
+SHARES = {"object": 0.36, "glyph": 0.28, "count": 0.18, "pattern": 0.14, "scene": 0.04}
 COLUMN = {name: index for index, name in enumerate(FACTS)}
 
 
@@ -73,7 +73,7 @@ def _second_tone(first: np.ndarray, stream: Stream) -> np.ndarray:
 
 def _objects(stream: Stream, n: int, facts: np.ndarray) -> np.ndarray:
     shape, colour = allowed_pairs(stream, n)
-    plain = stream.chance(0.4, n)
+    plain = stream.chance(0.3, n)
     kind = np.where(plain, concepts.PLAIN, stream.integers(concepts.PLAIN, n))
     facts[:, COLUMN["shape"]], facts[:, COLUMN["colour"]], facts[:, COLUMN["pattern"]] = shape, colour, kind
     facts[:, COLUMN["count"]] = 0
@@ -115,7 +115,7 @@ def _glyphs(stream: Stream, n: int, facts: np.ndarray) -> np.ndarray:
     u, v = local(stream.uniform(-1, 1, n) * room, stream.uniform(-1, 1, n) * room, size, stream.uniform(-0.15, 0.15, n))
     u = u * column(stream.uniform(0.75, 1.35, n)) + v * column(stream.uniform(-0.3, 0.3, n))
     u = u + column(stream.uniform(-0.12, 0.12, n)) * (v * v)
-    jitter = stream.uniform(-1.0, 1.0, (n, MAX_POINTS, 2)) * stream.uniform(0.02, 0.13, (n, 1, 1))
+    jitter = stream.uniform(-1.0, 1.0, (n, MAX_POINTS, 2)) * stream.uniform(0.02, 0.11, (n, 1, 1))
     distance = HANDWRITING.distance(glyph, stream.integers(12, n), jitter, u, v) * column(size)
     width = column(stream.uniform(0.05, 0.2, n))
     paint(canvas, cover(distance - width, stream.uniform(0.8, 4.0, n)), jittered(colour, stream))
@@ -127,6 +127,22 @@ def place_apart(stream: Stream, n: int, most: int, size: np.ndarray) -> np.ndarr
     cell = np.argsort(stream.uniform(0.0, 1.0, (n, 9)), axis=1, kind="stable")[:, :most]
     centre = np.stack([cell % 3 - 1, cell // 3 - 1], axis=2).astype(np.float32) * np.float32(0.64)
     return centre + stream.uniform(-1.0, 1.0, (n, most, 2)) * np.maximum(0.34 - size, 0.02)[:, None, None]
+
+
+def companions(
+    stream: Stream,
+    shape: np.ndarray,
+    colour: np.ndarray,
+    same_shape: np.ndarray,
+    same_colour: np.ndarray,
+    ground: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shapes and colours (n,) of further objects beside an allowed pair (shape, colour): never held out, never ground's colour."""
+    mixed_shape, mixed_colour = allowed_pairs(stream, len(shape))
+    new_colour = np.where(same_colour | (mixed_colour == ground), colour, mixed_colour)
+    fits = concepts.ALLOWED[mixed_shape, new_colour]
+    new_shape = np.where(same_shape | ~fits, shape, mixed_shape)
+    return new_shape, np.where(concepts.ALLOWED[new_shape, new_colour], new_colour, colour)
 
 
 def _counts(stream: Stream, n: int, facts: np.ndarray) -> np.ndarray:
@@ -143,13 +159,7 @@ def _counts(stream: Stream, n: int, facts: np.ndarray) -> np.ndarray:
     centre = place_apart(stream, n, most, size)
     ground = facts[:, COLUMN["ground"]]
     for index in range(most):
-        mixed_shape, mixed_colour = allowed_pairs(stream, n)
-        clash = mixed_colour == ground
-        this_colour = np.where(same_colour | clash, colour, mixed_colour)
-        fits = concepts.ALLOWED[mixed_shape, this_colour]
-        this_shape = np.where(same_shape | ~fits, shape, mixed_shape)
-        legal = concepts.ALLOWED[this_shape, this_colour]
-        this_colour = np.where(legal, this_colour, colour)
+        this_shape, this_colour = companions(stream, shape, colour, same_shape, same_colour, ground)
         scale = size * stream.uniform(0.8, 1.2, n)
         u, v = local(centre[:, index, 0], centre[:, index, 1], scale, stream.uniform(-0.2, 0.2, n))
         shown = column(index <= count)
@@ -183,11 +193,11 @@ def camera(canvas: np.ndarray, stream: Stream) -> np.ndarray:
     gain = 1.0 + stream.uniform(-0.25, 0.25, (n, 1, 1, 1)) + stream.uniform(-0.1, 0.1, (n, 3, 1, 1))
     canvas = canvas * gain + stream.uniform(-0.12, 0.12, (n, 1, 1, 1))
     degraded = stream.uniform(0.0, 1.0, n)
-    blurred = np.flatnonzero(degraded < 0.12)
+    blurred = np.flatnonzero(degraded < 0.1)
     canvas[blurred] = smooth(canvas[blurred], 1)
-    coarse = np.flatnonzero((degraded >= 0.12) & (degraded < 0.24))
+    coarse = np.flatnonzero((degraded >= 0.1) & (degraded < 0.2))
     canvas[coarse] = enlarge(shrink(canvas[coarse], 2))
-    coarser = np.flatnonzero((degraded >= 0.24) & (degraded < 0.32))
+    coarser = np.flatnonzero((degraded >= 0.2) & (degraded < 0.25))
     canvas[coarser] = enlarge(shrink(canvas[coarser], 4))
     strength = stream.uniform(0.0, 1.0, (n, 1, 1, 1))
     return canvas + stream.noise(canvas.shape) * (0.1 * strength * strength)

@@ -19,30 +19,28 @@ IMAGE_SIZE = 32
 EMBEDDING = 96
 VISION_WIDTH, VISION_LAYERS, VISION_HEAD_WIDTH = 96, 3, 32
 TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS = 64, 2, 2
-STEM_WIDTHS = (24, 48)
+STEM = ((24, 2), (32, 1), (64, 2), (64, 1))
+"""Output channels and stride of the stem's convolutions before the last."""
 CHECKPOINT = Path(__file__).parent / "mini-v1.safetensors"
 
 __all__ = ["CHECKPOINT", "build_model", "load_model", "open_clip"]
 
 
 def _stem() -> nn.Sequential:
-    """(B, 3, 32, 32) to (B, width, 4, 4): three strided 3 x 3 convolutions, group-normalised."""
-    first, second = STEM_WIDTHS
-    return nn.Sequential(
-        nn.Conv2d(3, first, 3, stride=2, padding=1, bias=False),
-        nn.GroupNorm(4, first),
-        nn.GELU(),
-        nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False),
-        nn.GroupNorm(8, second),
-        nn.GELU(),
-        nn.Conv2d(second, VISION_WIDTH, 3, stride=2, padding=1, bias=False),
-    )
+    """(B, 3, 32, 32) to (B, width, 4, 4): five 3 x 3 convolutions, three of them strided, group-normalised in between."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width, stride in STEM:
+        convolution = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
+        layers += [convolution, nn.GroupNorm(width // 8, width), nn.GELU()]
+        channels = width
+    return nn.Sequential(*layers, nn.Conv2d(channels, VISION_WIDTH, 3, stride=2, padding=1, bias=False))
 
 
 def build_model() -> CLIP:
     """The untrained model, float32; initial values come from torch's global generator.
 
-    Its state-dict names are open_clip's, except that ``visual.conv1`` is a stem with ``visual.conv1.{0,1,3,4,6}.*``.
+    Its state-dict names are open_clip's, except that ``visual.conv1`` is a stem with ``visual.conv1.N.*``.
     """
     vision = CLIPVisionCfg(
         layers=VISION_LAYERS, width=VISION_WIDTH, head_width=VISION_HEAD_WIDTH, patch_size=8, image_size=IMAGE_SIZE

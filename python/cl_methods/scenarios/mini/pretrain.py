@@ -15,7 +15,7 @@ import torch
 import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy, log_softmax, normalize
 
 from cl_methods.scenarios.mini import captions
 from cl_methods.scenarios.mini.generic import COLUMN, FACTS, KINDS, SHARES, render
@@ -35,7 +35,8 @@ class PretrainConfig:
 
     Attributes:
         steps: optimiser steps.
-        batch_size: image-caption pairs a step.
+        batch_size: images a step.
+        captions: captions a step, written for images evenly spread over the batch; judged against all images.
         lr: peak learning rate of AdamW (embeddings, norms, biases, projections).
         muon_lr: peak learning rate of Muon (matrices of both transformers and the stem).
         warmup: steps of linear warm-up; then a cosine to zero.
@@ -46,13 +47,14 @@ class PretrainConfig:
         log_every: steps between two lines of log.
     """
 
-    steps: int = 1500
+    steps: int = 1600
     batch_size: int = 256
+    captions: int = 128
     lr: float = 2e-3
     muon_lr: float = 0.02
     warmup: int = 40
     weight_decay: float = 0.01
-    dense: float = 1.0
+    dense: float = 2.0
     seed: int = 0
     output: Path = CHECKPOINT
     log_every: int = 50
@@ -75,6 +77,7 @@ def draw_pairs(config: PretrainConfig, step: int) -> Pairs:
     kinds = {kind: round(config.batch_size * SHARES[kind]) for kind in KINDS}
     images, facts, kind = render(kinds, stream)
     said = captions.mention(facts, stream)
+    said = said[:: len(said) // config.captions][: config.captions]
     tokens = tokenize(captions.write(said, stream))
     positives = torch.from_numpy(captions.truth(facts, said))
     return Pairs(
@@ -96,15 +99,27 @@ def draw_phrases(config: PretrainConfig, step: int) -> tuple[Tensor, dict[str, s
     return tokenize(texts), where
 
 
+def encode_trimmed(model: CLIP, tokens: Tensor) -> Tensor:
+    """Normalised text features (N, d), reading no further than the last end of text: exact, as the text tower is causal."""
+    length = int(tokens.argmax(1).max()) + 1
+    position = model.positional_embedding[:length]
+    hidden = model.transformer(
+        model.token_embedding(tokens[:, :length]) + position, attn_mask=model.attn_mask[:length, :length]
+    )
+    ends = model.ln_final(hidden[torch.arange(len(tokens)), tokens.argmax(1)])
+    return normalize(ends @ model.text_projection, dim=-1)
+
+
 def contrastive_loss(logits: Tensor, positives: Tensor) -> Tensor:
     """Symmetric contrastive loss with several positives: cross-entropy to the uniform distribution over the true pairs.
 
     Args:
         logits: (N, M) of images against captions.
-        positives: (N, M) bool, at least one true in every row and column.
+        positives: (N, M) bool, at least one true in every column; images without a true caption have no row term.
     """
     target = positives.float()
-    images = -(log_softmax(logits, 1) * target / target.sum(1, keepdim=True)).sum(1).mean()
+    known = positives.any(1)
+    images = -(log_softmax(logits[known], 1) * target[known] / target[known].sum(1, keepdim=True)).sum(1).mean()
     texts = -(log_softmax(logits, 0) * target / target.sum(0, keepdim=True)).sum(0).mean()
     return (images + texts) / 2
 
@@ -112,14 +127,14 @@ def contrastive_loss(logits: Tensor, positives: Tensor) -> Tensor:
 def phrase_loss(logits: Tensor, pairs: Pairs, where: dict[str, slice]) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy of each fact over its own phrases, averaged over the images that show it; and accuracy in percent by fact.
 
-    Numbers are learnt from images of kind "count" only: elsewhere the answer is always one.
+    Numbers are learnt from images of kind "count" only, patterns from all others: elsewhere the answer is always the same.
     """
     losses, accuracy = [], {}
     for fact, place in where.items():
         target = pairs.facts[:, COLUMN[fact]]
         known = target >= 0
-        if fact == "count":
-            known = known & (pairs.kinds == KINDS.index("count"))
+        if fact in ("count", "pattern"):
+            known = known & ((pairs.kinds == KINDS.index("count")) == (fact == "count"))
         scores, target = logits[known, place], target[known]
         losses.append(cross_entropy(scores, target))
         accuracy[fact] = 100.0 * (scores.argmax(1) == target).float().mean().item()
@@ -129,7 +144,7 @@ def phrase_loss(logits: Tensor, pairs: Pairs, where: dict[str, slice]) -> tuple[
 def _optimisers(model: CLIP, config: PretrainConfig) -> list[tuple[torch.optim.Optimizer, float]]:
     hidden, rest = [], []
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and ("resblocks" in name or name.startswith(("visual.conv1.3", "visual.conv1.6")))
+        matrix = parameter.ndim >= 2 and ("resblocks" in name or ("conv1" in name and "conv1.0" not in name))
         (hidden if matrix else rest).append(parameter)
     adamw = torch.optim.AdamW(rest, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.98))
     return [(adamw, config.lr), (Muon(hidden, config.muon_lr), config.muon_lr)]
@@ -158,7 +173,7 @@ def pretrain(config: PretrainConfig) -> CLIP:
         pairs = draw_pairs(config, step)
         phrases, where = draw_phrases(config, step)
         image_features = model.encode_image(pairs.images, normalize=True)
-        text_features = model.encode_text(torch.cat([pairs.tokens, phrases]), normalize=True)
+        text_features = encode_trimmed(model, torch.cat([pairs.tokens, phrases]))
         logits = model.logit_scale.exp() * image_features @ text_features.T
         split = len(pairs.tokens)
         contrast = contrastive_loss(logits[:, :split], pairs.positives)

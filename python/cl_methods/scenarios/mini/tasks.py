@@ -51,10 +51,12 @@ def _finish(canvas: np.ndarray, stream: Stream, noise: float) -> np.ndarray:
 
 
 def _sketch(label: np.ndarray, stream: Stream) -> np.ndarray:
-    """Ink outlines with a shaky hand on ruled or plain paper."""
+    """Outlines with a shaky hand: ink on ruled or plain paper, or chalk on a board."""
     n = len(label)
     paper = np.array([0.93, 0.89, 0.78], dtype=np.float32) + stream.uniform(-0.07, 0.05, (n, 3))
-    canvas = blank(paper)
+    board = stream.chance(0.4, n)[:, None]
+    slate = np.array([0.1, 0.18, 0.15], dtype=np.float32) + stream.uniform(-0.06, 0.1, (n, 3))
+    canvas = blank(np.where(board, slate, paper))
     rule = column(stream.uniform(2.0, 3.5, n))
     ruled = column(stream.chance(0.6, n)) * 0.5
     paint(canvas, cover((0.12 - triangle_wave(Y * rule)) * -0.08 - 0.02) * ruled, jittered(np.full(n, 5), stream, 0.2))
@@ -62,9 +64,10 @@ def _sketch(label: np.ndarray, stream: Stream) -> np.ndarray:
     room = 0.95 - size
     u, v = local(stream.uniform(-1, 1, n) * room, stream.uniform(-1, 1, n) * room, size, stream.uniform(-0.22, 0.22, n))
     ink = np.array([0.12, 0.12, 0.2], dtype=np.float32) + stream.uniform(-0.1, 0.16, (n, 3))
+    ink = np.where(board, 1.0 - 0.8 * ink, ink)
     hatch = triangle_wave((u + v) * column(stream.uniform(1.8, 3.0, n)))
     for stroke in range(2):
-        amount = column(stream.uniform(0.03, 0.09, n))
+        amount = column(stream.uniform(0.03, 0.12, n))
         shaky_u = u + amount * wave(v * column(stream.uniform(0.5, 1.3, n)) + column(stream.uniform(0, 1, n)))
         shaky_v = v + amount * wave(u * column(stream.uniform(0.5, 1.3, n)) + column(stream.uniform(0, 1, n)))
         distance = shape_distance(label, shaky_u, shaky_v) * column(size)
@@ -84,13 +87,13 @@ def _texture(label: np.ndarray, stream: Stream) -> np.ndarray:
         stream.uniform(-1, 1, n), stream.uniform(-1, 1, n), np.ones(n, np.float32), stream.uniform(-1.0, 1.0, n)
     )
     u = u + column(stream.uniform(0.0, 0.12, n)) * wave(v * 0.7)
-    frequency = column(stream.uniform(2.4, 4.6, n))
+    frequency = column(stream.uniform(1.7, 3.0, n))
     aspect = column(stream.uniform(0.75, 1.3, n))
     first, second = jittered(colour, stream, 0.15), jittered(other_colour(colour, stream), stream, 0.15)
-    second = first + (second - first) * stream.uniform(0.5, 1.0, (n, 1))
+    second = first + (second - first) * stream.uniform(0.6, 1.0, (n, 1))
     canvas = pattern_fill(label, first, second, u * frequency * aspect, v * frequency, stream)
     light = 1.0 + column(stream.uniform(-0.4, 0.4, n)) * X + column(stream.uniform(-0.4, 0.4, n)) * Y
-    return _finish(canvas * light[:, None], stream, 0.16)
+    return _finish(canvas * light[:, None], stream, 0.1)
 
 
 def _scene(label: np.ndarray, stream: Stream) -> np.ndarray:
@@ -107,7 +110,7 @@ def _scene(label: np.ndarray, stream: Stream) -> np.ndarray:
 
 
 def _letters(label: np.ndarray, stream: Stream) -> np.ndarray:
-    """A serif font with contrast, in two colours under heavy noise and stray lines."""
+    """A serif font with contrast, solid or hollow, in two colours under heavy noise and stray lines."""
     n = len(label)
     colour = stream.integers(len(concepts.COLOURS), n)
     front, back = jittered(colour, stream), jittered(other_colour(colour, stream), stream)
@@ -118,13 +121,15 @@ def _letters(label: np.ndarray, stream: Stream) -> np.ndarray:
     u, v = local(cx, cy, size, stream.uniform(-0.2, 0.2, n))
     jitter = stream.uniform(-0.03, 0.03, (n, MAX_POINTS, 2))
     distance = SERIF.distance(label, np.zeros(n, np.int64), jitter, u, v, contrast=0.1) * column(size)
-    paint(canvas, cover(distance - column(stream.uniform(0.03, 0.07, n))), front)
+    distance = distance - column(stream.uniform(0.03, 0.07, n))
+    hollow = column(stream.chance(0.5, n))
+    paint(canvas, cover(distance + hollow * (np.abs(distance - 0.06) - 0.035 - distance)), front)
     for _ in range(2):
         _, y = local(
             stream.uniform(-1, 1, n), stream.uniform(-1, 1, n), np.ones(n, np.float32), stream.uniform(-1, 1, n)
         )
-        paint(canvas, cover(np.abs(y) - 0.03) * 0.7, jittered(stream.integers(len(concepts.COLOURS), n), stream))
-    return _finish(canvas, stream, 0.3)
+        paint(canvas, cover(np.abs(y) - 0.02) * 0.6, jittered(stream.integers(len(concepts.COLOURS), n), stream))
+    return _finish(canvas, stream, 0.22)
 
 
 def _compose(label: np.ndarray, stream: Stream) -> np.ndarray:
@@ -150,7 +155,7 @@ def _compose(label: np.ndarray, stream: Stream) -> np.ndarray:
 
 
 def _count(label: np.ndarray, stream: Stream) -> np.ndarray:
-    """Between one and five tokens of different sizes with a rim, on patterned cloth."""
+    """Between one and five tokens of different sizes, rimmed or mere outlines, on patterned cloth with crumbs that do not count."""
     n, most = len(label), concepts.MAX_COUNT
     colour = stream.integers(len(concepts.COLOURS), n)
     ground = other_colour(colour, stream)
@@ -163,13 +168,21 @@ def _count(label: np.ndarray, stream: Stream) -> np.ndarray:
     centre = place_apart(stream, n, most, size)
     rim = jittered(np.where(stream.chance(0.5, n), 11, 9), stream)
     shape = stream.integers(len(concepts.SHAPES), n)
+    outlined = column(stream.chance(0.5, n))
+    for _ in range(4):
+        x, y = X - column(stream.uniform(-1, 1, n)), Y - column(stream.uniform(-1, 1, n))
+        paint(canvas, cover(np.sqrt(x * x + y * y) - 0.05), jittered(colour, stream, 0.12))
     for index in range(most):
-        scale = size * stream.uniform(0.75, 1.25, n)
+        scale = size * stream.uniform(0.6, 1.3, n)
         u, v = local(centre[:, index, 0], centre[:, index, 1], scale, stream.uniform(-0.6, 0.6, n))
         distance = shape_distance(shape, u, v) * column(scale)
         shown = column(index <= label)
-        paint(canvas, cover(distance - 0.05) * shown, rim)
-        paint(canvas, cover(distance) * shown, jittered(colour, stream, 0.12))
+        paint(canvas, cover(distance - 0.05) * shown * (1.0 - outlined), rim)
+        paint(
+            canvas,
+            cover(distance + outlined * (np.abs(distance) - 0.06 - distance)) * shown,
+            jittered(colour, stream, 0.12),
+        )
     return _finish(canvas, stream, 0.12)
 
 
