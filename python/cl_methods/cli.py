@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
+    formatted, warnings.formatwarning = warnings.formatwarning, warnings.formatwarning if debug else _one_line
     try:
         return importlib.import_module(f"cl_methods.commands.{verb}").main(arguments)
     except EXPECTED_ERRORS as error:
@@ -49,6 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"clk {verb}: stopped", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = formatted
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, number: int, line: str | None = None
+) -> str:
+    """A warning as its users read it; --debug shows where it comes from."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _usage() -> str:

@@ -35,9 +35,7 @@ class TextTable:
 
     def rich(self) -> RichTable:
         """For the terminal, without the title."""
-        table = RichTable(
-            title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1)
-        )
+        table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1))
         for position, column in enumerate(self.columns):
             table.add_column(column, justify="right" if position else "left", no_wrap=position > 0, overflow="fold")
         for number, row in enumerate(self.rows):

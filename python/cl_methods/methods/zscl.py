@@ -60,7 +60,8 @@ class ZSCL(FineTune):
             return
         if config.reference_images == "reference" and self.reference is None:
             raise ValueError(
-                "reference_images: this scenario has no reference set to distil on; "
+                "reference_images: this scenario has no reference set to distil on (scenario folders takes it from the "
+                "folder _reference in data.root); "
                 "set reference_images='task' and reference_texts='classes' to distil on each task's own data (LwF)"
             )
         if config.reference_texts == "captions" and (self.reference is None or not self.reference.captions):

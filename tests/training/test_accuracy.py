@@ -1,0 +1,91 @@
+"""Accuracies: counting, label spaces, names shared between tasks, class embeddings once per row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fakes import TinyConfig, TinyMethod, tiny_backbone
+
+from cl_methods.evaluation.accuracy import EvaluationOptions, accuracy, accuracy_row, competing_tasks
+from cl_methods.scenarios.base import Task, TensorImages
+
+
+class Oracle(TinyMethod):
+    """Scores by brightness: every image of brightness v is most like the class whose number is v, in any task."""
+
+    values: dict[str, int]
+
+    def logits(self, images, task):
+        brightness = (images[:, 0, 0, 0] * 127.5 + 127.5).round()
+        targets = torch.tensor([self.values[name] for name in task.class_names], dtype=torch.float32)
+        return -(brightness[:, None] - targets).abs()
+
+
+def make_task(name: str, classes: dict[str, int], shown: list[int], labels: list[int]) -> Task:
+    images = torch.tensor(shown, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4).contiguous()
+    source = TensorImages(images, torch.tensor(labels))
+    empty = TensorImages(images[:0], torch.tensor([], dtype=torch.int64))
+    return Task(name, tuple(classes), ("a {}.",), source, empty, source)
+
+
+@pytest.fixture
+def method() -> Oracle:
+    oracle = Oracle(tiny_backbone(), TinyConfig())
+    oracle.values = {"cat": 10, "dog": 20, "cow": 12, "pig": 30}
+    return oracle
+
+
+@pytest.fixture
+def tasks() -> list[Task]:
+    return [
+        make_task("pets", {"cat": 10, "dog": 20}, [10, 13, 20, 19, 11], [0, 0, 1, 1, 1]),
+        make_task("farm", {"cow": 12, "pig": 30}, [12, 30, 11, 10], [0, 1, 0, 0]),
+        make_task("both", {"dog": 20, "cat": 10}, [20, 10], [0, 1]),
+    ]
+
+
+def test_counts_images_whose_best_class_is_the_right_one(method, tasks):
+    assert accuracy(method, tasks[0], tasks[:1], EvaluationOptions()) == pytest.approx(80.0)
+    assert accuracy(method, tasks[0], tasks[:1], EvaluationOptions(batch_size=2)) == pytest.approx(80.0)
+    assert accuracy(method, tasks[1], tasks[1:2], EvaluationOptions()) == 100.0
+
+
+def test_more_classes_make_it_harder(method, tasks):
+    # 13 is nearer to cow (12) than to cat (10); of the farm's images 10 is a cat, and 11 a tie that the first class wins
+    assert accuracy(method, tasks[0], tasks[:2], EvaluationOptions()) == pytest.approx(60.0)
+    assert accuracy(method, tasks[1], tasks[:2], EvaluationOptions()) == pytest.approx(50.0)
+
+
+def test_a_class_of_the_same_name_in_another_task_counts_as_right(method, tasks):
+    assert accuracy(method, tasks[2], tasks, EvaluationOptions()) == 100.0
+
+
+def test_label_spaces(tasks):
+    names = [
+        [task.name for task in competing_tasks(tasks, 1, learnt, space)]
+        for space, learnt in (("task", 3), ("seen", 0), ("seen", 1), ("seen", 3), ("all", 0))
+    ]
+    assert names == [["farm"], ["farm"], ["pets", "farm"], ["pets", "farm", "both"], ["pets", "farm", "both"]]
+    with pytest.raises(ValueError, match="label_space: expected task, seen or all, got 'each'"):
+        competing_tasks(tasks, 0, 0, "each")
+
+
+def test_a_row_prepares_the_method_once(method, tasks):
+    prepared = []
+    method.before_evaluation = lambda: prepared.append(True)
+    seen = []
+    row = accuracy_row(method, tasks, 1, EvaluationOptions(label_space="seen"), on_task=lambda *item: seen.append(item))
+    assert prepared == [True]
+    assert row == pytest.approx([80.0, 50.0, 100.0])
+    assert seen == list(enumerate(row))
+
+
+def test_what_cannot_be_evaluated_is_named(method, tasks):
+    with pytest.raises(ValueError, match=r"evaluation\.split: task pets has no validation images"):
+        accuracy(method, tasks[0], tasks[:1], EvaluationOptions(split="validation"))
+    method.values["cat"] = float("nan")
+    with pytest.raises(ValueError, match="logits of tiny on pets: some are NaN"):
+        accuracy(method, tasks[0], tasks[:1], EvaluationOptions())
+    method.logits = lambda images, task: torch.zeros(len(images), 7)
+    with pytest.raises(ValueError, match=r"expected \(5, 2\), got \(5, 7\)"):
+        accuracy(method, tasks[0], tasks[:1], EvaluationOptions())
