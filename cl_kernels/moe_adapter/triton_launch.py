@@ -37,7 +37,7 @@ def blocks_for(dtype: torch.dtype, length: int, width: int, rank: int, slots: in
     rows = (64 if half else 32) if gathered else max(16, min(64, triton.next_power_of_2(length)))
     block_width = max(16, min(64 if half else 32, triton.next_power_of_2(width)))
     # fp32 products without tensor cores need twice the registers of the others.
-    wide = columns * rows >= (8192 if half else 2048)
+    wide = columns * rows >= (8192 if half else 4096)
     return Blocks(rows, columns, block_width, padded_rank, num_warps=8 if wide else 4, num_stages=2)
 
 
@@ -218,7 +218,7 @@ def expert_blocks(dtype: torch.dtype, width: int, rank: int) -> dict[str, int]:
         "BLOCK_ROWS": 64 if half else 32,
         "BLOCK_R": max(16, min(64, triton.next_power_of_2(rank))),
         "BLOCK_D": max(16, min(64 if half else 32, triton.next_power_of_2(width))),
-        "num_warps": 4 if half else 8,
+        "num_warps": 8,
         "num_stages": 2,
     }
 

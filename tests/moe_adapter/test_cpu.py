@@ -16,6 +16,17 @@ from cl_kernels import library
 from cl_kernels.moe_adapter import dropout
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Memory that the compiled code asks torch for comes full of NaN (and of the largest integers)."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 SHAPES = [
     (3, 17, 33, 5, 4, 2),  # batch, length, width, rank, experts, k: nothing is a multiple of a vector
     (2, 50, 96, 16, 3, 2),
