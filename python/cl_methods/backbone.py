@@ -94,7 +94,7 @@ class Backbone:
         return features / features.norm(dim=-1, keepdim=True)
 
     def trim_texts(self, tokens: Tensor) -> Tensor:
-        """Token ids (N, L) cut after the last read-out position and moved to the device; unchanged where that is not exact.
+        """``tokens`` (N, L) cut after the last read-out position and moved to the device; unchanged where that is not exact.
 
         Done on the CPU, once per set of texts, so that training steps neither compute padding nor wait for the device.
         """

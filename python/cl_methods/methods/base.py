@@ -107,7 +107,7 @@ class Method(ABC):
 
     @torch.no_grad()
     def logits(self, images: Tensor, task: Task) -> Tensor:
-        """(B, classes of ``task``) scores ``s f(x) Wᵀ`` of evaluation images against the task's zero-shot classifier.
+        """(B, C) scores ``s f(x) Wᵀ`` of evaluation ``images`` (B, 3, R, R) against the task's zero-shot classifier.
 
         ``task`` gives the label space only; its identity must not reach a router.
         """

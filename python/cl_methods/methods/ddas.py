@@ -158,7 +158,7 @@ class DDAS(nn.Module):
 
     @torch.no_grad()
     def decide(self, images: Tensor) -> Tensor:
-        """(B,) int64: task of each image, -1 for the plain model; -1 throughout before the first task."""
+        """(B,) int64: task of each of the ``images`` (B, 3, R, R), -1 for the plain model; -1 throughout before the first task."""
         if not len(self.tasks):
             return torch.full((len(images),), -1, device=images.device)
         threshold: float | Tensor = self.config.threshold

@@ -52,7 +52,7 @@ class FineTune(Method):
         return {"loss": self.cross_entropy(self.backbone.encode_images(batch.images), batch.labels, self._texts)}
 
     def cross_entropy(self, features: Tensor, labels: Tensor, texts: Tensor | None) -> Tensor:
-        """Label-smoothed cross-entropy of image features (B, d) against the texts (C, L), re-encoded with gradient.
+        """Label-smoothed cross-entropy of image features (B, d) with ``labels`` (B,) against the texts (C, L), re-encoded.
 
         Raises:
             RuntimeError: ``before_task`` has not been called.

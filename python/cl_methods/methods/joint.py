@@ -28,7 +28,7 @@ class JointConfig(TrainConfig):
 class Joint(FineTune):
     """Fine-tuning on the data of every task at once, each step one task's batch and classes: ``L = CE(s f(x) g(c_t)ᵀ, y)``.
 
-    A bound for continual methods, which see one task at a time.
+    The bound for methods that see one task at a time; itself not a continual method.
     """
 
     name: ClassVar[str] = "joint"
@@ -48,7 +48,11 @@ class Joint(FineTune):
         return self.config.lr
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """``{"loss"}``: the cross-entropy of the batch over the classes of its own task."""
+        """``{"loss"}``: the cross-entropy of the batch over the classes of its own task.
+
+        Raises:
+            RuntimeError: ``before_task`` has not been called.
+        """
         if self._first is None:
             raise RuntimeError("joint: call before_task before the first step")
         task = batch.task if batch.task is not None else self._first

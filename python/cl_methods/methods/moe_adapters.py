@@ -141,7 +141,11 @@ class MoEAdapters(Method):
         self._texts = self.training_texts(task)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """The experts and the current task's router; frozen experts are rows that the optimiser leaves out."""
+        """The experts and the current task's router; frozen experts are rows that the optimiser leaves out.
+
+        Raises:
+            RuntimeError: ``before_task`` has not been called.
+        """
         if self.router is None:
             raise RuntimeError("moe_adapters: call before_task before asking what trains")
         names = {"down_weight", "down_bias", "up_weight", "up_bias", f"routers.{self.router}", f"noises.{self.router}"}
@@ -160,7 +164,11 @@ class MoEAdapters(Method):
         return ExpertAdamW(parameters, masks, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """``{"loss"}``: the label-smoothed cross-entropy with the class texts re-encoded."""
+        """``{"loss"}``: the label-smoothed cross-entropy with the class texts re-encoded.
+
+        Raises:
+            RuntimeError: ``before_task`` has not been called.
+        """
         if self._texts is None:
             raise RuntimeError("moe_adapters: call before_task before the first step")
         with self.adapters.active(self.router, training=True, noise=self.config.gating_noise):
@@ -233,7 +241,11 @@ class MoEAdapters(Method):
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore :meth:`state_dict`, creating the routers and autoencoders that it holds."""
+        """Restore :meth:`state_dict`, creating the routers and autoencoders that it holds.
+
+        Raises:
+            RuntimeError: the state is not one of this method.
+        """
         parts: dict[str, dict[str, Tensor]] = {"adapters": {}, "ddas": {}}
         for name, value in state.items():
             part, _, rest = name.partition(".")

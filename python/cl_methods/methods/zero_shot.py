@@ -11,7 +11,10 @@ from cl_methods.methods.base import Batch, Method
 
 
 class ZeroShot(Method):
-    """Classify with the untouched CLIP model, ``argmax_c s f(x)·w_c`` (CLIP, Radford et al. 2021, section 3.1)."""
+    """Classify with the untouched CLIP model, ``argmax_c s f(x)·w_c``.
+
+    Source: CLIP (Radford et al., 2021), section 3.1.
+    """
 
     name: ClassVar[str] = "zero_shot"
     trains: ClassVar[bool] = False

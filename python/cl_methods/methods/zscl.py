@@ -239,7 +239,11 @@ class ZSCL(FineTune):
         return {"start": self._start, "ensemble": self._ensemble, "pulled": self._pulled}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore :meth:`state_dict`; a plain model state is a state between tasks."""
+        """Restore :meth:`state_dict`; a plain model state is a state between tasks.
+
+        Raises:
+            RuntimeError: the state comes from another configuration.
+        """
         super().load_state_dict({name: value for name, value in state.items() if not name.startswith(_EXTRA)})
         extra = {name[len(_EXTRA) :]: value for name, value in state.items() if name.startswith(_EXTRA)}
         for part, weights in self._parts().items():

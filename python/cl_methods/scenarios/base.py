@@ -74,7 +74,13 @@ class FileImages(ImageSource):
 
     The fingerprint covers relative paths and labels, not the pixels: hashing a large dataset would take minutes.
 
+    Args:
+        root: the folder that the paths start from.
+        paths: N of them.
+        labels: (N,) int64.
+
     Raises:
+        ValueError: the labels have another shape or dtype.
         DataError: (on access) a file cannot be decoded.
     """
 
@@ -99,7 +105,7 @@ class FileImages(ImageSource):
 
 
 class Subset(ImageSource):
-    """Some images of another source, in the given order."""
+    """Some images of another source, in the order of ``indices`` (N,) int64."""
 
     def __init__(self, source: ImageSource, indices: Tensor) -> None:
         self.source, self.indices, self.labels = source, indices, source.labels[indices]

@@ -1,0 +1,89 @@
+"""What may import what: read from the sources, and from what a fresh process has loaded."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cl_kernels
+
+KERNELS = Path(cl_kernels.__file__).parent
+ROOT = Path(__file__).parents[1]
+METHODS = ROOT / "python" / "cl_methods"
+OPERATIONS = sorted(path.parent.name for path in KERNELS.glob("*/reference.py"))
+
+
+def imported(path: Path, package: str) -> set[str]:
+    """Every module that a file names in an import, at any depth of nesting; ``from a import b`` counts as ``a.b`` too."""
+    parts = path.relative_to(KERNELS.parent if package == "cl_kernels" else METHODS.parent).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*parts[: -node.level], *filter(None, [node.module])]) if node.level else node.module
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def sources(folder: Path) -> list[Path]:
+    files = sorted(folder.rglob("*.py"))
+    assert files, folder
+    return files
+
+
+def roots(modules: set[str]) -> set[str]:
+    return {module.partition(".")[0] for module in modules}
+
+
+def test_kernels_need_torch_alone():
+    allowed = {"torch", "triton", "cl_kernels"} | set(sys.stdlib_module_names)
+    for path in sources(KERNELS):
+        assert roots(imported(path, "cl_kernels")) <= allowed, path
+
+
+def test_triton_is_imported_by_its_kernels_only():
+    for path in sources(KERNELS):
+        if path.name.startswith("triton_") or path == KERNELS / "testing.py":
+            continue
+        assert "triton" not in roots(imported(path, "cl_kernels")), path
+
+
+def test_operations_do_not_import_each_other():
+    assert {"moe_adapter", "distill_kl", "gating", "weight_average"} <= set(OPERATIONS)
+    for operation in OPERATIONS:
+        others = tuple(f"cl_kernels.{other}" for other in OPERATIONS if other != operation)
+        for path in sources(KERNELS / operation):
+            crossing = {m for m in imported(path, "cl_kernels") if m.startswith(others)}
+            assert not crossing, (path, crossing)
+
+
+def test_shared_modules_do_not_import_operations():
+    """dispatch, library and schemas serve the operations: a circle would start here."""
+    operations = tuple(f"cl_kernels.{operation}" for operation in OPERATIONS)
+    for name in ("dispatch", "library", "schemas"):
+        assert not {m for m in imported(KERNELS / f"{name}.py", "cl_kernels") if m.startswith(operations)}
+
+
+@pytest.mark.parametrize("package", ["methods", "datasets", "scenarios"])
+def test_methods_and_data_do_not_import_the_command_line_or_evaluation(package):
+    above = tuple(f"cl_methods.{name}" for name in ("cli", "commands", "evaluation"))
+    for path in sources(METHODS / package):
+        assert not {m for m in imported(path, "cl_methods") if m.startswith(above)}, path
+
+
+def test_importing_the_kernels_loads_nothing_else():
+    """Beyond what torch itself loads: neither Triton, NumPy nor open_clip, nor torch's compiler."""
+    code = (
+        "import sys, json, torch; before = set(sys.modules); import cl_kernels, cl_kernels.nn, cl_kernels.doctor;"
+        "print(json.dumps(sorted({m.partition('.')[0] for m in set(sys.modules) - before})), 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    added, compiler = done.stdout.strip().rsplit(" ", 1)
+    assert set(json.loads(added)) <= {"cl_kernels", "torch"} | set(sys.stdlib_module_names)
+    assert compiler == "False"
