@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cl_methods.evaluation.report import compare
 from cl_methods.evaluation.results import ResultError, arrange, find_results, published, read_result
-from cl_methods.evaluation.tables import summary_table
+from cl_methods.evaluation.tables import matrix_table, summary_table
 
 
 def boards_of(*folders):
@@ -137,3 +137,14 @@ def test_errors_name_the_run_and_say_what_to_do(write_result, tmp_path):
     (folder / "result.json").write_text("{")
     with pytest.raises(ResultError, match="not valid JSON"):
         read_result(folder / "result.json")
+
+
+def test_the_matrix_of_one_run(write_result):
+    learnt = matrix_table(read_result(write_result("a") / "result.json"))
+    assert [row[0] for row in learnt.rows] == ["chance", "zero-shot", "after first", "after second"]
+    assert learnt.rows[2][1:] == ["90.0", "40.0", "65.0"]
+    assert learnt.emphasised == {(2, 1), (3, 2)}
+    frozen = write_result("b", method="zero_shot", accuracy=[[50.0, 60.0], [50.0, 60.0]])
+    assert [row[0] for row in matrix_table(read_result(frozen / "result.json")).rows] == ["chance", "zero-shot"]
+    joint = matrix_table(read_result(write_result("c", method="joint") / "result.json"))
+    assert [row[0] for row in joint.rows] == ["chance", "zero-shot", "all tasks at once"]

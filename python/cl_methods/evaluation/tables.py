@@ -60,20 +60,17 @@ class TextTable:
 
 
 def matrix_table(result: dict[str, Any]) -> TextTable:
-    """The accuracy matrix of one run, with chance and the zero-shot row first."""
-    tasks = result["tasks"]
-    rows = [["chance", *_numbers(result["chance"])]] if "chance" in result else []
-    rows.append(["zero-shot", *_numbers(result["zero_shot"])])
-    start = len(rows)
-    if result.get("continual", True):
-        rows += [[f"after {task}", *_numbers(row)] for task, row in zip(tasks, result["accuracy"], strict=True)]
-    else:
-        rows.append(["all tasks at once", *_numbers(result["accuracy"][0])])
-    means = [row[1:] for row in rows]
-    rows = [[*row, f"{np.mean([float(cell) for cell in cells]):.1f}"] for row, cells in zip(rows, means, strict=True)]
-    learnt = frozenset(
-        (start + index, 1 + index) for index in range(len(rows) - start) if result.get("continual", True)
-    )
+    """The accuracy matrix of one run, with chance and the zero-shot row first; only these if nothing was learnt."""
+    tasks, zero_shot = result["tasks"], result["zero_shot"]
+    values = {"chance": result["chance"]} if "chance" in result else {}
+    values["zero-shot"] = zero_shot
+    start, learnt = len(values), frozenset()
+    if not result.get("continual", True):
+        values["all tasks at once"] = result["accuracy"][0]
+    elif any(row != zero_shot for row in result["accuracy"]):
+        values |= {f"after {task}": row for task, row in zip(tasks, result["accuracy"], strict=True)}
+        learnt = frozenset((start + index, 1 + index) for index in range(len(tasks)))
+    rows = [[name, *_numbers(row), f"{np.mean(row):.1f}"] for name, row in values.items()]
     title = f"{result['method']} on {result['scenario']}, order {result['order']}, seed {result['seed']}: accuracy in %"
     return TextTable(title, ["", *tasks, "mean"], rows, breaks=(start,), emphasised=learnt)
 
