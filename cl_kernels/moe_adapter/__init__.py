@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,8 @@ def moe_adapter(
         dropout_p: probability in [0, 1) of zeroing a bottleneck element; the others grow by ``1 / (1 − p)``. The mask comes from
             one number of torch's default CPU generator, and is the same on every backend. 0 draws nothing.
         residual: same shape as ``x``, any floating dtype; added in the same pass when its dtype is ``x``'s.
-        backend: see :func:`cl_kernels.backends`; chosen by device when None. float64 on CUDA runs on the reference.
+        backend: see :func:`cl_kernels.backends`; chosen by device when None. float64 on CUDA runs on
+            the reference, with a warning.
 
     Returns:
         The shape of ``x``; the dtype of ``residual`` if given, else of ``x`` (under autocast, the autocast dtype).
@@ -63,7 +66,7 @@ def moe_adapter(
     _check_dtypes(dtype, x, weights)
     chosen = dispatch.choose("moe_adapter", x.device, backend)
     if chosen == "triton" and dtype == torch.float64:
-        chosen = "reference"  # documented: the tensor cores of most GPUs have no float64
+        chosen = _without_float64(backend)
 
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     inside = residual is not None and residual.dtype == dtype
@@ -94,6 +97,18 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _without_float64(backend: str | None) -> str:
+    """Triton's matrix products have no portable float64: such inputs are for checking, and run on the reference."""
+    if backend == "triton":
+        raise ValueError("backend='triton' cannot run moe_adapter on float64 x; use backend='reference'")
+    warnings.warn(
+        "cl_kernels: moe_adapter runs on its plain PyTorch reference for float64 x on CUDA",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return "reference"
 
 
 def _check_types(

@@ -34,11 +34,14 @@ def blocks_for(dtype: torch.dtype, length: int, width: int, rank: int, slots: in
     padded_rank = max(16, triton.next_power_of_2(rank))
     half = dtype != torch.float32
     columns = min(128 if half else 64, padded_rank if gathered else triton.next_power_of_2(padded_rank * slots))
-    rows = (64 if half else 32) if gathered else max(16, min(64, triton.next_power_of_2(length)))
-    block_width = max(16, min(64 if half else 32, triton.next_power_of_2(width)))
-    # fp32 products without tensor cores need twice the registers of the others.
-    wide = columns * rows >= (8192 if half else 4096)
-    return Blocks(rows, columns, block_width, padded_rank, num_warps=8 if wide else 4, num_stages=2)
+    # fp32 products without tensor cores take twice the registers, and gathered rows some more.
+    if gathered:
+        rows, step, wide = (64, 64, 4096) if half else (32, 16, 2048)
+    else:
+        rows = max(16, min(64, triton.next_power_of_2(length)))
+        step, wide = (64, 8192) if half else (32, 4096)
+    block_width = max(16, min(step, triton.next_power_of_2(width)))
+    return Blocks(rows, columns, block_width, padded_rank, num_warps=8 if columns * rows >= wide else 4, num_stages=2)
 
 
 def precision(x: Tensor) -> str:

@@ -138,7 +138,25 @@ def test_opcheck():
     torch.library.opcheck(library.operator("moe_adapter_backward", "triton"), arguments, test_utils=tests)
 
 
-def test_float64_runs_on_the_reference():
+def test_float64_runs_on_the_reference_and_says_so():
     case = make(2, 5, 20, 6, 3, 2, dtype=torch.float64)
-    found = clk.moe_adapter(**case.tensors, backend="triton")
+    with clk.use_backend("triton"), pytest.warns(RuntimeWarning, match="float64"):
+        found = clk.moe_adapter(**case.tensors)
     assert torch.equal(found, clk.moe_adapter(**case.tensors, backend="reference"))
+    with pytest.raises(ValueError, match="float64"):
+        clk.moe_adapter(**case.tensors, backend="triton")
+
+
+def test_compiled_equals_eager():
+    arguments, expected = make(2, 5, 12, 6, 3, 2).arguments(True), make(2, 5, 12, 6, 3, 2).arguments(True)
+
+    def step(tensors):
+        return clk.moe_adapter(**tensors, scale=0.1, dropout_p=0.3, backend="triton").square().sum()
+
+    torch.manual_seed(2)
+    step(expected).backward()
+    torch.manual_seed(2)
+    torch.compile(step, backend="aot_eager", fullgraph=True)(arguments).backward()
+    for name in arguments:
+        if name != "expert_ids":
+            torch.testing.assert_close(arguments[name].grad, expected[name].grad, msg=name)
