@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
-    formatted, warnings.formatwarning = warnings.formatwarning, warnings.formatwarning if debug else _one_line
+    formatted = warnings.formatwarning
+    if not debug:
+        warnings.formatwarning = _one_line
     try:
         return importlib.import_module(f"cl_methods.commands.{verb}").main(arguments)
     except EXPECTED_ERRORS as error:
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(
-    message: Warning | str, category: type[Warning], filename: str, number: int, line: str | None = None
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning as its users read it; --debug shows where it comes from."""
     return f"warning: {' '.join(str(message).split())}\n"

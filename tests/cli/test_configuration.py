@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import yaml
 
@@ -41,6 +43,18 @@ def test_options_override_the_file_and_the_file_overrides_defaults(config_file):
     assert (config.method, config.settings.lr, config.settings.iterations) == ("finetune", 3e-4, 7)
     assert (config.seed, config.workers) == (4, 0)
     assert config.settings.warmup == METHODS["finetune"].Config.for_scenario("mini").warmup
+
+
+def test_sections_of_a_method_are_overridden_key_by_key(config_file):
+    default = settings("--method", "moe_adapters").settings
+    path = config_file({"method": {"name": "moe_adapters", "ddas": {"threshold": 7.5}}})
+    changed = settings("--config", path).settings
+    assert changed.ddas.threshold == 7.5
+    assert changed == dataclasses.replace(default, ddas=dataclasses.replace(default.ddas, threshold=7.5))
+    with pytest.raises(
+        ConfigurationError, match=r"unknown setting method\.ddas\.treshold, did you mean method\.ddas\.thres"
+    ):
+        settings("--config", config_file({"method": {"name": "moe_adapters", "ddas": {"treshold": 7.5}}}))
 
 
 def test_exponents_without_a_dot_are_numbers(config_file):

@@ -30,7 +30,7 @@ class Invocation:
     """How ``clk run`` was called, besides the configuration.
 
     Attributes:
-        config: YAML file with settings; options on the command line go before it.
+        config: YAML file with settings; options on the command line override it.
         output: directory of the run; by default a fresh `runs/SCENARIO-METHOD-seedN`.
         resume: continue the run in the output directory.
         overwrite: replace the run in the output directory.
@@ -115,12 +115,8 @@ def validated(method: str, scenario: str, given: Mapping[str, Any]) -> RunConfig
         default.pretrained = None
     known = {**default.as_dict(), "method": dataclasses.asdict(settings)}
     problems = _unknown_keys(known, given, "")
-    values, of_method = _merged(known, given), dict(given.get("method") or {})
-    merged_settings = {
-        **dataclasses.asdict(settings),
-        **{key: of_method[key] for key in of_method if key in known["method"]},
-    }
-    values.pop("method")
+    values = _merged(known, given)
+    merged_settings = values.pop("method")
     try:
         settings = TypeAdapter(settings_type).validate_python(merged_settings)
     except ValidationError as error:
@@ -145,7 +141,8 @@ def _command_type(settings_type: type) -> type:
         fields.append((entry.name, hints[entry.name]))
     invocation = get_type_hints(Invocation)
     for entry in dataclasses.fields(Invocation):
-        fields.append((entry.name, invocation[entry.name], dataclasses.field(default=entry.default)))
+        kind = tyro.conf.FlagCreatePairsOff[bool] if invocation[entry.name] is bool else invocation[entry.name]
+        fields.append((entry.name, kind, dataclasses.field(default=entry.default)))
     made = dataclasses.make_dataclass("Run", fields)
     attributes = [(kind.__doc__ or "").split("Attributes:", 1)[1].rstrip() for kind in (RunConfig, Invocation)]
     made.__doc__ = "Run.\n\n    Attributes:" + "".join(attributes) + "\n"

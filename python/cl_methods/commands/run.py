@@ -29,7 +29,9 @@ examples:
   clk run --method zscl --method.lr 3e-4 --method.iterations 200
   clk run --scenario folders --data.root my_images --model ViT-B-16-quickgelu --pretrained openai
   clk run --config runs/zscl-1/config.yaml --seed 2 --output runs/zscl-2
-  clk run --output runs/zscl-1 --method zscl --seed 1 --resume"""
+  clk run --output runs/zscl-1 --method zscl --seed 1 --resume
+
+`clk methods` lists methods and scenarios; --debug shows where an error comes from."""
 
 
 def main(arguments: Sequence[str]) -> int:

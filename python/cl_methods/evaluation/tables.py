@@ -64,7 +64,7 @@ def matrix_table(result: dict[str, Any]) -> TextTable:
     tasks, zero_shot = result["tasks"], result["zero_shot"]
     values = {"chance": result["chance"]} if "chance" in result else {}
     values["zero-shot"] = zero_shot
-    start, learnt = len(values), frozenset()
+    start, learnt = len(values), frozenset[tuple[int, int]]()
     if not result.get("continual", True):
         values["all tasks at once"] = result["accuracy"][0]
     elif any(row != zero_shot for row in result["accuracy"]):

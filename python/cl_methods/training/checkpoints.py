@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,7 +33,7 @@ class CheckpointOptions:
     """
 
     every: int = 200
-    keep: str = "all"
+    keep: Literal["all", "last"] = "all"
 
     def __post_init__(self) -> None:
         if self.every < 0:
