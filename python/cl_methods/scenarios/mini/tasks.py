@@ -220,5 +220,5 @@ TASKS: dict[str, TaskSpec] = {
 
 ORDERS: dict[str, tuple[str, ...]] = {
     "I": ("sketch", "texture", "scene", "letters", "compose", "count", "digits"),
-    "II": ("digits", "count", "compose", "letters", "scene", "texture", "sketch"),
+    "II": ("scene", "compose", "count", "digits", "letters", "texture", "sketch"),
 }
