@@ -129,7 +129,7 @@ _LETTERS: tuple[tuple[list[Stroke], ...], ...] = (
     ),
 )
 
-_SERIF_LETTERS: tuple[tuple[Stroke, ...], ...] = (
+_SERIF_LETTERS: tuple[tuple[tuple[Point, ...], ...], ...] = (
     ((*_arc(0, 0, 0.62, 1.0, 4, 20),), ((0.42, -1.05), (0.42, -0.5))),
     (((-0.35, -1.0), (-0.35, 1.0)), ((-0.6, -1.0), (0.55, -1.0), (0.55, -0.65)), ((-0.6, 1.0), (0.6, 1.0), (0.6, 0.65)),
      ((-0.35, -0.05), (0.3, -0.05)), ((0.3, -0.3), (0.3, 0.2))),
@@ -200,7 +200,7 @@ class Font:
         points = self.points[writing] + jitter[:, : self.points.shape[1]]
         pairs = self.pairs[writing]
         rows = np.arange(len(glyph))
-        distance = None
+        distance = np.full(u.shape, np.inf, dtype=np.float32)
         for segment in range(pairs.shape[1]):
             a, b = points[rows, pairs[:, segment, 0]], points[rows, pairs[:, segment, 1]]
             b = np.where(np.abs(b - a) < 1e-3, a + np.float32(1e-3), b)
@@ -209,7 +209,7 @@ class Font:
             if contrast:
                 dx, dy = np.abs(b[:, 0] - a[:, 0]), np.abs(b[:, 1] - a[:, 1])
                 reach = reach - np.float32(contrast) * (dy / (dx + dy))[:, None, None]
-            distance = reach if distance is None else np.minimum(distance, reach)
+            distance = np.minimum(distance, reach)
         return distance
 
 

@@ -142,7 +142,8 @@ def phrase_loss(logits: Tensor, pairs: Pairs, where: dict[str, slice]) -> tuple[
 
 
 def _optimisers(model: CLIP, config: PretrainConfig) -> list[tuple[torch.optim.Optimizer, float]]:
-    hidden, rest = [], []
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim >= 2 and ("resblocks" in name or ("conv1" in name and "conv1.0" not in name))
         (hidden if matrix else rest).append(parameter)

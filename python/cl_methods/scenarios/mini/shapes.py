@@ -43,10 +43,11 @@ def _radius(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _polygon(u: np.ndarray, v: np.ndarray, corners: tuple[tuple[float, float], ...]) -> np.ndarray:
-    nearest, inside = None, np.zeros(u.shape, dtype=bool)
+    nearest = np.full(u.shape, np.inf, dtype=np.float32)
+    inside = np.zeros(u.shape, dtype=bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
         squared = segment_squared(u, v, ax, ay, bx, by)
-        nearest = squared if nearest is None else np.minimum(nearest, squared)
+        nearest = np.minimum(nearest, squared)
         if ay != by:
             inside ^= ((v < ay) != (v < by)) & (u < ax + (v - ay) * ((bx - ax) / (by - ay)))
     distance = np.sqrt(nearest)
