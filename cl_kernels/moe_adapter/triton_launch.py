@@ -39,7 +39,8 @@ def blocks_for(dtype: torch.dtype, length: int, width: int, rank: int, slots: in
         rows, step, wide = (64, 64, 4096) if half else (32, 16, 2048)
     else:
         rows = max(16, min(64, triton.next_power_of_2(length)))
-        step, wide = (64, 8192) if half else (32, 4096)
+        # Adding to what earlier launches wrote takes registers, too.
+        step, wide = (64 if padded_rank * slots <= columns else 32, 8192) if half else (32, 4096)
     block_width = max(16, min(step, triton.next_power_of_2(width)))
     return Blocks(rows, columns, block_width, padded_rank, num_warps=8 if columns * rows >= wide else 4, num_stages=2)
 
