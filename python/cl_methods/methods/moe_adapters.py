@@ -75,7 +75,14 @@ class MoEAdaptersConfig(TrainConfig):
             "freeze": 0,
             "detection": "none",
         },
-        "mini": {"lr": 5e-3, "iterations": 80, "warmup": 8, "ddas": BACKBONE_DDAS},
+        "mini": {
+            "lr": 2e-2,
+            "iterations": 80,
+            "warmup": 8,
+            "experts": 10,
+            "freeze": 1,
+            "ddas": BACKBONE_DDAS,
+        },
         "folders": {"ddas": BACKBONE_DDAS},
     }
 

@@ -299,7 +299,7 @@ def test_presets_train(name: str, tasks: list[Task], reference: Reference, batch
 
 
 def test_what_is_missing_is_said(reference: Reference, tasks: list[Task], batches: Batches) -> None:
-    with pytest.raises(ValueError, match="no reference set to distil on .*_reference.*; set reference_images='task'"):
+    with pytest.raises(ValueError, match=r"no reference set to distil on .*_reference.*; set reference_images='task'"):
         build(None)
     with pytest.raises(ValueError, match="no captions; expected 'random' or 'classes'"):
         build(Reference(reference.images, ()))
