@@ -249,7 +249,7 @@ def _scale(logit_scale: Tensor | float, student: Tensor) -> Tensor | float:
 
 def _without_double(chosen: str, asked: str | None, dtype: torch.dtype) -> str:
     """Triton's matrix products have no portable float64: such inputs are for checking, and run on the reference."""
-    if chosen != "triton" or dtype != torch.float64 or dispatch.INTERPRETING:
+    if chosen != "triton" or dtype != torch.float64:
         return chosen
     if asked == "triton":
         raise ValueError("backend='triton' cannot run feature_distill_kl on float64 features; use backend='reference'")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cl_kernels import library
+from cl_kernels import dispatch, library
 from cl_kernels.distill_kl.reference import compute_dtype
 
 
@@ -151,3 +152,20 @@ for _namespace in (library.COMPILED, library.TRITON):
         setup_context=_feature_setup,
         lib=_library,
     )
+
+
+def _triton(module: str, name: str) -> Any:
+    def run(*arguments: Any) -> Any:
+        return getattr(import_module(f"cl_kernels.distill_kl.{module}"), name)(*arguments)
+
+    return run
+
+
+for _module, _name in (
+    ("triton_kernels", "distill_kl"),
+    ("triton_kernels", "distill_kl_backward"),
+    ("triton_launch", "feature_distill_kl"),
+    ("triton_launch", "feature_distill_kl_backward"),
+):
+    for _key in ("CUDA", "CPU") if dispatch.INTERPRETING else ("CUDA",):
+        library.definitions[library.TRITON].impl(_name, _triton(_module, _name), _key)

@@ -1,0 +1,207 @@
+"""Distillation from logits in Triton: one read of both logits forward, one read and one write backward.
+
+A program takes ``SLICES`` slices and walks along their M entries in steps of ``STEP``, so the block stays small for any M.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cl_kernels.distill_kl.reference import compute_dtype
+
+BLOCK = 4096
+"""Most entries that a program holds of each side; more spills."""
+
+
+@triton.jit
+def _origin(maximum):
+    """A maximum to measure from: 0 instead of -inf, so that no difference of infinities appears."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def _positions(outer, inner, INNER: tl.constexpr, SLICES: tl.constexpr):
+    """Indices (outer, inner) of the program's slices, and which of them exist; [SLICES] each."""
+    lane = tl.arange(0, SLICES)
+    if INNER:
+        o = tl.program_id(0) + tl.zeros((SLICES,), tl.int32)
+        i = tl.program_id(1) * SLICES + lane
+    else:
+        o = tl.program_id(0) * SLICES + lane
+        i = tl.zeros((SLICES,), tl.int32)
+    return o.to(tl.int64), i, (o < outer) & (i < inner)
+
+
+@triton.jit
+def forward_kernel(
+    student_ptr,  # [outer, M, inner], strides below
+    teacher_ptr,  # [outer, M, inner]
+    loss_ptr,  # [outer, inner]
+    stats_ptr,  # [4, outer, inner]
+    outer,
+    M,
+    inner,
+    slices,  # outer · inner
+    student_outer,
+    student_step,
+    student_inner,
+    teacher_outer,
+    teacher_step,
+    teacher_inner,
+    inverse_temperature,
+    factor,
+    KL: tl.constexpr,
+    INNER: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SLICES: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Losses and statistics, online along M. Grid (blocks of outer, blocks of inner); one outer index a program if INNER."""
+    o, i, real = _positions(outer, inner, INNER, SLICES)
+    student = student_ptr + o * student_outer + i * student_inner  # [SLICES]
+    teacher = teacher_ptr + o * teacher_outer + i * teacher_inner
+    max_s = tl.full((SLICES,), float("-inf"), COMPUTE)
+    max_t = tl.full((SLICES,), float("-inf"), COMPUTE)
+    sum_s = tl.zeros((SLICES,), COMPUTE)
+    sum_t = tl.zeros((SLICES,), COMPUTE)
+    cross = tl.zeros((SLICES,), COMPUTE)  # Σ e_t (z_s - max_s)
+    entropy = tl.zeros((SLICES,), COMPUTE)  # Σ e_t (z_t - max_t)
+    for start in range(0, M, STEP):
+        m = start + tl.arange(0, STEP)
+        mask = real[:, None] & (m < M)[None, :]
+        at = m.to(tl.int64)[None, :]
+        z_s = tl.load(student[:, None] + at * student_step, mask=mask, other=float("-inf")).to(COMPUTE)
+        z_t = tl.load(teacher[:, None] + at * teacher_step, mask=mask, other=float("-inf")).to(COMPUTE)
+        z_s *= inverse_temperature  # [SLICES, STEP]
+        z_t *= inverse_temperature
+        new_s = tl.maximum(max_s, tl.max(z_s, 1))
+        new_t = tl.maximum(max_t, tl.max(z_t, 1))
+        from_s, from_t = _origin(new_s), _origin(new_t)
+        z_s -= from_s[:, None]
+        z_t -= from_t[:, None]
+        sum_s = sum_s * tl.exp(max_s - from_s) + tl.sum(tl.exp(z_s), 1)
+        e_t = tl.exp(z_t)
+        shrink = tl.exp(max_t - from_t)
+        cross += sum_t * (_origin(max_s) - from_s)
+        cross = tl.where(shrink == 0, 0.0, shrink * cross) + tl.sum(tl.where(e_t == 0, 0.0, e_t * z_s), 1)
+        if KL:
+            entropy += sum_t * (_origin(max_t) - from_t)
+            entropy = tl.where(shrink == 0, 0.0, shrink * entropy) + tl.sum(tl.where(e_t == 0, 0.0, e_t * z_t), 1)
+        sum_t = sum_t * shrink + tl.sum(e_t, 1)
+        max_s, max_t = new_s, new_t
+    log_s, log_t = tl.log(sum_s), tl.log(sum_t)
+    loss = log_s - cross / sum_t
+    if KL:
+        loss += entropy / sum_t - log_t
+    at = o * inner + i
+    tl.store(loss_ptr + at, loss * factor, mask=real)
+    tl.store(stats_ptr + at, max_s, mask=real)
+    tl.store(stats_ptr + slices + at, log_s, mask=real)
+    tl.store(stats_ptr + 2 * slices + at, max_t, mask=real)
+    tl.store(stats_ptr + 3 * slices + at, log_t, mask=real)
+
+
+@triton.jit
+def backward_kernel(
+    grad_ptr,  # [outer, inner]
+    student_ptr,  # [outer, M, inner], strides below
+    teacher_ptr,  # [outer, M, inner]
+    stats_ptr,  # [4, outer, inner]
+    out_ptr,  # [outer, M, inner]
+    outer,
+    M,
+    inner,
+    slices,  # outer · inner
+    student_outer,
+    student_step,
+    student_inner,
+    teacher_outer,
+    teacher_step,
+    teacher_inner,
+    inverse_temperature,
+    factor,
+    INNER: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SLICES: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """``factor · grad · (p_s − p_t)``, element by element. Grid as in the forward kernel."""
+    o, i, real = _positions(outer, inner, INNER, SLICES)
+    student = student_ptr + o * student_outer + i * student_inner
+    teacher = teacher_ptr + o * teacher_outer + i * teacher_inner
+    at = o * inner + i
+    grad = tl.load(grad_ptr + at, mask=real, other=0.0).to(COMPUTE) * factor  # [SLICES]
+    max_s = tl.load(stats_ptr + at, mask=real, other=0.0)
+    log_s = tl.load(stats_ptr + slices + at, mask=real, other=0.0)
+    max_t = tl.load(stats_ptr + 2 * slices + at, mask=real, other=0.0)
+    log_t = tl.load(stats_ptr + 3 * slices + at, mask=real, other=0.0)
+    for start in range(0, M, STEP):
+        m = start + tl.arange(0, STEP)
+        mask = real[:, None] & (m < M)[None, :]
+        step = m.to(tl.int64)[None, :]
+        z_s = tl.load(student[:, None] + step * student_step, mask=mask, other=0.0).to(COMPUTE) * inverse_temperature
+        z_t = tl.load(teacher[:, None] + step * teacher_step, mask=mask, other=0.0).to(COMPUTE) * inverse_temperature
+        p_s = tl.exp((z_s - max_s[:, None]) - log_s[:, None])
+        p_t = tl.exp((z_t - max_t[:, None]) - log_t[:, None])
+        out = out_ptr + (o[:, None] * M + step) * inner + i[:, None]
+        tl.store(out, (grad[:, None] * (p_s - p_t)).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def configuration(M: int, inner: int) -> dict[str, int | bool]:
+    """Block sizes and warps for slices of M entries; ``inner`` neighbours lie side by side unless it is 1."""
+    if inner > 1:
+        slices, step = min(64, max(16, triton.next_power_of_2(inner))), min(32, triton.next_power_of_2(M))
+    else:
+        step = min(BLOCK, triton.next_power_of_2(M))
+        slices = max(1, min(16, 1024 // step))
+    return {"SLICES": slices, "STEP": step, "INNER": inner > 1, "num_warps": 8 if slices * step >= BLOCK else 4}
+
+
+def _arguments(student: Tensor, teacher: Tensor, temperature: float) -> tuple[tuple[int, int], tuple, dict]:
+    """Grid, the arguments from ``outer`` on, and the compile-time ones."""
+    outer, M, inner = student.shape
+    config = configuration(M, inner)
+    grid = (outer, triton.cdiv(inner, config["SLICES"])) if inner > 1 else (triton.cdiv(outer, config["SLICES"]), 1)
+    config["COMPUTE"] = tl.float64 if student.dtype == torch.float64 else tl.float32
+    return grid, (outer, M, inner, outer * inner, *student.stride(), *teacher.stride(), 1 / temperature), config
+
+
+def distill_kl(student: Tensor, teacher: Tensor, temperature: float, kl: bool) -> tuple[Tensor, Tensor]:
+    """Forward pass; shapes as in ``cl_kernels/schemas.py``."""
+    outer, _, inner = student.shape
+    dtype = compute_dtype(student.dtype)
+    loss = torch.empty(outer, inner, dtype=dtype, device=student.device)
+    stats = torch.empty(4, outer, inner, dtype=dtype, device=student.device)
+    if loss.numel() == 0:
+        return loss, stats
+    factor, after = temperature**2, 1.0
+    if dtype == torch.float64:  # numbers reach a kernel in fp32: apply them in fp64 outside
+        student, teacher = student / temperature, teacher / temperature
+        temperature, factor, after = 1.0, 1.0, factor
+    grid, arguments, config = _arguments(student, teacher, temperature)
+    with torch.cuda.device_of(student):
+        forward_kernel[grid](student, teacher, loss, stats, *arguments, factor, KL=kl, **config)
+    return loss if after == 1 else loss.mul_(after), stats
+
+
+def distill_kl_backward(grad: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, temperature: float) -> Tensor:
+    """Gradient of the student's logits; shapes as in ``cl_kernels/schemas.py``."""
+    out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    if out.numel() == 0:
+        return out
+    factor, grad = temperature, grad.contiguous()
+    if out.dtype == torch.float64:
+        student, teacher, grad, temperature, factor = (
+            student / temperature,
+            teacher / temperature,
+            grad * factor,
+            1.0,
+            1.0,
+        )
+    grid, arguments, config = _arguments(student, teacher, temperature)
+    with torch.cuda.device_of(student):
+        backward_kernel[grid](grad, student, teacher, stats, out, *arguments, factor, **config)
+    return out
