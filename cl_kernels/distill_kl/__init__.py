@@ -129,11 +129,11 @@ def feature_distill_kl(
         backend: see :func:`cl_kernels.backends`; chosen by device when None.
 
     Returns:
-        0-d tensor, float32 (float64 for float64 inputs); NaN for N = 0. Differentiable in ``student``, ``anchors`` and a tensor
+        0-d tensor, float32 (float64 for float64 inputs). Differentiable in ``student``, ``anchors`` and a tensor
         ``logit_scale``; gradients have the input's dtype.
 
     Raises:
-        ValueError: shapes or devices do not fit, M = 0, an option is unknown, or the backend cannot run.
+        ValueError: shapes or devices do not fit, N or M is 0, an option is unknown, or the backend cannot run.
         TypeError: an argument is not a tensor of one of those dtypes.
 
     Source: ZSCL (Zheng et al., 2023), equations 2 to 4.
@@ -208,8 +208,8 @@ def _check_weight(weight: Tensor, shape: torch.Size, where: str) -> None:
 
 
 def _check_features(student: Tensor, teacher: Tensor, anchors: Tensor, teacher_anchors: Tensor | None) -> None:
-    if student.dim() != 2:
-        raise ValueError(f"student is {tuple(student.shape)}: expected (N, d)")
+    if student.dim() != 2 or student.shape[0] == 0:
+        raise ValueError(f"student is {tuple(student.shape)}: expected (N, d) with at least one row")
     N, d = student.shape
     if anchors.dim() != 2 or anchors.shape[1] != d:
         raise ValueError(f"anchors is {tuple(anchors.shape)}, student is {(N, d)}: expected (M, {d})")

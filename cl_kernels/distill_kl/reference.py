@@ -90,7 +90,7 @@ def feature_distill_kl(
             inputs = (student, anchors[m : m + step], scale, m)
             part = chunk(*inputs) if step >= M else checkpoint(chunk, *inputs, use_reentrant=False)
             mass, row, column = mass + part[0], row + part[1], column + part[2]
-        loss = columns * column / M if columns else column
+        loss = columns * column / M if columns else 0.0 * (student.sum() + anchors.sum() + scale)  # 0 with a graph
         if rows:
             # log(mass) is 0; its gradient is that of the student's log-sum-exp, of which `row` only saw the value.
             loss = loss + rows * (weight * (row + mass.log())).sum() / N

@@ -17,38 +17,45 @@ OUTSIDE = tl.constexpr(-1e30)  # z where there is no entry: far below every othe
 
 
 @triton.jit
-def _load_block(ptr, row, real, d, D, EVEN: tl.constexpr):
-    """[rows, BLOCK_D] of a row-major matrix with D columns."""
-    at = ptr + row.to(tl.int64)[:, None] * D + d[None, :]
+def _load_block(ptr, row, real, column, D, EVEN: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] of a row-major matrix with D columns, from (row, column) on; rows that are not ``real`` are 0.
+
+    One 64-bit address and 32-bit offsets from it: whole tiles of 64-bit addresses would take most of the registers.
+    """
+    d = tl.arange(0, BLOCK_D)
+    at = ptr + (tl.cast(row, tl.int64) * D + column) + (tl.arange(0, real.shape[0])[:, None] * D + d[None, :])
     if EVEN:
         return tl.load(at, mask=real[:, None], other=0.0)
-    return tl.load(at, mask=real[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(at, mask=real[:, None] & (column + d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def _product(f_ptr, a_ptr, n, n_real, m, m_real, D, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr):
-    """f aᵀ [BLOCK_N, BLOCK_M] in fp32."""
-    z = tl.zeros((n.shape[0], m.shape[0]), tl.float32)
+def _product(
+    f_ptr, a_ptr, row, n_real, column, m_real, D, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """f aᵀ [BLOCK_N, BLOCK_M] in fp32, of the rows from ``row`` and the anchors from ``column`` on."""
+    z = tl.zeros((n_real.shape[0], m_real.shape[0]), tl.float32)
     for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        f = _load_block(f_ptr, n, n_real, d, D, EVEN)
-        a = _load_block(a_ptr, m, m_real, d, D, EVEN)
+        f = _load_block(f_ptr, row, n_real, start, D, EVEN, BLOCK_D)
+        a = _load_block(a_ptr, column, m_real, start, D, EVEN, BLOCK_D)
         z = tl.dot(f, tl.trans(a), z, input_precision=PRECISION)
     return z
 
 
 @triton.jit
 def _products(
-    s_ptr, t_ptr, a_ptr, n, n_real, m, m_real, D, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    s_ptr, t_ptr, a_ptr, row, n_real, column, m_real, D,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """s aᵀ and t aᵀ, reading the anchors once."""
-    z_s = tl.zeros((n.shape[0], m.shape[0]), tl.float32)
-    z_t = tl.zeros((n.shape[0], m.shape[0]), tl.float32)
+    z_s = tl.zeros((n_real.shape[0], m_real.shape[0]), tl.float32)
+    z_t = tl.zeros((n_real.shape[0], m_real.shape[0]), tl.float32)
     for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        a = tl.trans(_load_block(a_ptr, m, m_real, d, D, EVEN))
-        z_s = tl.dot(_load_block(s_ptr, n, n_real, d, D, EVEN), a, z_s, input_precision=PRECISION)
-        z_t = tl.dot(_load_block(t_ptr, n, n_real, d, D, EVEN), a, z_t, input_precision=PRECISION)
+        a = tl.trans(_load_block(a_ptr, column, m_real, start, D, EVEN, BLOCK_D))
+        s = _load_block(s_ptr, row, n_real, start, D, EVEN, BLOCK_D)
+        t = _load_block(t_ptr, row, n_real, start, D, EVEN, BLOCK_D)
+        z_s = tl.dot(s, a, z_s, input_precision=PRECISION)
+        z_t = tl.dot(t, a, z_t, input_precision=PRECISION)
     return z_s, z_t
 
 
@@ -63,16 +70,18 @@ def _finish_logits(z, scale, masked, n, n_real, m, m_real, MASK_DIAGONAL: tl.con
 
 @triton.jit
 def _student_and_teacher(
-    student_ptr, teacher_ptr, anchors_ptr, teacher_anchors_ptr, n, n_real, m, m_real, D, D_T, scale, masked,
+    student_ptr, teacher_ptr, anchors_ptr, teacher_anchors_ptr, row, n, n_real, column, m, m_real, D, D_T, scale, masked,
     SHARED: tl.constexpr, MASK_DIAGONAL: tl.constexpr, EVEN: tl.constexpr, EVEN_T: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Logits of the student and of one teacher on a tile, [BLOCK_N, BLOCK_M] each."""
     if SHARED:
-        z_s, z_t = _products(student_ptr, teacher_ptr, anchors_ptr, n, n_real, m, m_real, D, EVEN, PRECISION, BLOCK_D)
+        z_s, z_t = _products(
+            student_ptr, teacher_ptr, anchors_ptr, row, n_real, column, m_real, D, EVEN, PRECISION, BLOCK_D
+        )
     else:
-        z_s = _product(student_ptr, anchors_ptr, n, n_real, m, m_real, D, EVEN, PRECISION, BLOCK_D)
-        z_t = _product(teacher_ptr, teacher_anchors_ptr, n, n_real, m, m_real, D_T, EVEN_T, PRECISION, BLOCK_D)
+        z_s = _product(student_ptr, anchors_ptr, row, n_real, column, m_real, D, EVEN, PRECISION, BLOCK_D)
+        z_t = _product(teacher_ptr, teacher_anchors_ptr, row, n_real, column, m_real, D_T, EVEN_T, PRECISION, BLOCK_D)
     z_s = _finish_logits(z_s, scale, masked, n, n_real, m, m_real, MASK_DIAGONAL)
     z_t = _finish_logits(z_t, scale, masked, n, n_real, m, m_real, MASK_DIAGONAL)
     return z_s, z_t
@@ -109,7 +118,8 @@ def forward_kernel(
 ):
     """Grid (row blocks, column groups, K)."""
     k = tl.program_id(2)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(0) * BLOCK_N
+    n = row + tl.arange(0, BLOCK_N)
     n_real = n < N
     if scale_ptr is not None:
         scale = scale * tl.load(scale_ptr).to(tl.float32)
@@ -132,7 +142,7 @@ def forward_kernel(
         m = start + tl.arange(0, BLOCK_M)
         m_real = m < M
         z_s, z_t = _student_and_teacher(
-            student_ptr, teacher_ptr, anchors_ptr, teacher_anchors_ptr, n, n_real, m, m_real, D, D_T, scale, masked,
+            student_ptr, teacher_ptr, anchors_ptr, teacher_anchors_ptr, row, n, n_real, start, m, m_real, D, D_T, scale, masked,
             SHARED, MASK_DIAGONAL, EVEN, EVEN_T, PRECISION, BLOCK_D,
         )  # fmt: skip
         if COLUMNS:  # the softmax over the rows of this block: final within the tile
@@ -277,7 +287,7 @@ def _add_probabilities(
 @triton.jit
 def _tile_gradient(
     student_ptr, teacher_ptr, anchors_ptr, teacher_anchors_ptr, weight_ptr, row_stats_ptr, column_stats_ptr,
-    n, n_real, m, m_real, N, M, D, D_T, scale, masked, row_factor, column_factor,
+    row, n, n_real, column, m, m_real, N, M, D, D_T, scale, masked, row_factor, column_factor,
     K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr, MASK_DIAGONAL: tl.constexpr,
     EVEN: tl.constexpr, EVEN_T: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -289,12 +299,12 @@ def _tile_gradient(
         teacher = teacher_ptr + k * N * D_T
         if k == 0:
             z_s, z_t = _student_and_teacher(
-                student_ptr, teacher, anchors_ptr, teacher_anchors_ptr, n, n_real, m, m_real, D, D_T, scale, masked,
+                student_ptr, teacher, anchors_ptr, teacher_anchors_ptr, row, n, n_real, column, m, m_real, D, D_T, scale, masked,
                 SHARED, MASK_DIAGONAL, EVEN, EVEN_T, PRECISION, BLOCK_D,
             )  # fmt: skip
         else:
             own = anchors_ptr if SHARED else teacher_anchors_ptr
-            z_t = _product(teacher, own, n, n_real, m, m_real, D_T, EVEN_T, PRECISION, BLOCK_D)
+            z_t = _product(teacher, own, row, n_real, column, m_real, D_T, EVEN_T, PRECISION, BLOCK_D)
             z_t = _finish_logits(z_t, scale, masked, n, n_real, m, m_real, MASK_DIAGONAL)
         weight = n_real.to(tl.float32)
         if weight_ptr is not None:
@@ -354,6 +364,7 @@ def backward_student_kernel(
     MASK_DIAGONAL: tl.constexpr,
     EVEN: tl.constexpr,
     EVEN_T: tl.constexpr,
+    EVEN_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -361,9 +372,11 @@ def backward_student_kernel(
     BLOCK_OUT: tl.constexpr,
 ):
     """Grid (row blocks, column groups, blocks of BLOCK_OUT of d)."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(0) * BLOCK_N
+    n = row + tl.arange(0, BLOCK_N)
     n_real = n < N
-    out = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    first = tl.program_id(2) * BLOCK_OUT
+    out = first + tl.arange(0, BLOCK_OUT)
     if scale_ptr is not None:
         scale = scale * tl.load(scale_ptr).to(tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_OUT), tl.float32)
@@ -373,10 +386,10 @@ def backward_student_kernel(
         m_real = m < M
         g = _tile_gradient(
             student_ptr, teacher_ptr, anchors_ptr, teacher_anchors_ptr, weight_ptr, row_stats_ptr, column_stats_ptr,
-            n, n_real, m, m_real, N, M, D, D_T, scale, masked, row_factor, column_factor,
+            row, n, n_real, start, m, m_real, N, M, D, D_T, scale, masked, row_factor, column_factor,
             K, ROWS, COLUMNS, SHARED, MASK_DIAGONAL, EVEN, EVEN_T, PRECISION, BLOCK_D,
         )  # fmt: skip
-        a = _load_block(anchors_ptr, m, m_real, out, D, False)
+        a = _load_block(anchors_ptr, start, m_real, first, D, EVEN_OUT, BLOCK_OUT)
         acc = tl.dot(g.to(a.dtype), a, acc, input_precision=PRECISION)
     at = parts_ptr + (tl.program_id(1).to(tl.int64) * N + n)[:, None] * D + out[None, :]
     tl.store(at, acc, mask=n_real[:, None] & (out < D)[None, :])
@@ -410,6 +423,7 @@ def backward_anchors_kernel(
     MASK_DIAGONAL: tl.constexpr,
     EVEN: tl.constexpr,
     EVEN_T: tl.constexpr,
+    EVEN_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -417,9 +431,11 @@ def backward_anchors_kernel(
     BLOCK_OUT: tl.constexpr,
 ):
     """Grid (column blocks, blocks of BLOCK_OUT of d)."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(0) * BLOCK_M
+    m = column + tl.arange(0, BLOCK_M)
     m_real = m < M
-    out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    first = tl.program_id(1) * BLOCK_OUT
+    out = first + tl.arange(0, BLOCK_OUT)
     if scale_ptr is not None:
         scale = scale * tl.load(scale_ptr).to(tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
@@ -428,10 +444,10 @@ def backward_anchors_kernel(
         n_real = n < N
         g = _tile_gradient(
             student_ptr, teacher_ptr, anchors_ptr, teacher_anchors_ptr, weight_ptr, row_stats_ptr, column_stats_ptr,
-            n, n_real, m, m_real, N, M, D, D_T, scale, masked, row_factor, column_factor,
+            start, n, n_real, column, m, m_real, N, M, D, D_T, scale, masked, row_factor, column_factor,
             K, ROWS, COLUMNS, SHARED, MASK_DIAGONAL, EVEN, EVEN_T, PRECISION, BLOCK_D,
         )  # fmt: skip
-        f = _load_block(student_ptr, n, n_real, out, D, False)
+        f = _load_block(student_ptr, start, n_real, first, D, EVEN_OUT, BLOCK_OUT)
         acc = tl.dot(tl.trans(g.to(f.dtype)), f, acc, input_precision=PRECISION)
     acc *= tl.load(grad_ptr) * outer * scale
     at = out_ptr + m.to(tl.int64)[:, None] * D + out[None, :]

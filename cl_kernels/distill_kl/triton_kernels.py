@@ -162,6 +162,10 @@ def configuration(M: int, inner: int) -> dict[str, int | bool]:
 
 def _arguments(student: Tensor, teacher: Tensor, temperature: float) -> tuple[tuple[int, int], tuple, dict]:
     """Grid, the arguments from ``outer`` on, and the compile-time ones."""
+    if student.dim() != 3 or student.shape != teacher.shape:
+        raise ValueError(
+            f"student is {tuple(student.shape)}, teacher {tuple(teacher.shape)}: expected one (outer, M, inner)"
+        )
     outer, M, inner = student.shape
     config = configuration(M, inner)
     grid = (outer, triton.cdiv(inner, config["SLICES"])) if inner > 1 else (triton.cdiv(outer, config["SLICES"]), 1)

@@ -16,14 +16,19 @@ MERGE_BLOCK = 128
 GRADIENT_BLOCK = 1024
 
 
-def configuration(dtype: torch.dtype, N: int, backward: bool) -> dict[str, int]:
-    """Block sizes, warps and pipeline stages; all of them fit 64 KiB of shared memory."""
+def configuration(dtype: torch.dtype, N: int, backward: bool, plain: bool, amd: bool) -> dict[str, int]:
+    """Block sizes, warps and pipeline stages: the largest of which no target spills (tests/aot/test_distill_kl.py).
+
+    ``plain``: one teacher that shares the anchors, a width that is a multiple of the blocks, nothing masked.
+    """
     half = dtype in (torch.float16, torch.bfloat16)
     rows = 16 if N <= 16 else 32 if N <= 32 or not half else 64
-    config = {"BLOCK_N": rows, "BLOCK_M": 64 if half else 32, "BLOCK_D": 64 if half else 32, "num_stages": 2}
-    config["num_warps"] = 8 if backward and half else 4
+    config = {"BLOCK_N": rows, "BLOCK_M": 32, "BLOCK_D": 64 if half and not amd else 32}
+    config |= {"num_stages": 1 if amd else 2, "num_warps": 8 if half and not amd else 4}
     if backward:
-        config["BLOCK_OUT"] = 128 if half else 64
+        config["BLOCK_OUT"] = 32 if amd else (256 if plain else 64) if half else (128 if plain else 64)
+        if plain and not amd:
+            config["num_warps"] = 8
     return config
 
 
@@ -63,12 +68,28 @@ class _Problem:
         mask_diagonal: bool,
         backward: bool,
     ) -> None:
+        own = anchors if teacher_anchors is None else teacher_anchors
+        fits = (
+            student.dim() == anchors.dim() == own.dim() == 2
+            and teacher.dim() == 3
+            and student.shape[1] == anchors.shape[1]
+            and teacher.shape[1] == student.shape[0]
+            and own.shape == (anchors.shape[0], teacher.shape[2])
+            and (weight is None or weight.shape == teacher.shape[:2])
+        )
+        if not fits:
+            shapes = [
+                None if t is None else tuple(t.shape) for t in (student, teacher, anchors, teacher_anchors, weight)
+            ]
+            raise ValueError(f"student, teacher, anchors, teacher_anchors, weight do not fit together: {shapes}")
         self.student, self.anchors = student.contiguous(), anchors.contiguous()
         self.teacher = teacher.contiguous()
         self.K, self.N, self.D_T = teacher.shape
         self.M, self.D = anchors.shape
         shared = teacher_anchors is None
-        self.config: dict[str, Any] = configuration(student.dtype, self.N, backward)
+        plain = shared and self.K == 1 and not mask_diagonal and self.D % 64 == 0
+        amd = torch.version.hip is not None
+        self.config: dict[str, Any] = configuration(student.dtype, self.N, backward, plain, amd)
         self.config |= {
             "K": self.K,
             "ROWS": rows != 0,
@@ -79,13 +100,15 @@ class _Problem:
             "EVEN_T": self.D_T % self.config["BLOCK_D"] == 0,
             "PRECISION": _precision(),
         }
+        if backward:
+            self.config["EVEN_OUT"] = self.D % self.config["BLOCK_OUT"] == 0
         self.logit_scale = logit_scale
         self.scale, self.masked = factor / temperature, MASKED / temperature
         self.pointers = (
             self.student,
             self.teacher,
             self.anchors,
-            self.anchors if teacher_anchors is None else teacher_anchors.contiguous(),
+            own.contiguous(),
             None if weight is None else weight.contiguous(),
             logit_scale,
         )

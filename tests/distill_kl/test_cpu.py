@@ -1,0 +1,167 @@
+"""The compiled distillation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import distill_cases as cases
+import pytest
+import torch
+
+import cl_kernels as clk
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target", ["cross_entropy", "kl"])
+@pytest.mark.parametrize(("shape", "dim"), cases.LOGITS, ids=str)
+def test_logits_equal_the_definition(shape, dim, target, dtype):
+    cases.check_logits("cpu", shape, dim, dtype, target)
+    cases.check_logits("cpu", shape, dim, dtype, target, "mean")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.FEATURES, ids=str)
+def test_features_equal_the_definition(case, dtype):
+    cases.check_features("cpu", case, dtype)
+
+
+def test_several_tasks_per_direction():
+    """More rows and columns than one task takes, so that partial results are merged in both directions."""
+    cases.check_features("cpu", {"N": 300, "M": 700, "d": 8, "weighted": True, "target": "kl"}, torch.float32)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """Each in its own process, because the choice is made once. Where the machine lacks one, the next lower runs."""
+    code = (
+        "import torch; import distill_cases as cases, test_cpu\n"
+        "test_cpu.check_exponential()\n"
+        "cases.check_extremes('cpu')\n"
+        "for dtype in test_cpu.DTYPES:\n"
+        "    for shape, dim in cases.LOGITS:\n"
+        "        cases.check_logits('cpu', shape, dim, dtype, 'kl')\n"
+        "    for case in cases.FEATURES:\n"
+        "        cases.check_features('cpu', case, dtype)\n"
+    )
+    here = str(Path(__file__).parent)
+    environment = os.environ | {"CL_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join([here, *sys.path])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def exponential(x):
+    """The kernels' exponential: with a zero teacher, temperature 1 and zero statistics the gradient is exp(student)."""
+    stats = torch.zeros(4, 1, 1)
+    teacher = torch.full_like(x, -cases.INFINITY)
+    operator = torch.ops.cl_kernels.distill_kl_backward
+    return operator(torch.ones(1, 1), x.reshape(1, -1, 1), teacher.reshape(1, -1, 1), stats, 1.0).flatten()
+
+
+def check_exponential():
+    """Within 2 units in the last place everywhere, subnormal results included; exact at the ends."""
+    x = torch.cat([torch.linspace(-105, 89, 200_001), torch.randn(100_000), -torch.logspace(-30, 2, 10_000)])
+    found, exact = exponential(x), x.double().exp()
+    ulp = torch.exp2(torch.floor(torch.log2(exact)).clamp_min(-126) - 23)
+    inside = exact <= torch.finfo(torch.float32).max
+    assert ((found.double() - exact).abs() / ulp)[inside].max() <= 2
+    assert (found[~inside] == cases.INFINITY).all()
+    ends = torch.tensor([0.0, -cases.INFINITY, cases.INFINITY, float("nan"), -1e30, 1e30, -0.0])
+    expected = torch.tensor([1.0, 0.0, cases.INFINITY, float("nan"), 0.0, cases.INFINITY, 1.0])
+    torch.testing.assert_close(exponential(ends), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_exponential():
+    check_exponential()
+
+
+def test_threads_do_not_change_a_bit():
+    given = cases.features(200, 900, 20, K=2, weighted=True)
+    student, teacher = cases.logits((70, 300))
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found = cases.feature_gradients(*given, "cpu")
+            for dim in (0, 1):
+                found = (*found, *cases.loss_and_gradient(student, teacher, dim=dim, backend="cpu"))
+            results.append(found)
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_every_subset_of_gradients():
+    student, teacher, anchors, keywords = cases.features(12, 30, 7)
+    every = cases.feature_gradients(student, teacher, anchors, keywords, "cpu")[1:]
+    for mask in range(1, 8):
+        leaves = [student.clone(), anchors.clone(), torch.tensor(20.0)]
+        wanted = [leaf.requires_grad_() for i, leaf in enumerate(leaves) if mask >> i & 1]
+        loss = clk.feature_distill_kl(leaves[0], teacher, leaves[1], logit_scale=leaves[2], backend="cpu", **keywords)
+        expected = [g for i, g in enumerate(every) if mask >> i & 1]
+        for a, b in zip(torch.autograd.grad(loss * 1.7, wanted), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_relation_reaches_both_factors():
+    student, teacher, _, _ = cases.features(10, 10, 6)
+    found = []
+    for backend in ("cpu", "reference"):
+        leaf = student.clone().requires_grad_()
+        loss = clk.feature_distill_kl(
+            leaf,
+            teacher,
+            leaf,
+            teacher_anchors=teacher,
+            logit_scale=30.0,
+            columns=0.0,
+            mask_diagonal=True,
+            backend=backend,
+        )
+        found.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_gradcheck():
+    student, teacher = (t.double() for t in cases.logits((3, 4, 2)))
+    for dim in (0, 1, 2):
+        assert torch.autograd.gradcheck(
+            lambda s, dim=dim: clk.distill_kl(s, teacher, dim=dim, backend="cpu"), student.requires_grad_()
+        )
+    student, teacher, anchors, keywords = cases.in_float64(*cases.features(4, 4, 3, K=2, own=1, weighted=True))
+    keywords |= {"logit_scale": 4.0, "mask_diagonal": True, "backend": "cpu"}
+    leaves = student.requires_grad_(), anchors.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s, a: clk.feature_distill_kl(s, teacher, a, **keywords), leaves)
+
+
+def test_no_similarity_matrix():
+    cases.check_memory("cpu", 60, 1000)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        cases.check_extremes,
+        cases.check_views,
+        cases.check_weights,
+        cases.check_feature_views,
+        cases.check_large_scale,
+        cases.check_opcheck,
+        cases.check_compile,
+        cases.check_autocast,
+        cases.check_operator_errors,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_contract(check):
+    check("cpu")
+
+
+@pytest.mark.parametrize("M", [2048, 2049, 5000])
+def test_long_rows(M):
+    cases.check_long_rows("cpu", M)
