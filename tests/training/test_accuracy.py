@@ -6,7 +6,7 @@ import pytest
 import torch
 from fakes import TinyConfig, TinyMethod, tiny_backbone
 
-from cl_methods.evaluation.accuracy import EvaluationOptions, accuracy, accuracy_row, competing_tasks
+from cl_methods.evaluation.accuracy import EvaluationOptions, accuracy, accuracy_row, competing_tasks, guessing
 from cl_methods.scenarios.base import Task, TensorImages
 
 
@@ -68,6 +68,11 @@ def test_label_spaces(tasks):
     assert names == [["farm"], ["farm"], ["pets", "farm"], ["pets", "farm", "both"], ["pets", "farm", "both"]]
     with pytest.raises(ValueError, match="label_space: expected task, seen or all, got 'each'"):
         competing_tasks(tasks, 0, 0, "each")
+
+
+def test_guessing_among_the_classes_that_compete(tasks):
+    assert [guessing(tasks, index, "task") for index in range(3)] == [50.0] * 3
+    assert [guessing(tasks, 0, space) for space in ("seen", "all")] == [25.0] * 2
 
 
 def test_a_row_prepares_the_method_once(method, tasks):

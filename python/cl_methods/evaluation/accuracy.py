@@ -49,6 +49,12 @@ def competing_tasks(tasks: Sequence[Task], index: int, learnt: int, label_space:
     raise ValueError(f"label_space: expected task, seen or all, got {label_space!r}")
 
 
+def guessing(tasks: Sequence[Task], index: int, label_space: LabelSpace) -> float:
+    """Accuracy of guessing on task ``index`` in percent, among the classes that compete after the last task."""
+    competing = competing_tasks(tasks, index, len(tasks), label_space)
+    return 100.0 / len({name for task in competing for name in task.class_names})
+
+
 @torch.no_grad()
 def accuracy(
     method: Method, task: Task, candidates: Sequence[Task], options: EvaluationOptions, workers: int = 0

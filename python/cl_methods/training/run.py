@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cl_methods.backbone import load_backbone
-from cl_methods.evaluation.accuracy import accuracy_row
+from cl_methods.evaluation.accuracy import accuracy_row, guessing
 from cl_methods.evaluation.metrics import forgetting, mtil_metrics
 from cl_methods.methods import METHODS, Method
 from cl_methods.scenarios import load as load_scenario
@@ -261,7 +261,7 @@ class Run:
             "seed": self.config.seed,
             "continual": not method.joint,
             "tasks": [task.name for task in tasks],
-            "chance": [task.chance for task in tasks],
+            "chance": [guessing(tasks, index, self.config.evaluation.label_space) for index in range(len(tasks))],
             "zero_shot": self.rows.zero_shot,
             "accuracy": matrix,
             "transfer": metrics["transfer"] if defined and len(tasks) > 1 else None,
