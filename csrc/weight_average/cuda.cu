@@ -12,6 +12,7 @@
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/macros.h>
 
 #include "weight_average/average.h"
 
