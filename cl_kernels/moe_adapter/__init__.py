@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,14 +70,14 @@ def moe_adapter(
         chosen = _without_float64(backend)
 
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    inside = residual is not None and residual.dtype == dtype
     tokens = x.dim() == 2
-    inputs = (
+    inside = residual if residual is not None and residual.dtype == dtype else None
+    inputs: tuple[Any, ...] = (
         (x.unsqueeze(1) if tokens else x).to(dtype),
         expert_ids.to(torch.int64),
         gates.to(compute),
         *(weight.to(dtype) for weight in weights.values()),
-        (residual.unsqueeze(1) if tokens else residual) if inside else None,
+        inside.unsqueeze(1) if tokens and inside is not None else inside,
         dropout.draw_seed() if dropout_p > 0.0 else None,
         float(scale),
         float(dropout_p),
@@ -84,12 +85,12 @@ def moe_adapter(
     if chosen == "reference":
         out = reference.moe_adapter(*inputs)
     else:
-        differentiable = (x, gates, residual if inside else None, *weights.values())
+        differentiable = (x, gates, inside, *weights.values())
         save_hidden = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
         out, _ = autograd.operator(chosen)(*inputs, save_hidden)
     if tokens:
         out = out.squeeze(1)
-    return out if residual is None or inside else (residual + out).to(residual.dtype)
+    return out if residual is None or inside is not None else (residual + out).to(residual.dtype)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:

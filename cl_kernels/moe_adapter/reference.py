@@ -35,6 +35,8 @@ def moe_adapter(
         sample, slot = (expert_ids == e).nonzero(as_tuple=True)
         hidden = F.relu(F.linear(x[sample], w_down, b_down))
         if dropout_p > 0.0:
+            if seed is None:
+                raise ValueError(f"seed: got None with dropout_p {dropout_p}, expected an int64 scalar")
             offset = (sample * slots + slot)[:, None, None] * (length * rank) + within
             hidden = hidden * dropout.keep(seed, offset, dropout_p) / (1.0 - dropout_p)
         expert = F.linear(hidden, w_up, b_up).to(compute)

@@ -210,7 +210,7 @@ def backward(
             )
         if gate_terms is not None:
             torch.sum(gate_terms, dim=(2, 3), out=grad_gates)
-        if need_experts:
+        if grad_pre is not None and order is not None and offset is not None:
             _expert_gradients(plan, grad, x, gates, hidden, grad_pre, order, offset, weights, scale)
     return grad_x, grad_gates, *weights
 

@@ -75,10 +75,9 @@ def route(expert_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     padded = triton.next_power_of_2(experts + 1)
     block = max(1, min(128, 8192 // padded, triton.next_power_of_2(max(samples, 1))))
     blocks = triton.cdiv(samples, block)
-    int32 = {"dtype": torch.int32, "device": expert_ids.device}
-    counts = torch.empty(slots, blocks, padded, **int32)
-    order = torch.empty(slots, samples, **int32)
-    offset = torch.empty(slots, experts + 2, **int32)
+    counts = expert_ids.new_empty((slots, blocks, padded), dtype=torch.int32)
+    order = expert_ids.new_empty((slots, samples), dtype=torch.int32)
+    offset = expert_ids.new_empty((slots, experts + 2), dtype=torch.int32)
     grid = (blocks, slots)
     count_kernel[grid](expert_ids, counts, samples, experts, blocks, K=slots, EP=padded, BLOCK=block)
     order_kernel[grid](
