@@ -116,8 +116,9 @@ def training_batches(
     """
     for data in load_items(steps, range(start_step, iterations + 1), device, workers):
         step = int(data["step"])
+        indices = data.pop("reference_indices", None)  # stay on the host, where caches look them up without waiting
         tensors = {name: value.to(device, non_blocking=True) for name, value in data.items() if name != "step"}
-        yield Batch(**tensors, step=step, task=steps.tasks[step % len(steps.tasks)])
+        yield Batch(**tensors, step=step, reference_indices=indices, task=steps.tasks[step % len(steps.tasks)])
 
 
 def _seed_augmentation(seed: int) -> None:
