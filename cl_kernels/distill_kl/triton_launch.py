@@ -22,13 +22,11 @@ def configuration(dtype: torch.dtype, N: int, backward: bool, plain: bool, amd: 
     ``plain``: one teacher that shares the anchors, a width that is a multiple of the blocks, nothing masked.
     """
     half = dtype in (torch.float16, torch.bfloat16)
-    rows = 16 if N <= 16 else 32 if N <= 32 or not half or (amd and not plain) else 64
-    config = {"BLOCK_N": rows, "BLOCK_M": 32, "BLOCK_D": 64 if half and not amd else 32}
-    config |= {"num_stages": 1 if amd else 2, "num_warps": 8 if half and not amd else 4}
+    rows = 16 if N <= 16 else 64 if N > 32 and half and plain else 32
+    config = {"BLOCK_N": rows, "BLOCK_M": 32, "BLOCK_D": 64 if half and plain and not amd else 32}
+    config |= {"num_stages": 1 if amd else 2, "num_warps": 4 if amd or (plain and not half and not backward) else 8}
     if backward:
-        config["BLOCK_OUT"] = 32 if amd else (256 if plain else 64) if half else (128 if plain else 64)
-        if plain and not amd:
-            config["num_warps"] = 8
+        config["BLOCK_OUT"] = 32 if amd else (256 if half else 128) if plain else 64
     return config
 
 
