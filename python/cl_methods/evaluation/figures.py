@@ -58,10 +58,10 @@ def accuracy_over_time(board: Board) -> Figure:
     panels[0].set_ylim(*_limits(panels[0]))
     for panel in panels[count + 1 :]:
         panel.set_visible(False)
-    figure.supxlabel("tasks learnt", fontsize=9, color=_INK)
-    figure.supylabel("accuracy in %", fontsize=9, color=_INK)
+    for panel in panels[max(0, count + 1 - columns) : count + 1]:
+        panel.set_xlabel("tasks learnt", fontsize=9, color=_INK)
     _legend(figure, panels[0], groups, colors, board.chance is not None)
-    figure.suptitle(board.title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=_INK)
+    figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=12, fontweight="bold", color=_INK)
     return figure
 
 
@@ -72,7 +72,7 @@ def matrix(board: Board) -> Figure:
     """
     groups = [group for group in board.compared() if group.continual] or board.groups
     count = len(board.tasks)
-    columns = 2 if len(groups) in (2, 4) else min(3, len(groups))
+    columns = min(len(groups), 2 if len(groups) in (2, 4) or count > 8 else 3)
     rows = -(-len(groups) // columns)
     cell = 0.52
     figure = Figure(figsize=((cell * count + 1.5) * columns + 0.8, (cell * 0.72 * (count + 1) + 1.25) * rows + 0.3),
@@ -111,7 +111,7 @@ def summary(board: Board) -> Figure:
     groups = [group for group in board.compared() if group.continual]
     colors = colors_of(board.groups)
     figure = Figure(figsize=(9.5, 0.46 * max(len(groups), 1) + 1.75), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
     places = np.arange(len(groups))[::-1]
     joint = [group for group in board.groups if not group.continual]
     for panel, metric in zip(panels, ("transfer", "average", "last"), strict=True):
@@ -201,4 +201,5 @@ def _legend(figure: Figure, panel: Axes, groups: list[Group], colors: dict[str, 
         labels.append("chance")
     handles.append(Patch(facecolor=_BEFORE))
     labels.append("before it is learnt")
-    figure.legend(handles, labels, loc="outside upper right", ncols=min(7, len(labels)), fontsize=9, frameon=False)
+    columns = max(2, int(figure.get_figwidth() / 1.7))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
