@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from cl_methods.scenarios.base import DataError, FileImages, Reference, Scenario, Task
+from cl_methods.scenarios.folder_texts import class_names, numbered_lines, read_templates
 from cl_methods.scenarios.verification import join_problems, verify_images
 from cl_methods.seeding import derive_seed
 
 EXTENSIONS = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"])
-DEFAULT_TEMPLATES = ("a photo of a {}.",)
 REFERENCE_FOLDER = "_reference"
 _VALIDATION_NAMES = ("val", "validation", "valid")
 
@@ -130,8 +130,8 @@ def _task(root: Path, name: str, validation_fraction: float, test_fraction: floa
         train, validation = _divide(rest, validation_fraction, derive_seed(seed, name, "validation"), keep=1)
     return Task(
         name=name,
-        class_names=_class_names(folder, classes),
-        templates=_templates(folder, root),
+        class_names=class_names(folder, classes),
+        templates=read_templates(folder, root),
         train=train.source(folder),
         validation=validation.source(folder),
         test=test.source(folder),
@@ -222,52 +222,6 @@ def _divide(images: _Split, fraction: float, seed: int, *, keep: int) -> tuple[_
     return first, second
 
 
-def _class_names(folder: Path, classes: list[str]) -> tuple[str, ...]:
-    """Names for prompts: from ``classnames.txt`` or the folders; two classes of one task may not share one."""
-    path = folder / "classnames.txt"
-    names = {name: " ".join(name.replace("_", " ").split()) for name in classes}
-    if path.exists():
-        names = {}
-        for number, line in _lines(path):
-            owner = max((name for name in classes if _begins(line, name)), key=len, default=None)
-            if owner is None:
-                raise DataError(
-                    f"{path} line {number}: {line!r} does not begin with the name of a class folder; write `FOLDER: NAME`"
-                )
-            names[owner] = line[len(owner) :].strip(" \t:=,")
-        missing = [name for name in classes if not names.get(name)]
-        if missing:
-            raise DataError(
-                f"{path} gives no name to {', '.join(missing[:5])}; add a line `FOLDER: NAME` for each class folder"
-            )
-    seen: dict[str, str] = {}
-    for name in classes:
-        other = seen.setdefault(names[name].casefold(), name)
-        if other != name:
-            raise DataError(
-                f"{folder}: the class folders {other} and {name} both become {names[name]!r}, so no prompt can tell them "
-                "apart; rename one, or name them in classnames.txt"
-            )
-    return tuple(names[name] for name in classes)
-
-
-def _begins(line: str, name: str) -> bool:
-    return line.startswith(name) and (len(line) == len(name) or line[len(name)] in " \t:=,")
-
-
-def _templates(folder: Path, root: Path) -> tuple[str, ...]:
-    path = next((place / "templates.txt" for place in (folder, root) if (place / "templates.txt").exists()), None)
-    if path is None:
-        return DEFAULT_TEMPLATES
-    lines = _lines(path)
-    for number, line in lines:
-        if line.count("{}") != 1:
-            raise DataError(f"{path} line {number}: {line!r} must hold exactly one {{}}, where the class name goes")
-    if not lines:
-        raise DataError(f"{path} holds no template; write one per line, such as `a photo of a {{}}.`, or delete it")
-    return tuple(line for _, line in lines)
-
-
 def _reference(folder: Path) -> Reference | None:
     """Unlabelled images with captions, or None if there is no such folder."""
     if not folder.is_dir():
@@ -284,21 +238,11 @@ def _reference(folder: Path) -> Reference | None:
         raise DataError(
             f"{captions} is missing: write one caption per line, of anything (they need not match the images)"
         )
-    texts = tuple(line for _, line in _lines(captions))
+    texts = tuple(line for _, line in numbered_lines(captions))
     if not texts:
         raise DataError(f"{captions} is empty: write one caption per line")
     labels = torch.full((len(files),), -1, dtype=torch.int64)
     return Reference(images=FileImages(folder, files, labels), captions=texts)
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """Numbered lines that are neither empty nor comments."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text ({error}); save it as UTF-8") from error
-    stripped = ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1))
-    return [(number, line) for number, line in stripped if line and not line.startswith("#")]
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from cl_methods.backbone import load_backbone
-from cl_methods.evaluation.accuracy import accuracy_row, guessing
-from cl_methods.evaluation.metrics import forgetting, mtil_metrics
+from cl_methods.evaluation.accuracy import accuracy_row
 from cl_methods.methods import METHODS, Method
 from cl_methods.scenarios import load as load_scenario
 from cl_methods.scenarios.base import Scenario
@@ -23,6 +22,7 @@ from cl_methods.training.config import RunConfig, differences
 from cl_methods.training.environment import choose_device, describe_environment, peak_memory_bytes
 from cl_methods.training.loop import Continuation, StepReport, train_task
 from cl_methods.training.progress import RunProgress
+from cl_methods.training.result import run_result
 
 
 class StoppedError(RuntimeError):
@@ -126,7 +126,17 @@ class Run:
                 self._train(index, len(sessions), steps, latest if latest and latest.task == index else None)
             if len(self.rows.accuracy) <= index:
                 self._evaluate(index + 1)
-        result = self._result()
+        result = run_result(
+            self.config,
+            self.scenario,
+            joint=self.method.joint,
+            zero_shot=self.rows.zero_shot or [],
+            rows=self.rows.accuracy,
+            evaluation_seconds=self.rows.seconds,
+            training=self.training,
+            peak_memory=peak_memory_bytes(self.device),
+            description=self.description,
+        )
         self.directory.write_json("result.json", result)
         return result
 
@@ -241,49 +251,6 @@ class Run:
             self.rows.accuracy.append(row)
         self.directory.write_json("rows.json", vars(self.rows))
         self.reporter.row_finished(after, row)
-
-    def _result(self) -> dict[str, Any]:
-        """The content of ``result.json``.
-
-        A method that learns nothing, or everything at once, has the same row after every task. For joint training
-        Transfer and forgetting would have no meaning and are null.
-        """
-        tasks, method, training = self.scenario.tasks, self.method, self.training
-        rows = self.rows.accuracy or [self.rows.zero_shot or []]
-        matrix = rows if len(rows) == len(tasks) else [rows[0]] * len(tasks)
-        metrics = mtil_metrics(matrix)
-        defined = not method.joint
-        seconds = sum(training.seconds)
-        return {
-            "method": method.name,
-            "scenario": self.config.scenario,
-            "order": self.config.order,
-            "seed": self.config.seed,
-            "continual": not method.joint,
-            "tasks": [task.name for task in tasks],
-            "chance": [guessing(tasks, index, self.config.evaluation.label_space) for index in range(len(tasks))],
-            "zero_shot": self.rows.zero_shot,
-            "accuracy": matrix,
-            "transfer": metrics["transfer"] if defined and len(tasks) > 1 else None,
-            "average": metrics["average"],
-            "last": metrics["last"],
-            "forgetting": forgetting(matrix) if defined else None,
-            "transfer_per_task": metrics["transfer_per_task"] if defined else None,
-            "average_per_task": metrics["average_per_task"],
-            "last_per_task": metrics["last_per_task"],
-            "train": {
-                "seconds": seconds,
-                "samples_per_second": training.samples / seconds if seconds else None,
-                "peak_memory_bytes": peak_memory_bytes(self.device),
-                "trainable_parameters": max(training.trainable_parameters, default=0),
-                "seconds_per_task": training.seconds,
-                "samples": training.samples,
-            },
-            "evaluation_seconds": self.rows.seconds,
-            "scenario_fingerprint": self.description["scenario_fingerprint"],
-            "environment": self.description["environment"],
-            "config": self.description["config"],
-        }
 
 
 def select_scenario(config: RunConfig) -> Scenario:

@@ -1,0 +1,73 @@
+"""The content of ``result.json``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cl_methods.evaluation.accuracy import guessing
+from cl_methods.evaluation.metrics import forgetting, mtil_metrics
+from cl_methods.scenarios.base import Scenario
+from cl_methods.training.checkpoints import TrainingProgress
+from cl_methods.training.config import RunConfig
+
+
+def run_result(
+    config: RunConfig,
+    scenario: Scenario,
+    *,
+    joint: bool,
+    zero_shot: list[float],
+    rows: list[list[float]],
+    evaluation_seconds: list[float],
+    training: TrainingProgress,
+    peak_memory: int,
+    description: dict[str, Any],
+) -> dict[str, Any]:
+    """What a complete run found, what it cost and what it depends on, as plain values.
+
+    A method that learns nothing, or everything at once, has the same row after every task. For joint training Transfer
+    and forgetting would have no meaning and are None.
+
+    Args:
+        config, scenario: what was run.
+        joint: trained on all tasks at once.
+        zero_shot: (T,) percent, before any training.
+        rows: accuracy rows in percent: T of them, or one for joint training, or none if nothing was trained.
+        evaluation_seconds, training, peak_memory: costs.
+        description: the content of ``run.json``.
+    """
+    tasks = scenario.tasks
+    measured = rows or [zero_shot]
+    matrix = measured if len(measured) == len(tasks) else [measured[0]] * len(tasks)
+    metrics = mtil_metrics(matrix)
+    seconds = sum(training.seconds)
+    return {
+        "method": config.method,
+        "scenario": config.scenario,
+        "order": config.order,
+        "seed": config.seed,
+        "continual": not joint,
+        "tasks": [task.name for task in tasks],
+        "chance": [guessing(tasks, index, config.evaluation.label_space) for index in range(len(tasks))],
+        "zero_shot": zero_shot,
+        "accuracy": matrix,
+        "transfer": None if joint or len(tasks) == 1 else metrics["transfer"],
+        "average": metrics["average"],
+        "last": metrics["last"],
+        "forgetting": None if joint else forgetting(matrix),
+        "transfer_per_task": None if joint else metrics["transfer_per_task"],
+        "average_per_task": metrics["average_per_task"],
+        "last_per_task": metrics["last_per_task"],
+        "train": {
+            "seconds": seconds,
+            "samples_per_second": training.samples / seconds if seconds else None,
+            "peak_memory_bytes": peak_memory,
+            "trainable_parameters": max(training.trainable_parameters, default=0),
+            "seconds_per_task": training.seconds,
+            "samples": training.samples,
+        },
+        "evaluation_seconds": evaluation_seconds,
+        "scenario_fingerprint": description["scenario_fingerprint"],
+        "environment": description["environment"],
+        "config": description["config"],
+    }
