@@ -88,7 +88,7 @@ class _Problem:
         plain = shared and self.K == 1 and not mask_diagonal and self.D % 64 == 0
         amd = torch.version.hip is not None
         self.config: dict[str, Any] = configuration(student.dtype, self.N, backward, plain, amd)
-        self.config |= {
+        shape_dependent: dict[str, Any] = {
             "K": self.K,
             "ROWS": rows != 0,
             "COLUMNS": columns != 0,
@@ -98,6 +98,7 @@ class _Problem:
             "EVEN_T": self.D_T % self.config["BLOCK_D"] == 0,
             "PRECISION": _precision(),
         }
+        self.config |= shape_dependent
         if backward:
             self.config["EVEN_OUT"] = self.D % self.config["BLOCK_OUT"] == 0
         self.logit_scale = logit_scale
