@@ -58,7 +58,14 @@ class ZSCLConfig(TrainConfig):
 
     scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mtil": {"task_lr": FULL_TUNING_TASK_LR},
-        "mini": {"lr": 5e-4, "iterations": 80, "warmup": 8, "average_every": 8},
+        "mini": {
+            "lr": 5e-4,
+            "iterations": 80,
+            "warmup": 8,
+            "average_every": 8,
+            "consolidation": 0.1,
+            "distillation_weight": 4.0,
+        },
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "zscl": {},
