@@ -191,6 +191,7 @@ class RichProgress(RunProgress):
     def evaluation_started(self, after: str, tasks: int) -> None:
         """See the base class."""
         super().evaluation_started(after, tasks)
+        self.bars.refresh()  # a task shorter than the refresh interval still shows its last step
         self.bars.reset(self._part, total=tasks, description=f"evaluating {after}", visible=True, info="")
 
     def evaluated(self, task: str, accuracy: float) -> None:
