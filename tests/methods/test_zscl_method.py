@@ -57,6 +57,7 @@ def weights(method: ZSCL) -> dict[str, Tensor]:
         ({}, set()),
         ({"image_loss": True}, {"distillation"}),
         ({"text_loss": True}, {"distillation"}),
+        ({"text_tower_loss": True}, {"text_tower"}),
         ({"feature_mse": True}, {"feature_mse"}),
         ({"relation_loss": True}, {"relation"}),
         ({"consolidation": 2.0}, {"consolidation"}),
@@ -76,6 +77,34 @@ def test_switches_add_their_term(
     total = sum(factor.get(name, 1.0) * value for name, value in logged.items() if name != "loss")
     torch.testing.assert_close(logged["loss"], total)
     assert all(logged[name] > 0 for name in terms)
+
+
+def test_only_the_text_tower_loss_reaches_the_text_tower(
+    tasks: list[Task], reference: Reference, batches: Batches
+) -> None:
+    for switches, term, holds_texts in (
+        ({"image_loss": True, "text_loss": True}, "distillation", False),
+        ({"text_tower_loss": True, "text_batch_size": 3}, "text_tower", True),
+    ):
+        method = build(reference, **{**OFF, **switches})
+        method.before_task(0, tasks[0])
+        with torch.no_grad():
+            for value in method.backbone.model.parameters():
+                value.add_(0.05 * torch.randn(value.shape))
+        term_value = method.loss(batches(0, 1)[0])[term]
+        model = method.backbone.model
+        towers = {"images": model.visual.proj, "texts": model.text_projection}
+        gradients = torch.autograd.grad(term_value, list(towers.values()), allow_unused=True)
+        reached = {name for name, gradient in zip(towers, gradients, strict=True) if gradient is not None}
+        assert reached == ({"texts"} if holds_texts else {"images"})
+
+
+def test_the_text_tower_loss_vanishes_at_the_teacher(tasks: list[Task], reference: Reference, batches: Batches) -> None:
+    method = build(reference, **{**OFF, "text_tower_loss": True})
+    method.before_task(0, tasks[0])
+    term = method.loss(batches(0, 1)[0])["text_tower"]
+    gradient = torch.autograd.grad(term, [method.backbone.model.text_projection])[0]
+    assert gradient.abs().max() < 1e-5  # the cross-entropy keeps the teacher's entropy, its gradient is zero
 
 
 def test_both_directions_and_their_weight(tasks: list[Task], reference: Reference, batches: Batches) -> None:

@@ -47,6 +47,7 @@ class ZSCL(FineTune):
         self._zero_shot = backbone.frozen_copy() if config.needs_zero_shot else None
         self._teacher = self._zero_shot if config.teacher == "zero_shot" else None
         self._teacher_texts: Tensor | None = None
+        self._reference_tokens: Tensor | None = None
         self._teacher_images = FrozenFeatures(self._encode_with_teacher, backbone.device)
         self._scale = float(backbone.logit_scale.detach())
         self._start: dict[str, Tensor] = {}
@@ -108,7 +109,8 @@ class ZSCL(FineTune):
 
     def _encode_reference_texts(self) -> None:
         assert self._teacher is not None
-        self._teacher_texts = self._teacher.frozen_text_features(self.reference_tokens(self._task))
+        self._reference_tokens = self.reference_tokens(self._task)
+        self._teacher_texts = self._teacher.frozen_text_features(self._reference_tokens)
 
     def reference_tokens(self, task: Task) -> Tensor:
         """Token ids (M, L) of the texts against which image features are distilled."""
@@ -164,6 +166,8 @@ class ZSCL(FineTune):
                 rows=config.distillation_weight * config.image_loss,
                 columns=config.distillation_weight * config.text_loss,
             )
+        if config.text_tower_loss:
+            terms["text_tower"] = self._text_tower_distillation(teacher)
         if config.feature_mse:
             terms["feature_mse"] = (teacher - student).square().mean()
         if config.relation_loss:
@@ -173,6 +177,22 @@ class ZSCL(FineTune):
                 temperature=config.temperature,
             )
         return terms
+
+    def _text_tower_distillation(self, teacher_images: Tensor) -> Tensor:
+        """The published terms with the roles of the towers swapped: student and teacher texts against teacher images (N, d)."""
+        config = self.config
+        assert self._teacher_texts is not None
+        assert self._reference_tokens is not None
+        chosen = torch.randperm(len(self._reference_tokens))[: config.text_batch_size]
+        return clk.feature_distill_kl(
+            self.backbone.encode_texts(self._reference_tokens[chosen]),
+            self._teacher_texts[chosen.to(self._teacher_texts.device)],
+            teacher_images,
+            logit_scale=self._scale,
+            temperature=config.temperature,
+            rows=config.distillation_weight,
+            columns=config.distillation_weight,
+        )
 
     @staticmethod
     def similarities(features: Tensor, scale: float) -> Tensor:

@@ -17,6 +17,10 @@ class ZSCLConfig(TrainConfig):
         reference_batch_size: reference images per step.
         image_loss, text_loss: distil along the texts of each image, and along the images of each text.
         distillation_weight: factor of both and of ``relation_loss`` (0.5 is the code's ``weight_adjust``).
+        text_tower_loss: also distil the student's *text* features of sampled reference texts against the teacher's image
+            features. The published terms send no gradient to the text tower, which only cross-entropy and consolidation then
+            hold; that is enough at the published learning rates, and not where steps are far larger.
+        text_batch_size: reference texts per step for ``text_tower_loss``.
         temperature: of the distillation.
         feature_mse: add the mean squared difference of normalised reference image features.
         relation_loss: distil image-image similarities (``ablation_loss_2``).
@@ -40,6 +44,8 @@ class ZSCLConfig(TrainConfig):
     image_loss: bool = True
     text_loss: bool = True
     distillation_weight: float = 1.0
+    text_tower_loss: bool = False
+    text_batch_size: int = 64
     temperature: float = 2.0
     feature_mse: bool = False
     relation_loss: bool = False
@@ -65,6 +71,7 @@ class ZSCLConfig(TrainConfig):
             "average_every": 8,
             "consolidation": 0.1,
             "distillation_weight": 4.0,
+            "text_tower_loss": True,
         },
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -74,6 +81,7 @@ class ZSCLConfig(TrainConfig):
             "teacher": "previous",
             "reference_texts": "classes",
             "reference_images": "task",
+            "text_tower_loss": False,
             "consolidation": 0.0,
             "ensemble": "none",
         },
@@ -81,14 +89,16 @@ class ZSCLConfig(TrainConfig):
             "teacher": "previous",
             "reference_texts": "random",
             "reference_images": "task",
+            "text_tower_loss": False,
             "consolidation": 0.0,
             "ensemble": "none",
         },
-        "wc": {"image_loss": False, "text_loss": False, "ensemble": "none"},
-        "we": {"image_loss": False, "text_loss": False, "consolidation": 0.0},
+        "wc": {"image_loss": False, "text_loss": False, "text_tower_loss": False, "ensemble": "none"},
+        "we": {"image_loss": False, "text_loss": False, "text_tower_loss": False, "consolidation": 0.0},
         "wise_ft": {
             "image_loss": False,
             "text_loss": False,
+            "text_tower_loss": False,
             "consolidation": 0.0,
             "ensemble": "none",
             "wise_merge": "start",
@@ -114,7 +124,7 @@ class ZSCLConfig(TrainConfig):
     @property
     def distils(self) -> bool:
         """Whether any term needs the teacher."""
-        return self.image_loss or self.text_loss or self.feature_mse or self.relation_loss
+        return self.image_loss or self.text_loss or self.text_tower_loss or self.feature_mse or self.relation_loss
 
     @property
     def needs_start(self) -> bool:
@@ -137,6 +147,8 @@ class ZSCLConfig(TrainConfig):
         check_field(self, "ensemble", ("none", "mean", "wise"))
         check_field(self, "moving_average", ("none", "start", "previous", "zero_shot"))
         check_field(self, "wise_merge", ("none", "start", "zero_shot"))
+        if self.text_batch_size < 1:
+            raise ValueError(f"text_batch_size: expected a number of texts >= 1, got {self.text_batch_size}")
         check_fraction(self, "teacher_mix", "ensemble_wise_alpha", "moving_average_decay", "wise_merge_alpha")
         for name in ("reference_batch_size", "average_every", "temperature"):
             if not getattr(self, name) > 0:
