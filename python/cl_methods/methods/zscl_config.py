@@ -69,8 +69,7 @@ class ZSCLConfig(TrainConfig):
             "iterations": 80,
             "warmup": 8,
             "average_every": 8,
-            "consolidation": 0.1,
-            "distillation_weight": 4.0,
+            "consolidation": 0.02,
             "text_tower_loss": True,
         },
     }
