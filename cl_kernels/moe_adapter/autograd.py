@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 from cl_kernels import dispatch, library
+from cl_kernels.moe_adapter.memory import empty_rows
 
 operator = partial(library.operator, "moe_adapter")
-
-
-def empty_rows(x: Tensor) -> Tensor:
-    """Uninitialised (B, L, D) in the memory order of ``x``: (L, B, D) in memory if ``x`` is, else (B, L, D)."""
-    if not x.is_contiguous() and x.transpose(0, 1).is_contiguous():
-        batch, length, width = x.shape
-        return x.new_empty(length, batch, width).transpose(0, 1)
-    return x.new_empty(x.shape)
 
 
 def _fake_forward(

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from cl_kernels.moe_adapter import triton_kernels as kernels
-from cl_kernels.moe_adapter.autograd import empty_rows
+from cl_kernels.moe_adapter.memory import empty_rows
 from cl_kernels.moe_adapter.triton_routing import route
 
 SHORT_SAMPLE = 4
