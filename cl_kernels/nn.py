@@ -15,12 +15,80 @@ from cl_kernels.moe_adapter import moe_adapter
 from cl_kernels.weight_average import average_
 
 
-class MoEAdapter(nn.Module):
+class AdapterExperts(nn.Module):
+    """The experts of a mixture of adapters, ``A_e(x) = dropout(relu(x W_down[e]ᵀ + b_down[e])) W_up[e]ᵀ + b_up[e]``.
+
+    Experts start as zero functions: ``W_down`` Kaiming-uniform with a = √5, the rest 0. Routers belong to whoever mixes them.
+
+    Attributes:
+        down_weight (E, R, D), down_bias (E, R), up_weight (E, D, R), up_bias (E, D): the experts.
+        usage: (E,) int64, a count for whoever mixes them.
+
+    Args:
+        width: D, the tokens' features.
+        experts: E.
+        bottleneck: R.
+        k: experts per sample.
+        scale: factor on every expert's output.
+        dropout: probability of zeroing a bottleneck element in training.
+
+    Raises:
+        ValueError: k is not in 1 … experts.
+
+    Source: MoE-Adapters (Yu et al., CVPR 2024), section 3.2 and its public code for the initial values.
+    """
+
+    usage: Tensor
+
+    def __init__(self, width: int, experts: int, bottleneck: int, k: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        if not 1 <= k <= experts:
+            raise ValueError(f"k: got {k}, expected 1 to {experts} experts")
+        self.k, self.scale, self.dropout = k, scale, dropout
+        bound = 1 / math.sqrt(width)  # what Kaiming-uniform with a = √5 comes to
+        self.down_weight = nn.Parameter(torch.empty(experts, bottleneck, width).uniform_(-bound, bound))
+        self.down_bias = nn.Parameter(torch.zeros(experts, bottleneck))
+        self.up_weight = nn.Parameter(torch.zeros(experts, width, bottleneck))
+        self.up_bias = nn.Parameter(torch.zeros(experts, width))
+        self.register_buffer("usage", torch.zeros(experts, dtype=torch.int64))
+
+    @property
+    def experts(self) -> list[nn.Parameter]:
+        """The four stacked tensors, experts along dimension 0."""
+        return [self.down_weight, self.down_bias, self.up_weight, self.up_bias]
+
+    def mix(
+        self, x: Tensor, residual: Tensor | None, w_gate: Tensor, w_noise: Tensor, *, training: bool, noisy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """``residual + Σ_{e ∈ top-k} g_e · scale · A_e(x)`` with the experts that a router chooses from token 0 of each sample.
+
+        Differentiable in ``x``, ``residual``, the router and the experts. The host never waits for the device.
+
+        Args:
+            x: (B, L, D) tokens of each sample.
+            residual: (B, L, D), what the output is added to, or None.
+            w_gate, w_noise: (D, E) the router.
+            training: whether dropout is on.
+            noisy: whether the gates are noisy.
+
+        Returns:
+            The mixture (B, L, D), and how many samples chose each expert (E,) int64.
+
+        Raises:
+            ValueError: shapes do not fit.
+        """
+        noise = torch.randn(len(x), w_gate.shape[1], dtype=x.dtype, device=x.device) if noisy else None
+        gates, expert_ids, usage = top_k_gating(x[:, 0], w_gate, w_noise if noisy else None, k=self.k, noise=noise)
+        dropout = self.dropout if training else 0.0
+        out = moe_adapter(x, expert_ids, gates, *self.experts, scale=self.scale, dropout_p=dropout, residual=residual)
+        return out, usage
+
+
+class MoEAdapter(AdapterExperts):
     """A mixture of adapters with one router per task: ``residual + Σ_{e ∈ top-k} g_e · scale · A_e(x)``.
 
-    ``A_e(x) = dropout(relu(x W_down[e]ᵀ + b_down[e])) W_up[e]ᵀ + b_up[e]``. The router reads token 0 of a sample, whose experts
-    then serve all of its tokens. Experts start as zero functions (``W_down`` Kaiming-uniform with a = √5, the rest 0), routers at
-    zero. In training mode gates are noisy, dropout is on, and :attr:`usage` counts how often each expert was chosen.
+    The router reads token 0 of a sample, whose experts then serve all of its tokens. Routers start at zero. In training mode gates
+    are noisy, dropout is on, and :attr:`usage` counts how often each expert was chosen.
 
     Args:
         width: D, the tokens' features.
@@ -34,10 +102,8 @@ class MoEAdapter(nn.Module):
     Raises:
         ValueError: k is not in 1 … experts.
 
-    Source: MoE-Adapters (Yu et al., CVPR 2024), section 3.2 and its public code for the initial values.
+    Source: MoE-Adapters (Yu et al., CVPR 2024), section 3.2.
     """
-
-    usage: Tensor
 
     def __init__(
         self,
@@ -50,23 +116,12 @@ class MoEAdapter(nn.Module):
         dropout: float = 0.1,
         routers: int = 1,
     ) -> None:
-        super().__init__()
-        if not 1 <= k <= experts:
-            raise ValueError(f"k: got {k}, expected 1 to {experts} experts")
-        self.k, self.scale, self.dropout = k, scale, dropout
-        bound = 1 / math.sqrt(width)  # what Kaiming-uniform with a = √5 comes to
-        self.down_weight = nn.Parameter(torch.empty(experts, bottleneck, width).uniform_(-bound, bound))
-        self.down_bias = nn.Parameter(torch.zeros(experts, bottleneck))
-        self.up_weight = nn.Parameter(torch.zeros(experts, width, bottleneck))
-        self.up_bias = nn.Parameter(torch.zeros(experts, width))
+        super().__init__(width, experts, bottleneck, k, scale, dropout)
         self.w_gate = nn.Parameter(torch.zeros(routers, width, experts))
         self.w_noise = nn.Parameter(torch.zeros(routers, width, experts))
-        self.register_buffer("usage", torch.zeros(experts, dtype=torch.int64))
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, task: int = 0) -> Tensor:
         """The adapters' output for ``x`` (B, L, D), added to ``residual`` (B, L, D) if given; the shape of ``x``.
-
-        Differentiable in ``x``, ``residual`` and all parameters. The host never waits for the device.
 
         Args:
             x: tokens of each sample.
@@ -77,24 +132,11 @@ class MoEAdapter(nn.Module):
             ValueError: shapes do not fit.
             IndexError: there is no such router.
         """
-        w_gate, w_noise = self.w_gate[task], self.w_noise[task]
-        routed = x[:, 0]
-        noise = torch.randn(len(x), w_gate.shape[1], device=x.device) if self.training else None
-        gates, expert_ids, usage = top_k_gating(routed, w_gate, w_noise, k=self.k, noise=noise)
-        if self.training:
+        training = self.training
+        out, usage = self.mix(x, residual, self.w_gate[task], self.w_noise[task], training=training, noisy=training)
+        if training:
             self.usage += usage
-        return moe_adapter(
-            x,
-            expert_ids,
-            gates,
-            self.down_weight,
-            self.down_bias,
-            self.up_weight,
-            self.up_bias,
-            scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0,
-            residual=residual,
-        )
+        return out
 
 
 class DistillKL(nn.Module):

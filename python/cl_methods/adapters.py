@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,21 +11,19 @@ import torch
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
 from torch import Tensor, nn
 
-import cl_kernels as clk
+from cl_kernels.nn import AdapterExperts
 from cl_methods.backbone import Backbone
 
 
-class BlockAdapters(nn.Module):
-    """Experts of one residual block and one router per task.
+class BlockAdapters(AdapterExperts):
+    """Experts of one residual block and one router per task, the routers added as tasks come.
 
-    ``y = r + Σ_{e ∈ top-k} g_e · scale · (dropout(relu(x W_down[e]ᵀ + b_down[e])) W_up[e]ᵀ + b_up[e])``; the router sees token
-    0 of x, one choice of experts per sample. Experts start as zero functions, routers and noise weights at zero.
+    ``y = r + Σ_{e ∈ top-k} g_e · scale · A_e(x)``, see :class:`cl_kernels.nn.AdapterExperts`. Routers start at zero.
 
     Attributes:
-        down_weight (E, R, D), down_bias (E, R), up_weight (E, D, R), up_bias (E, D): experts.
         routers, noises: per task (D, E).
         usage: (E,) int64, activations (sample x step) since :meth:`reset_usage`.
-        step_usage: (E,) int64, the same since :meth:`end_step`.
+        step_usage: (E,) int64, the same since :meth:`end_backward`.
         frozen: (E,) bool, experts that no longer train.
         updates: (E,) bool, experts that the coming optimiser step may change.
 
@@ -39,29 +36,16 @@ class BlockAdapters(nn.Module):
         dropout: probability after the ReLU, in training.
     """
 
-    usage: Tensor
     step_usage: Tensor
     frozen: Tensor
     updates: Tensor
 
     def __init__(self, width: int, experts: int, bottleneck: int, top_k: int, scale: float, dropout: float) -> None:
-        super().__init__()
-        self.top_k, self.scale, self.dropout = top_k, scale, dropout
-        bound = 1 / math.sqrt(width)
-        self.down_weight = nn.Parameter(torch.empty(experts, bottleneck, width).uniform_(-bound, bound))
-        self.down_bias = nn.Parameter(torch.zeros(experts, bottleneck))
-        self.up_weight = nn.Parameter(torch.zeros(experts, width, bottleneck))
-        self.up_bias = nn.Parameter(torch.zeros(experts, width))
+        super().__init__(width, experts, bottleneck, top_k, scale, dropout)
         self.routers, self.noises = nn.ParameterList(), nn.ParameterList()
-        self.register_buffer("usage", torch.zeros(experts, dtype=torch.int64))
         self.register_buffer("step_usage", torch.zeros(experts, dtype=torch.int64))
         self.register_buffer("frozen", torch.zeros(experts, dtype=torch.bool))
         self.register_buffer("updates", torch.zeros(experts, dtype=torch.bool), persistent=False)
-
-    @property
-    def experts(self) -> list[nn.Parameter]:
-        """The four stacked tensors, experts along dimension 0."""
-        return [self.down_weight, self.down_bias, self.up_weight, self.up_bias]
 
     def add_routers(self, count: int) -> None:
         """Create routers, all zero, until there are ``count``."""
@@ -80,14 +64,10 @@ class BlockAdapters(nn.Module):
             training: whether dropout is on and activations are counted in ``step_usage``.
             noise: whether gates are noisy.
         """
-        weight = self.routers[task]
-        normal = torch.randn(len(x), weight.shape[1], dtype=x.dtype, device=x.device) if noise else None
-        w_noise = self.noises[task] if noise else None
-        gates, experts, usage = clk.top_k_gating(x[:, 0], weight, w_noise, k=self.top_k, noise=normal)
+        out, usage = self.mix(x, residual, self.routers[task], self.noises[task], training=training, noisy=noise)
         if training:
             self.step_usage += usage
-        dropout = self.dropout if training else 0.0
-        return clk.moe_adapter(x, experts, gates, *self.experts, scale=self.scale, dropout_p=dropout, residual=residual)
+        return out
 
     @torch.no_grad()
     def end_backward(self) -> None:

@@ -50,7 +50,7 @@ def test_block(case: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
         chosen["gates"].retain_grad()
         return chosen["gates"], chosen["experts"], chosen["usage"]
 
-    monkeypatch.setattr(clk, "top_k_gating", noting)
+    monkeypatch.setattr("cl_kernels.nn.top_k_gating", noting)
     out = block(x, torch.zeros_like(x), 0, training=True, noise=noisy)
     out.backward(tensors["upstream"])
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cl_kernels as clk
 from cl_methods.adapters import MountedAdapters
 from cl_methods.backbone import Backbone
 from cl_methods.methods import Batch, MoEAdapters
@@ -109,7 +108,7 @@ def test_a_step_never_waits_for_the_device(
 
     The adapter operation itself, which on a CPU may be the plain reference, is replaced; kernels are tested on their own.
     """
-    monkeypatch.setattr(clk, "moe_adapter", dense_mixture)
+    monkeypatch.setattr("cl_kernels.nn.moe_adapter", dense_mixture)
     config = MoEAdaptersConfig(experts=4, bottleneck=8, ddas=DDASConfig(features="backbone"))
     method = MoEAdapters(backbone, config)
     method.before_task(0, tasks[0])
