@@ -42,10 +42,10 @@ lint: install
 	$(BIN)/mypy cl_kernels python/cl_methods
 
 test-unit: install
-	OMP_NUM_THREADS=2 $(BIN)/pytest -m "not interpreter and not aot"
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not interpreter and not aot"
 
 test-interpreter: install
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=2 $(BIN)/pytest -m interpreter
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -m interpreter
 
 test-aot: install
 	$(BIN)/pytest -m aot
