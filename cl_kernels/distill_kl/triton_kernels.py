@@ -153,7 +153,7 @@ def backward_kernel(
 def configuration(M: int, inner: int) -> dict[str, int | bool]:
     """Block sizes and warps for slices of M entries; ``inner`` neighbours lie side by side unless it is 1."""
     if inner > 1:
-        slices, step = min(64, max(16, triton.next_power_of_2(inner))), min(32, triton.next_power_of_2(M))
+        slices, step = min(64, max(16, triton.next_power_of_2(inner))), min(16, triton.next_power_of_2(M))
     else:
         step = min(BLOCK, triton.next_power_of_2(M))
         slices = max(1, min(16, 1024 // step))
