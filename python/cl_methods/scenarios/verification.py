@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from cl_methods.scenarios.base import DataError
+from cl_methods.scenarios.cache import cache_folder
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for files that are no images, are cut off or are damaged."""
@@ -30,7 +31,7 @@ def verify_images(files: Sequence[Path], *, threads: int | None = None) -> None:
     Raises:
         DataError: names up to five of the files that cannot be read, and why.
     """
-    mark = _cache_folder() / "verified-images" / _state(files)
+    mark = cache_folder() / "verified-images" / _state(files)
     if mark.exists():
         return
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
@@ -78,10 +79,3 @@ def _state(files: Sequence[Path]) -> str:
         status = path.stat()
         digest.update(f"{path.absolute()}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def _cache_folder() -> Path:
-    chosen = os.environ.get("CLK_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cl-kernels"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cl_methods.scenarios.base import Reference, Scenario, Task, TensorImages
+from cl_methods.scenarios.cache import cache_folder
 from cl_methods.scenarios.mini.captions import mention, write
 from cl_methods.scenarios.mini.generic import KINDS, SHARES, render
 from cl_methods.scenarios.mini.stream import Stream
@@ -102,12 +103,6 @@ def _differences(tensors: dict[str, Tensor]) -> list[str]:
     return [name for name, value in found.items() if value != FINGERPRINT.get(name)]
 
 
-def cache_folder() -> Path:
-    """``$CLK_CACHE``, else ``cl-kernels`` under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    chosen = os.environ.get("CLK_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cl-kernels"
-
-
 def cache_file() -> Path:
     """The file of the rendered world; its name ends in a digest of all fingerprints, so versions do not overwrite each other."""
     digest = hashlib.sha256(json.dumps(FINGERPRINT, sort_keys=True).encode()).hexdigest()
@@ -165,7 +160,7 @@ def load_scenario(order: str = "I") -> Scenario:
 
     Returns:
         A scenario named "mini". Images are uint8 (N, 3, 32, 32): 1,000 training, 200 validation and 1,000 test images a task;
-        the digits have 900, 100 and 797. Rendered on first use and kept in :func:`cache_folder`.
+        the digits have 900, 100 and 797. Rendered on first use and kept in :func:`~cl_methods.scenarios.cache.cache_folder`.
 
     Raises:
         ValueError: ``order`` is neither.
