@@ -1,7 +1,8 @@
 """The dropout mask of the adapters, in plain PyTorch: counter-based, so that every backend draws the same bits.
 
-Philox-4x32 with 10 rounds (Salmon et al., SC 2011), first word of counter ``(offset, 0, 0)`` under key ``seed``, as in Triton's
-``tl.rand(seed, offset)``. The offset of a bottleneck element is its linear index in (B, k, L, R).
+Philox-4x32 with 10 rounds (Salmon et al., SC 2011) gives four words for a counter ``(offset, 0, 0)`` under key ``seed``, as in
+Triton's ``tl.rand4x(seed, offset)``. Element r of the bottleneck row ``(b · k + slot) · L + token`` takes word ``r % 4`` of offset
+``row · ⌈R / 4⌉ + r // 4``: one evaluation serves four neighbours, and rows share none.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def draw_seed() -> Tensor:
 
 
 def uniform(seed: Tensor, offset: Tensor) -> Tensor:
-    """``tl.rand(seed, offset)``: float32 in [0, 1), in the shape of ``offset`` (int64, non-negative)."""
+    """``tl.rand4x(seed, offset)``: float32 in [0, 1), (…, 4) for an ``offset`` (…), int64 and non-negative."""
     seed = seed.to(offset.device)
     c0, c1, c2, c3 = offset & _LOW, (offset >> 32) & _LOW, torch.zeros_like(offset), torch.zeros_like(offset)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
@@ -35,10 +36,14 @@ def uniform(seed: Tensor, offset: Tensor) -> Tensor:
             first & _LOW,
         )
         k0, k1 = (k0 + _KEYS[0]) & _LOW, (k1 + _KEYS[1]) & _LOW
-    signed = torch.where(c0 >= 2**31, _LOW - c0, c0)  # −x − 1 of the word read as int32
+    words = torch.stack([c0, c1, c2, c3], -1)
+    signed = torch.where(words >= 2**31, _LOW - words, words)  # −x − 1 of the word read as int32
     return signed.to(torch.float32) * _TO_UNIT
 
 
-def keep(seed: Tensor, offset: Tensor, p: float) -> Tensor:
-    """Whether the element at ``offset`` survives dropout with probability ``p`` of being zeroed: bool."""
-    return uniform(seed, offset) >= torch.tensor(p, dtype=torch.float32, device=offset.device)
+def keep(seed: Tensor, row: Tensor, rank: int, p: float) -> Tensor:
+    """Which elements of the bottleneck rows ``row`` (…, int64) survive dropout with probability ``p``: bool (…, R)."""
+    groups = (rank + 3) // 4
+    offset = row[..., None] * groups + torch.arange(groups, device=row.device)
+    drawn = uniform(seed, offset).flatten(-2)[..., :rank]
+    return drawn >= torch.tensor(p, dtype=torch.float32, device=row.device)

@@ -29,7 +29,7 @@ def moe_adapter(
     (_, length, _), (slots, rank) = x.shape, (expert_ids.shape[1], down_weight.shape[1])
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = torch.zeros(x.shape, dtype=compute, device=x.device) if residual is None else residual.to(compute, copy=True)
-    within = torch.arange(length * rank, device=x.device).view(length, rank)
+    token = torch.arange(length, device=x.device)
     experts = zip(down_weight.unbind(0), down_bias.unbind(0), up_weight.unbind(0), up_bias.unbind(0), strict=True)
     for e, (w_down, b_down, w_up, b_up) in enumerate(experts):
         sample, slot = (expert_ids == e).nonzero(as_tuple=True)
@@ -37,8 +37,8 @@ def moe_adapter(
         if dropout_p > 0.0:
             if seed is None:
                 raise ValueError(f"seed: got None with dropout_p {dropout_p}, expected an int64 scalar")
-            offset = (sample * slots + slot)[:, None, None] * (length * rank) + within
-            hidden = hidden * dropout.keep(seed, offset, dropout_p) / (1.0 - dropout_p)
+            row = (sample * slots + slot)[:, None] * length + token
+            hidden = hidden * dropout.keep(seed, row, rank, dropout_p) / (1.0 - dropout_p)
         expert = F.linear(hidden, w_up, b_up).to(compute)
         out.index_add_(0, sample, gates[sample, slot, None, None] * scale * expert)
     return out.to(x.dtype)

@@ -143,8 +143,12 @@ def forward_kernel(
     h = tl.where(h < 0.0, 0.0, h)  # NaN passes
     saved = (sample * K * L + token)[:, None] * R + (slot.to(tl.int64) * L * R + r)[None, :]
     if DROPOUT:
+        groups: tl.constexpr = (R + 3) // 4
+        counter = (sample * K * L + token)[:, None] * groups + (slot.to(tl.int64) * L * groups + r // 4)[None, :]
         zero = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.uint32)
-        word, _, _, _ = tl.philox(seed, saved.to(tl.uint32), (saved >> 32).to(tl.uint32), zero, zero)
+        w0, w1, w2, w3 = tl.philox(seed, counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero)
+        low, high = tl.where((r % 2 == 0)[None, :], w0, w1), tl.where((r % 2 == 0)[None, :], w2, w3)
+        word = tl.where((r % 4 < 2)[None, :], low, high)
         h = tl.where(tl.uint_to_uniform_float(word) >= dropout_p, h / (1.0 - dropout_p), 0.0)
     if hidden_ptr is not None:
         in_hidden = row_mask[:, None] & ((r < R) & (slot < K))[None, :]

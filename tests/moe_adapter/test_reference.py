@@ -35,21 +35,30 @@ def test_reference_is_the_definition(shape, residual):
             torch.testing.assert_close(arguments[name].grad, expected[name].grad, msg=name)
 
 
-def test_dropout_mask_is_philox_of_the_linear_index():
+def test_dropout_mask_is_philox_of_the_row():
     case = make(3, 4, 6, 5, 3, 2, dtype=torch.float64)
     torch.manual_seed(5)
     out = clk.moe_adapter(**case.tensors, scale=case.scale, dropout_p=0.4, backend="reference")
     torch.manual_seed(5)
-    keep = dropout.keep(dropout.draw_seed(), torch.arange(3 * 2 * 4 * 5).view(3, 2, 4, 5), 0.4)
+    keep = dropout.keep(dropout.draw_seed(), torch.arange(3 * 2 * 4).view(3, 2, 4), 5, 0.4)
     assert 0 < keep.sum() < keep.numel()
     torch.testing.assert_close(out, naive(**case.tensors, scale=case.scale, keep=keep, dropout_p=0.4))
 
 
 def test_philox_known_answers():
-    # Random123's published vectors for philox4x32-10 with zero counter and key, and with all bits set in the key.
-    word = 0x6627E8D5
-    expected = float(torch.tensor(word if word < 2**31 else 2**32 - 1 - word).float() * 4.6566127342e-10)
-    assert dropout.uniform(torch.tensor(0), torch.tensor([0])).item() == expected
+    # Random123's published vector for philox4x32-10 with zero counter and key.
+    words = torch.tensor([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8])
+    expected = torch.where(words < 2**31, words, 2**32 - 1 - words).float() * 4.6566127342e-10
+    assert torch.equal(dropout.uniform(torch.tensor(0), torch.tensor([0])), expected[None])
+
+
+def test_rows_of_the_mask_use_all_words_and_no_counter_twice():
+    seed = torch.tensor(9)
+    for rank in (3, 4, 6):
+        groups = (rank + 3) // 4
+        kept = dropout.keep(seed, torch.arange(5), rank, 0.5)
+        drawn = dropout.uniform(seed, torch.arange(5 * groups)).view(5, groups * 4)[:, :rank]
+        assert torch.equal(kept, drawn >= 0.5)
 
 
 def test_uniform_matches_an_integer_implementation():
@@ -59,13 +68,13 @@ def test_uniform_matches_an_integer_implementation():
             a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
             c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
             k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-        return c[0]
+        return c
 
     seeds, offsets = (0, 1, 2**31, 2**62 + 12345), (0, 1, 2**31 + 3, 2**32 - 1, 2**32, 2**40 + 7)
     for seed, offset in itertools.product(seeds, offsets):
-        word = philox(seed, offset)
-        expected = torch.tensor(word if word < 2**31 else 2**32 - 1 - word).float() * 4.6566127342e-10
-        assert dropout.uniform(torch.tensor(seed), torch.tensor([offset])).item() == expected.item()
+        words = torch.tensor(philox(seed, offset))
+        expected = torch.where(words < 2**31, words, 2**32 - 1 - words).float() * 4.6566127342e-10
+        assert torch.equal(dropout.uniform(torch.tensor(seed), torch.tensor([offset])), expected[None])
 
 
 def test_no_dropout_draws_nothing():
