@@ -11,7 +11,7 @@ NATIVE := $(shell find csrc -type f)
 RUNS   ?= runs/mini
 SEED   ?= 0
 ORDER  ?= I
-METHODS := zero_shot finetune zscl moe_adapters
+METHODS := zero_shot,finetune,zscl,moe_adapters
 
 .PHONY: install mini test lint test-unit test-interpreter test-aot test-install wheel clean
 
@@ -28,11 +28,7 @@ $(STAMP): $(BIN)/python constraints.txt pyproject.toml setup.py $(NATIVE)
 	touch $@
 
 mini: install
-	for method in $(METHODS); do \
-		$(BIN)/clk run --method $$method --scenario mini --order $(ORDER) --seed $(SEED) \
-			--output $(RUNS)/$$method-$(ORDER)-$(SEED) --overwrite || exit 1; \
-	done
-	$(BIN)/clk compare $(foreach method,$(METHODS),$(RUNS)/$(method)-$(ORDER)-$(SEED)) --output $(RUNS)/compare
+	$(BIN)/clk run --method $(METHODS) --scenario mini --order $(ORDER) --seed $(SEED) --output $(RUNS) --overwrite
 
 test: lint test-unit test-interpreter test-aot test-install
 

@@ -48,6 +48,10 @@ def test_every_verb_has_help(verb, capsys):
         (["run", "--scenario", "folders"], "data.root: scenario folders needs"),
         (["run", "--order", "III"], "scenario mini has the orders I and II, got 'III'"),
         (["run", "--device", "cuda:99"], "device: cuda:99"),
+        (["run", "--method", "finetune,zsl"], "did you mean zscl?"),
+        (["run", "--method", "finetune,finetune"], "method: expected different names separated by commas"),
+        (["run", "--seed", "0,,1"], "seed: expected different names separated by commas, got '0,,1'"),
+        (["run", "--method", "finetune,zscl", "--method.lr", "1e-3"], "--method.lr: expected with one method only"),
         (["compare", "nowhere"], "nowhere is not a directory"),
         (["methods", "all"], "expected no arguments"),
         (["doctor", "all"], "expected no arguments"),
@@ -103,3 +107,23 @@ def test_a_short_run_on_mini_with_plain_progress_and_report(tmp_path, capsys):
     assert "already holds a run" in capsys.readouterr().err
     assert main(["compare", str(output), "--output", str(tmp_path / "report")]) == 0
     assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_a_series_gives_what_its_runs_give_alone_and_compares_them(tmp_path, capsys):
+    short = ["--limit-tasks", "2", "--limit-iterations", "1", "--output"]
+    series = tmp_path / "all"
+    assert main(["run", "--method", "finetune,moe_adapters", "--seed=0,1", *short, str(series)]) == 0
+    names = ["finetune-I-0", "finetune-I-1", "moe_adapters-I-0", "moe_adapters-I-1"]
+    assert sorted(path.name for path in series.iterdir()) == ["compare", *names]
+    assert "| finetune | 2 |" in (series / "compare" / "table.md").read_text()
+    assert main(["run", "--method", "moe_adapters", "--seed", "1", *short, str(tmp_path / "alone")]) == 0
+    alone, inside = (
+        json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "alone", series / names[-1])
+    )
+    assert alone["accuracy"] == inside["accuracy"]
+    before = (series / names[0] / "result.json").read_bytes()
+    capsys.readouterr()
+    assert main(["run", "--method", "zero_shot,finetune", "--seed", "0", *short, str(series)]) == 2
+    assert "finetune-I-0 already holds a run" in capsys.readouterr().err
+    assert not (series / "zero_shot-I-0").exists()
+    assert (series / names[0] / "result.json").read_bytes() == before

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cl_methods.commands.configuration import Invocation, parse
-from cl_methods.evaluation.report import write_run_report
+from cl_methods.commands.series import expand, parse_series
+from cl_methods.evaluation.report import compare, write_run_report
 from cl_methods.methods import METHODS
-from cl_methods.training.checkpoints import write_atomically
+from cl_methods.training.checkpoints import RunDirectory, write_atomically
 from cl_methods.training.config import RunConfig
 from cl_methods.training.progress import progress_for
 from cl_methods.training.run import Run, StoppedError, select_scenario
@@ -27,6 +28,7 @@ examples:
   clk run
   clk run --method zscl --seed 1 --output runs/zscl-1
   clk run --method zscl --method.lr 3e-4 --method.iterations 200
+  clk run --method zero_shot,finetune,zscl --seed 0,1,2 --output runs/all     every combination, then `clk compare`
   clk run --scenario folders --data.root my_images --model ViT-B-16-quickgelu --pretrained openai
   clk run --config runs/zscl-1/config.yaml --seed 2 --output runs/zscl-2
   clk run --output runs/zscl-1 --method zscl --seed 1 --resume
@@ -35,9 +37,24 @@ examples:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Parse, run, report."""
-    config, invocation = parse(arguments, DESCRIPTION)
-    output = invocation.output or _default_output(config, invocation)
+    """Parse, run, report; several runs one after the other, and their comparison."""
+    lines = expand(arguments)
+    if len(lines) == 1:
+        config, invocation = parse(arguments, DESCRIPTION)
+        return _run(config, invocation, invocation.output or _default_output(config, invocation))
+    runs, folder = parse_series(lines, DESCRIPTION)
+    for _, invocation, output in runs:  # nothing starts if one of them may not
+        RunDirectory(output).check(resume=invocation.resume, overwrite=invocation.overwrite)
+    for config, invocation, output in runs:
+        status = _run(config, invocation, output)
+        if status:
+            return status
+    if not runs[0][1].dry_run:
+        compare([output for _, _, output in runs], folder / "compare", Console())
+    return 0
+
+
+def _run(config: RunConfig, invocation: Invocation, output: Path) -> int:
     if invocation.dry_run:
         _print_plan(config, output)
         return 0

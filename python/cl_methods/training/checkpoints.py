@@ -105,11 +105,8 @@ class RunDirectory:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
 
-    def prepare(self, *, resume: bool = False, overwrite: bool = False) -> bool:
-        """Make the directory ready for a run.
-
-        Returns:
-            Whether an earlier run is there to be resumed.
+    def check(self, *, resume: bool = False, overwrite: bool = False) -> bool:
+        """Whether an earlier run is there; touches nothing.
 
         Raises:
             RunDirectoryError: the directory has content and neither ``resume`` nor ``overwrite`` was given, or its
@@ -130,6 +127,18 @@ class RunDirectory:
                 f"output: {self.path} already holds a run; continue it with --resume, replace it with --overwrite, "
                 "or choose another directory"
             )
+        return earlier
+
+    def prepare(self, *, resume: bool = False, overwrite: bool = False) -> bool:
+        """Make the directory ready for a run.
+
+        Returns:
+            Whether an earlier run is there to be resumed.
+
+        Raises:
+            RunDirectoryError: see :meth:`check`.
+        """
+        earlier = self.check(resume=resume, overwrite=overwrite)
         if earlier and overwrite and not resume:
             self._remove_earlier()
             earlier = False

@@ -20,11 +20,11 @@ class RunConfig:
     """One method over one scenario.
 
     Attributes:
-        method: a name that `clk methods` lists.
+        method: a name that `clk methods` lists; several, separated by commas, run one after the other.
         settings: the method's own settings; naming another method resets them to its defaults.
         scenario: a name that `clk methods` lists.
-        order: order of the tasks: I, II, or for folders the task names separated by commas.
-        seed: of everything random.
+        order: order of the tasks: I, II, both (`I,II`), or for folders the task names separated by commas.
+        seed: of everything random; several like methods.
         model: `mini`, or an open_clip model name.
         pretrained: checkpoint on disk or open_clip tag; None for `mini`.
         device: `cpu`, `cuda`, `cuda:1` …; `auto` takes a GPU if there is one.

@@ -19,7 +19,7 @@ from cl_methods.scenarios.base import Scenario
 from cl_methods.seeding import derive_seed, seed_everything
 from cl_methods.training.checkpoints import Checkpoint, RunDirectory, RunDirectoryError, TrainingProgress
 from cl_methods.training.config import RunConfig, differences
-from cl_methods.training.environment import choose_device, describe_environment, peak_memory_bytes
+from cl_methods.training.environment import choose_device, describe_environment, peak_memory_bytes, start_peak_memory
 from cl_methods.training.loop import Continuation, StepReport, train_task
 from cl_methods.training.progress import RunProgress
 from cl_methods.training.result import run_result
@@ -86,6 +86,7 @@ class Run:
     ) -> None:
         self.config, self.reporter = config, progress
         self.device = choose_device(config.device)
+        start_peak_memory(self.device)
         self.scenario = scenario = select_scenario(config)
         self.method = build_method(config, scenario, self.device)
         self.directory = RunDirectory(output)
