@@ -19,7 +19,6 @@ from cl_methods.methods.zscl_config import ZSCLConfig
 from cl_methods.scenarios.base import ImageSource, Reference, Task
 
 _EXTRA = "zscl."
-_DIAGONAL = -1e4
 
 
 class ZSCL(FineTune):
@@ -171,12 +170,21 @@ class ZSCL(FineTune):
         if config.feature_mse:
             terms["feature_mse"] = (teacher - student).square().mean()
         if config.relation_loss:
-            terms["relation"] = config.distillation_weight * clk.distill_kl(
-                self.similarities(student, self._scale),
-                self.similarities(teacher, self._scale),
-                temperature=config.temperature,
-            )
+            terms["relation"] = config.distillation_weight * self.relation_distillation(student, teacher)
         return terms
+
+    def relation_distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Distillation of the similarities ``s F Fᵀ`` of features (N, d) among themselves, an image with itself left out."""
+        return clk.feature_distill_kl(
+            student,
+            teacher,
+            student,
+            teacher_anchors=teacher,
+            logit_scale=self._scale,
+            temperature=self.config.temperature,
+            columns=0.0,
+            mask_diagonal=True,
+        )
 
     def _text_tower_distillation(self, teacher_images: Tensor) -> Tensor:
         """The published terms with the roles of the towers swapped: student and teacher texts against teacher images (N, d)."""
@@ -193,12 +201,6 @@ class ZSCL(FineTune):
             rows=config.distillation_weight,
             columns=config.distillation_weight,
         )
-
-    @staticmethod
-    def similarities(features: Tensor, scale: float) -> Tensor:
-        """``s F Fᵀ`` (N, N) of features (N, d), with a diagonal that takes no part in the soft-max."""
-        logits = scale * features @ features.T
-        return logits.masked_fill(torch.eye(len(logits), dtype=torch.bool, device=logits.device), _DIAGONAL)
 
     def before_step(self, batch: Batch) -> None:
         """Add the gradient of the weight consolidation in closed form."""
