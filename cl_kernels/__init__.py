@@ -9,11 +9,12 @@ from cl_kernels.dispatch import backends, use_backend
 from cl_kernels.distill_kl import distill_kl, feature_distill_kl
 from cl_kernels.gating import top_k_gating
 from cl_kernels.moe_adapter import moe_adapter
-from cl_kernels.weight_average import average_
+from cl_kernels.weight_average import average_, blend_
 
 __all__ = [
     "average_",
     "backends",
+    "blend_",
     "distill_kl",
     "feature_distill_kl",
     "moe_adapter",

@@ -45,5 +45,8 @@ SCHEMAS = {
     "top_k_gating": (
         "(Tensor x, Tensor w_gate, Tensor? w_noise, Tensor? noise, int k) -> (Tensor gates, Tensor expert_ids, Tensor usage)"
     ),
-    "average_": "(Tensor(a!)[] averages, Tensor[] values, float weight) -> ()",
+    # Contiguous tensors; others as many as averages or none. A seed rounds 16-bit averages stochastically.
+    "average_": (
+        "(Tensor(a!)[] averages, Tensor[] values, float weight, Tensor[] others, float other_weight, int? seed) -> ()"
+    ),
 }

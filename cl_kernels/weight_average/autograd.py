@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from cl_kernels import dispatch, library
-
-operator = partial(library.operator, "average_")
+from cl_kernels.weight_average import plan
+from cl_kernels.weight_average.plan import Plan
 
 for _namespace in (library.COMPILED, library.TRITON):
-    library.definitions[_namespace]._register_fake("average_", lambda averages, values, weight: None)
+    library.definitions[_namespace]._register_fake(
+        "average_", lambda averages, values, weight, others, other_weight, seed: None
+    )
 
 
-def _triton(averages: list[Tensor], values: list[Tensor], weight: float) -> None:
-    from cl_kernels.weight_average import triton_kernels
+def run(
+    backend: str,
+    found: Plan,
+    averages: list[Tensor],
+    values: list[Tensor],
+    weight: float,
+    others: list[Tensor],
+    other_weight: float,
+    seed: int | None,
+) -> None:
+    """Contiguous tensors that belong to a plan, with the compiled library or Triton."""
+    if backend == "triton" and found.straight and not torch.compiler.is_compiling():
+        # Past the dispatcher: the operator would have to look for the plan again.
+        from cl_kernels.weight_average import triton_launch
 
-    torch._check(len(averages) == len(values), lambda: "average_: expected as many values as averages")
-    for a, v in zip(averages, values, strict=True):
-        torch._check(
-            a.numel() == v.numel() and a.device == v.device, lambda: "average_: expected equal sizes and devices"
-        )
-        torch._check(a.is_contiguous() and v.is_contiguous(), lambda: "average_: expected contiguous tensors")
-    triton_kernels.average_(averages, values, weight)
+        triton_launch.average_(found, averages, values, weight, others, other_weight, seed)
+        return
+    library.operator("average_", backend)(averages, values, weight, others, other_weight, seed)
+
+
+def _triton(
+    averages: list[Tensor],
+    values: list[Tensor],
+    weight: float,
+    others: list[Tensor],
+    other_weight: float,
+    seed: int | None,
+) -> None:
+    from cl_kernels.weight_average import triton_launch
+
+    found = plan.find((averages, values, others) if others else (averages, values))
+    torch._check(found.straight, lambda: "average_: expected contiguous tensors")
+    triton_launch.average_(found, averages, values, weight, others, other_weight, seed)
 
 
 for _key in ("CUDA", "CPU") if dispatch.INTERPRETING else ("CUDA",):

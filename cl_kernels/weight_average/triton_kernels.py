@@ -1,98 +1,114 @@
-"""Weight averaging in Triton: one launch for all tensors of one pair of dtypes, through a table of addresses."""
+"""Weight averaging in Triton: one launch for all tensors of one combination of dtypes, through a table of addresses."""
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 BLOCK = 4096
 CHUNK = 8 * BLOCK
-"""Elements of one program: 16 fp32 elements a thread and pass, and a table of 110 KB for the 150 million weights of ViT-B/16."""
+"""Elements of one program: 16 fp32 elements a thread and pass, and a table of 180 KB for the 150 million weights of ViT-B/16."""
 
-_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_TABLES_KEPT = 8
-_tables: OrderedDict[tuple, Tensor] = OrderedDict()
-"""The tables of the last lists of tensors: a training run averages the same ones again and again, and then copies nothing."""
+
+@triton.jit
+def random_bits(seed, counter, BLOCK: tl.constexpr):
+    """[BLOCK] int32 below 2¹⁶: the halves of the Philox words of ``counter`` and those behind it, eight to a counter."""
+    counters = counter + tl.arange(0, BLOCK // 8)  # [BLOCK / 8] int64
+    low = counters.to(tl.uint32)
+    high = (counters >> 32).to(tl.uint32)
+    zero = low * 0
+    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK / 8, 2, 2]: word 2 i + j at [:, i, j]
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(halves, [BLOCK]).to(tl.int32)
+
+
+@triton.jit
+def round_stochastically(exact, random, DST: tl.constexpr):
+    """[BLOCK] fp32 to a 16-bit type: up with the probability of the share of the way. NaN and infinities stay."""
+    bits = exact.to(tl.int32, bitcast=True)
+    if DST == tl.bfloat16:  # noqa: SIM300
+        # Adding below the last digit that is kept and cutting off carries with the right probability.
+        rounded = ((bits + random) & -65536).to(tl.float32, bitcast=True)
+    else:
+        magnitude = tl.abs(exact)
+        normal = ((magnitude.to(tl.int32, bitcast=True) + (random >> 3)) & -8192).to(tl.float32, bitcast=True)
+        # Below 2⁻¹⁴ the digits of a half are multiples of 2⁻²⁴.
+        small = magnitude < 6.103515625e-05
+        scaled = tl.where(small, magnitude, 0.0) * 16777216.0 + random.to(tl.float32) * 1.52587890625e-05
+        subnormal = scaled.to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+        rounded = tl.where(small, subnormal, normal)
+        rounded = tl.where(bits < 0, -rounded, rounded)
+    return tl.where(exact == exact, rounded, exact).to(DST)
+
+
+@triton.jit
+def average_block(
+    dst,  # [n]
+    src,  # [n]
+    other,  # [n]
+    offset,  # [BLOCK]
+    inside,  # [BLOCK], or None for a full block
+    share,
+    other_share,
+    seed,
+    counter,
+    DST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    OTHER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``a + share (v − a) + other_share (o − a)`` for the elements at ``offset``, in place."""
+    a = tl.load(dst + offset, mask=inside).to(COMPUTE)
+    v = tl.load(src + offset, mask=inside).to(COMPUTE)
+    result = a + share * (v - a)
+    if OTHER is not None:
+        o = tl.load(other + offset, mask=inside).to(COMPUTE)
+        result += other_share * (o - a)
+    stored = round_stochastically(result, random_bits(seed, counter, BLOCK), DST) if STOCHASTIC else result.to(DST)
+    tl.store(dst + offset, stored, mask=inside)
 
 
 @triton.jit
 def average_kernel(
-    table_ptr,  # [programs, 3] int64: address of the average, address of the value, number of elements
+    table_ptr,  # [programs, 5] int64: addresses of the average, the value and the other, number of elements, first counter
     weight: tl.float64,
+    other_weight: tl.float64,
+    seed: tl.int64,
     DST: tl.constexpr,
     SRC: tl.constexpr,
+    OTHER: tl.constexpr,  # None where two models are averaged
     COMPUTE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row of the table per program. Full blocks are read without a mask, 16 bytes at a time where addresses allow it."""
-    row = table_ptr + tl.program_id(0) * 3
+    row = table_ptr + tl.program_id(0) * 5
     dst = tl.load(row).to(tl.pointer_type(DST))  # [n]
     src = tl.load(row + 1).to(tl.pointer_type(SRC))  # [n]
-    n = tl.load(row + 2).to(tl.int32)
+    other = src
+    n = tl.load(row + 3).to(tl.int32)
+    counter = tl.load(row + 4)
+    if OTHER is not None:
+        other = tl.load(row + 2).to(tl.pointer_type(OTHER))  # [n]
     if ALIGNED:
         dst = tl.multiple_of(dst, 16)
         src = tl.multiple_of(src, 16)
+        other = tl.multiple_of(other, 16)
     share = (tl.zeros((), tl.float64) + weight).to(COMPUTE)
+    other_share = (tl.zeros((), tl.float64) + other_weight).to(COMPUTE)
     full = n // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
         offset = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)  # [BLOCK]
-        a = tl.load(dst + offset).to(COMPUTE)
-        v = tl.load(src + offset).to(COMPUTE)
-        tl.store(dst + offset, (a + share * (v - a)).to(DST))
+        average_block(
+            dst, src, other, offset, None, share, other_share,
+            seed, counter + start // 8, DST, COMPUTE, OTHER, STOCHASTIC, BLOCK,
+        )  # fmt: skip
     if full < n:
         offset = full + tl.arange(0, BLOCK)
-        inside = offset < n
-        a = tl.load(dst + offset, mask=inside).to(COMPUTE)
-        v = tl.load(src + offset, mask=inside).to(COMPUTE)
-        tl.store(dst + offset, (a + share * (v - a)).to(DST), mask=inside)
-
-
-def _table(averages: list[Tensor], values: list[Tensor]) -> Tensor:
-    """(programs, 3) int64 on the tensors' device: every tensor cut into chunks of ``CHUNK`` elements."""
-    key = (
-        averages[0].device,
-        *((a.data_ptr(), v.data_ptr(), a.numel()) for a, v in zip(averages, values, strict=True)),
-    )
-    if key in _tables:
-        _tables.move_to_end(key)
-        return _tables[key]
-    whole = torch.tensor(key[1:], dtype=torch.int64)  # (tensors, 3)
-    programs = (whole[:, 2] + CHUNK - 1) // CHUNK
-    rows = torch.repeat_interleave(torch.arange(len(whole)), programs)
-    start = (torch.arange(len(rows)) - (programs.cumsum(0) - programs)[rows]) * CHUNK  # first element of each program
-    sizes = torch.tensor([[a.element_size(), v.element_size()] for a, v in zip(averages, values, strict=True)])
-    table = torch.cat(
-        [whole[rows, :2] + start[:, None] * sizes[rows], (whole[rows, 2] - start).clamp(max=CHUNK)[:, None]], 1
-    )
-    _tables[key] = table.to(averages[0].device)
-    if len(_tables) > _TABLES_KEPT:
-        _tables.popitem(last=False)
-    return _tables[key]
-
-
-def average_(averages: list[Tensor], values: list[Tensor], weight: float) -> None:
-    """See :func:`cl_kernels.average_`. One launch per pair of dtypes, and one more for tensors off 16-byte addresses."""
-    groups: defaultdict[tuple, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-    for a, v in zip(averages, values, strict=True):
-        if a.numel():
-            aligned = a.data_ptr() % 16 == 0 and v.data_ptr() % 16 == 0
-            group = groups[a.dtype, v.dtype, aligned]
-            group[0].append(a)
-            group[1].append(v)
-    for (dst, src, aligned), (group_averages, group_values) in groups.items():
-        table = _table(group_averages, group_values)
-        with torch.cuda.device_of(table):
-            average_kernel[(len(table),)](
-                table,
-                weight,
-                DST=_TYPES[dst],
-                SRC=_TYPES[src],
-                COMPUTE=tl.float64 if dst == torch.float64 else tl.float32,
-                ALIGNED=aligned,
-                BLOCK=BLOCK,
-            )
+        average_block(
+            dst, src, other, offset, offset < n, share, other_share,
+            seed, counter + full // 8, DST, COMPUTE, OTHER, STOCHASTIC, BLOCK,
+        )  # fmt: skip

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 WIDE_LOADS = {"gfx942": "global_load_dwordx4"}
 
 
-def compile_average(target, average, value, aligned=True):
+def compile_average(target, average, value, other=None, stochastic=False, aligned=True):
     import triton.language as tl
 
     from cl_kernels.weight_average import triton_kernels as kernels
@@ -26,11 +26,14 @@ def compile_average(target, average, value, aligned=True):
     constexprs = {
         "DST": types[average],
         "SRC": types[value],
+        "OTHER": types[other] if other else None,
+        "STOCHASTIC": stochastic,
         "COMPUTE": tl.float64 if average == "fp64" else tl.float32,
         "ALIGNED": aligned,
         "BLOCK": kernels.BLOCK,
     }
-    return testing.compile_for(kernels.average_kernel, {"table_ptr": "*i64", "weight": "fp64"}, constexprs, target)
+    signature = {"table_ptr": "*i64", "weight": "fp64", "other_weight": "fp64", "seed": "i64"}
+    return testing.compile_for(kernels.average_kernel, signature, constexprs, target)
 
 
 @pytest.mark.parametrize("target", testing.TARGETS)
@@ -39,6 +42,24 @@ def test_no_spills_and_wide_loads(target, average, value):
     info = compile_average(target, average, value)
     testing.assert_fits(info)
     assert info.count(WIDE_LOADS.get(target, "LDG.E.128")) >= 4
+
+
+@pytest.mark.parametrize("target", testing.TARGETS)
+@pytest.mark.parametrize(
+    ("average", "value", "other", "stochastic"),
+    [
+        ("fp32", "fp32", "fp32", False),
+        ("bf16", "bf16", "bf16", False),
+        ("bf16", "bf16", None, True),
+        ("bf16", "fp32", None, True),
+        ("bf16", "bf16", "bf16", True),
+        ("fp16", "fp16", None, True),
+    ],
+)
+def test_three_way_and_stochastic_spill_nothing_either(target, average, value, other, stochastic):
+    info = compile_average(target, average, value, other, stochastic)
+    testing.assert_fits(info)
+    assert info.count(WIDE_LOADS.get(target, "LDG.E.128")) >= (3 if other else 2)
 
 
 def test_unaligned_tensors_are_not_read_wide():

@@ -95,9 +95,11 @@ def check_running_mean(backend):
 
 def check_opcheck(backend):
     averages, values = lists(torch.float32, torch.bfloat16, shapes=[(), (5,), (33, 5)])
+    others, _ = lists(torch.float16, torch.float32, shapes=[(), (5,), (33, 5)], seed=1)
     op = library.operator("average_", backend)
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(op, (averages, values, 0.3), test_utils=utilities)
+    torch.library.opcheck(op, (averages, values, 0.3, [], 0.0, None), test_utils=utilities)
+    torch.library.opcheck(op, (averages, values, 0.3, others, 0.2, 5), test_utils=utilities)
 
 
 def check_compile(backend):
@@ -115,9 +117,76 @@ def check_compile(backend):
 
 def check_operator_refuses(backend):
     op = library.operator("average_", backend)
-    with pytest.raises((RuntimeError, ValueError)):
-        op([torch.zeros(4)], [], 0.5)
-    with pytest.raises((RuntimeError, ValueError)):
-        op([torch.zeros(4)], [torch.zeros(3)], 0.5)
-    with pytest.raises((RuntimeError, ValueError)):
-        op([torch.zeros(4, 4).T], [torch.zeros(4, 4)], 0.5)
+    for averages, values, others in (
+        ([torch.zeros(4)], [], []),
+        ([torch.zeros(4)], [torch.zeros(3)], []),
+        ([torch.zeros(4, 4).T], [torch.zeros(4, 4)], []),
+        ([torch.zeros(4)], [torch.zeros(4)], [torch.zeros(3)]),
+        ([torch.zeros(4)] * 2, [torch.zeros(4)] * 2, [torch.zeros(4)]),
+    ):
+        with pytest.raises((RuntimeError, ValueError)):
+            op(averages, values, 0.5, others, 0.0, None)
+
+
+def check_three_way(backend, ulps=1.0):
+    """Every dtype in every place."""
+    combinations = [*zip(*[DTYPES] * 3, strict=True), *itertools.permutations(DTYPES, 3)]
+    for average_dtype, value_dtype, other_dtype in combinations:
+        averages, values = lists(average_dtype, value_dtype)
+        others, _ = lists(other_dtype, value_dtype, seed=1)
+        expected = [
+            a.double() + 0.3 * (v.double() - a.double()) + 0.45 * (o.double() - a.double())
+            for a, v, o in zip(averages, values, others, strict=True)
+        ]
+        clk.blend_(averages, values, others, 0.3, 0.45, backend=backend)
+        compute = average_dtype if average_dtype == torch.float64 else torch.float32
+        for a, e in zip(averages, expected, strict=True):
+            tolerance = ulps * EPSILON[average_dtype] + 8 * EPSILON[compute]
+            assert torch.all((a.double() - e).abs() <= tolerance * e.abs().clamp(min=1.0))
+
+
+def between(dtype, count=3000):
+    """fp32 numbers (count,) of all magnitudes, few of which ``dtype`` can hold, and 7 special ones behind them."""
+    generator = torch.Generator().manual_seed(3)
+    exponents = torch.randint(-30, 15, (count,), generator=generator)
+    numbers = torch.ldexp(1 + torch.rand(count, generator=generator), exponents)
+    numbers *= torch.randint(0, 2, (count,), generator=generator) * 2 - 1
+    limit = torch.finfo(dtype).max
+    return torch.cat([numbers, torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, limit, 2.0**-24])])
+
+
+def check_stochastic_bits(backend):
+    """The reference's results to the bit where fp32 arithmetic is exact: from 0 with weight 1, for several lengths."""
+    for dtype in (torch.bfloat16, torch.float16):
+        values = [between(dtype)[:n] for n in (3007, 1, 0, 9, 129, 2000)]
+        values.append(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last))
+        results = []
+        for chosen in (backend, "reference"):
+            averages = [torch.zeros_like(v, dtype=dtype) for v in values]
+            clk.average_(averages, values, 1.0, rounding="stochastic", seed=2**40 + 7, backend=chosen)
+            results.append(averages)
+        for found, expected in zip(*results, strict=True):
+            assert torch.equal(found.isnan(), expected.isnan())
+            assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+def check_stochastic_three_way(backend):
+    """Rounded once, after both terms: sums that fp32 holds exactly."""
+    generator = torch.Generator().manual_seed(4)
+    start, value, other = (torch.randint(-64, 64, (700,), generator=generator) / 64 for _ in range(3))
+    results = []
+    for chosen in (backend, "reference"):
+        average = start.bfloat16()
+        clk.blend_([average], [value], [other], 0.25, 2.0**-6, rounding="stochastic", seed=1, backend=chosen)
+        results.append(average)
+    assert torch.equal(*results)
+
+
+def check_stochastic_does_not_stall(backend):
+    """A thousand steps of decay 0.999 from 1 towards 1.5, which nearest rounding leaves at 1 for ever."""
+    average, value = torch.ones(512, dtype=torch.bfloat16), torch.full((512,), 1.5)
+    for step in range(1000):
+        clk.average_([average], [value], 1e-3, rounding="stochastic", seed=step, backend=backend)
+    expected = 1.5 - 0.5 * 0.999**1000
+    assert abs(average.double().mean() - expected) < 0.01
+    assert average.double().std() < 0.1

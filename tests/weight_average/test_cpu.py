@@ -21,7 +21,10 @@ def test_equals_the_formula(average_dtype, value_dtype):
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
     """Each in its own process, because the choice is made once. Where the machine lacks one, the best that it has runs."""
-    code = "import average_cases as c\nfor pair in c.PAIRS: c.check_against_float64('cpu', *pair, 0.3)\nc.check_layouts('cpu')"
+    code = (
+        "import average_cases as c\nfor pair in c.PAIRS: c.check_against_float64('cpu', *pair, 0.3)\nc.check_layouts('cpu')\n"
+        "c.check_three_way('cpu'); c.check_stochastic_bits('cpu')"
+    )
     environment = os.environ | {"CL_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
@@ -60,14 +63,44 @@ def test_threads_do_not_change_a_bit():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_three_way():
+    cases.check_three_way("cpu")
+
+
+def test_stochastic_rounding_draws_the_bits_of_the_reference():
+    cases.check_stochastic_bits("cpu")
+    cases.check_stochastic_three_way("cpu")
+
+
+def test_stochastic_rounding_does_not_stall():
+    cases.check_stochastic_does_not_stall("cpu")
+
+
+def test_threads_do_not_change_stochastic_rounding():
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            averages, values = cases.lists(torch.bfloat16, torch.float32, shapes=[(70_001,), (300_000,), (5,)])
+            clk.average_(averages, values, 0.3, rounding="stochastic", seed=11, backend="cpu")
+            results.append(averages)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_layouts():
     cases.check_layouts("cpu")
 
 
 def test_allocates_nothing_tensor_sized():
     averages, values = cases.lists(torch.float32, torch.bfloat16, shapes=[(1000,), (10, 10)])
+    others, _ = cases.lists(torch.float32, torch.float32, shapes=[(1000,), (10, 10)], seed=1)
+    halves = [average.half() for average in averages]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         clk.average_(averages, values, 0.5, backend="cpu")
+        clk.blend_(averages, values, others, 0.5, 0.25, backend="cpu")
+        clk.average_(halves, values, 0.5, rounding="stochastic", seed=1, backend="cpu")
     assert sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0) == 0
 
 

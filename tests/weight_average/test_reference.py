@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 
 import average_cases as cases
 import pytest
 import torch
 
 import cl_kernels as clk
-from cl_kernels import weight_average
+from cl_kernels.weight_average import arguments, plan, reference
 
 
 @pytest.mark.parametrize(("average_dtype", "value_dtype"), cases.PAIRS)
@@ -20,6 +21,97 @@ def test_is_the_formula(average_dtype, value_dtype):
 @pytest.mark.parametrize("weight", [0.0, 1.0, -0.5, 2.0])
 def test_any_weight(weight):
     cases.check_against_float64("reference", torch.float32, torch.float32, weight)
+
+
+def test_three_way():
+    cases.check_three_way("reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(dtype):
+    """The two numbers around each exact one, and their mean over many seeds, within five standard deviations of it."""
+    exact = cases.between(dtype, 300)[:-7]
+    if dtype == torch.float16:
+        exact = exact[exact.abs() > 2.0**-20]  # below, 16 bits of chance are coarser than the shares
+    magnitude = exact.to(dtype).abs()
+    digit = (torch.nextafter(magnitude, torch.tensor(torch.inf, dtype=dtype)).double() - magnitude.double()).abs()
+    draws, total = 400, torch.zeros_like(exact, dtype=torch.float64)
+    for seed in range(draws):
+        rounded = torch.zeros_like(magnitude)
+        clk.average_([rounded], [exact], 1.0, rounding="stochastic", seed=seed, backend="reference")
+        assert torch.all((rounded.double() - exact.double()).abs() < digit)
+        total += rounded.double()
+    spread = digit / 2 / draws**0.5  # the standard deviation of the mean is at most this
+    assert torch.all((total / draws - exact.double()).abs() <= 5 * spread)
+    nearest = (exact.to(dtype).double() - exact.double()).abs()
+    assert (nearest > 1e-3 * digit).double().mean() > 0.9  # there was something to round
+
+
+def test_stochastic_rounding_keeps_what_the_type_holds():
+    for dtype in (torch.bfloat16, torch.float16):
+        held = cases.between(dtype).to(dtype)
+        average = torch.zeros_like(held)
+        clk.average_([average], [held], 1.0, rounding="stochastic", seed=9, backend="reference")
+        assert torch.equal(average.isnan(), held.isnan())
+        assert torch.equal(average.nan_to_num(), held.nan_to_num())
+
+
+def test_stochastic_rounding_does_not_stall():
+    cases.check_stochastic_does_not_stall("reference")
+
+
+def test_random_bits_are_uniform_and_never_shared():
+    """The tensors of one list, and their elements, draw from counters of their own."""
+    lengths = (5000, 3, 8, 777)
+    counters = [sum((n + 7) // 8 for n in lengths[:i]) for i in range(len(lengths))]
+    bits = [reference._random_bits(1, c, torch.empty(n)) for c, n in zip(counters, lengths, strict=True)]
+    pooled = torch.cat(bits).double()
+    assert pooled.min() >= 0
+    assert pooled.max() < 2**16
+    assert abs(pooled.mean() / 2**16 - 0.5) < 5 * (1 / 12 / len(pooled)) ** 0.5
+    assert not torch.equal(bits[0][: lengths[3]], bits[3])
+    assert torch.equal(reference._random_bits(1, 1, torch.empty(8)), bits[0][8:16])
+
+
+def test_without_a_seed_the_default_generator_decides():
+    value, results = torch.rand(100), []
+    for manual in (1, 1, 2):
+        torch.manual_seed(manual)
+        average = torch.zeros(100, dtype=torch.bfloat16)
+        clk.average_([average], [value], 1.0, rounding="stochastic")
+        results.append(average)
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_a_plan_holds_until_something_changes(monkeypatch):
+    plan._recent.clear()
+    checked = []
+    check = plan.check_lists
+    monkeypatch.setattr(plan, "check_lists", lambda lists: (checked.append(1), check(lists))[1])
+    averages, values = [torch.zeros(4), torch.zeros(2, 3)], [torch.ones(4), torch.ones(2, 3)]
+    for weight in (0.5, 0.25, 1.0):
+        clk.average_([a.detach() for a in averages], values, weight)
+    assert len(checked) == 1
+    with pytest.raises(ValueError, match=r"averages\[1\] is \(2, 3\), values\[1\] is \(3, 2\)"):
+        clk.average_(averages, [values[0], values[1].view(3, 2)], 0.5)  # the same addresses
+    with pytest.raises(TypeError, match=r"values\[0\]: got torch\.int32"):
+        clk.average_(averages, [values[0].view(torch.int32), values[1]], 0.5)
+    clk.average_(averages, [values[0].clone(), values[1]], 0.5)
+    clk.average_([averages[1]], [values[1]], 0.5)
+    clk.average_([averages[1].T], [values[1].T], 0.5)
+    assert len(checked) == 6
+    for _ in range(plan._KEPT + 2):
+        clk.average_([torch.zeros(3)], [torch.zeros(3)], 0.5)
+    assert len(plan._recent) <= plan._KEPT
+
+
+def test_a_plan_keeps_no_memory_alive():
+    average, value = torch.zeros(1000), torch.zeros(1000)
+    gone = weakref.ref(value)
+    clk.average_([average], [value], 0.5)
+    del value
+    assert gone() is None
 
 
 def test_layouts():
@@ -72,6 +164,32 @@ def test_weight_must_be_a_number():
         clk.average_([torch.zeros(1)], [torch.zeros(1)], "0.5")
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rounding": "up"}, ValueError, "rounding: got 'up', expected one of nearest, stochastic"),
+        ({"seed": 1}, ValueError, "seed: got 1 with rounding='nearest'"),
+        ({"rounding": "stochastic", "seed": 0.5}, TypeError, "seed: got float"),
+        ({"rounding": "stochastic", "seed": -1}, ValueError, "seed: got -1, expected 0 to"),
+    ],
+)
+def test_rounding_errors_name_the_argument(options, error, message):
+    with pytest.raises(error, match=message):
+        clk.average_([torch.zeros(1)], [torch.zeros(1)], 0.5, **options)
+
+
+def test_three_way_errors_name_the_argument():
+    a, v = torch.zeros(3), torch.zeros(3)
+    with pytest.raises(ValueError, match="averages and others: 1 tensors against 2"):
+        clk.blend_([a], [v], [v, v], 0.5, 0.1)
+    with pytest.raises(ValueError, match=r"averages\[0\] is \(3,\), others\[0\] is \(4,\)"):
+        clk.blend_([a], [v], [torch.zeros(4)], 0.5, 0.1)
+    with pytest.raises(ValueError, match=r"others\[0\] is the same memory as averages\[1\]"):
+        clk.blend_([a, v], [torch.ones(3), torch.ones(3)], [v, torch.ones(3)], 0.5, 0.1)
+    with pytest.raises(TypeError, match="other_weight: got str, expected a number"):
+        clk.blend_([a], [v], [v], 0.5, "0.1")
+
+
 def test_an_average_with_itself_stays():
     a = torch.randn(5)
     before = a.clone()
@@ -81,7 +199,7 @@ def test_an_average_with_itself_stays():
 
 @pytest.mark.parametrize(("dtype", "weight"), [(torch.bfloat16, 0.001), (torch.float16, 0.0004)])
 def test_warns_once_where_a_half_average_would_stall(dtype, weight, monkeypatch):
-    monkeypatch.setattr(weight_average, "_warned", set())
+    monkeypatch.setattr(arguments, "_warned", set())
     average, value = torch.ones(4, dtype=dtype), torch.full((4,), 1.0 + 0.5 * (dtype == torch.bfloat16))
     with pytest.warns(RuntimeWarning, match="can stand still.*float32"):
         clk.average_([average], [value], weight)

@@ -29,16 +29,16 @@ def test_more_than_one_program_for_a_tensor():
 
 
 def test_one_launch_for_a_whole_list(monkeypatch):
-    from cl_kernels.weight_average import triton_kernels
+    from cl_kernels.weight_average import triton_launch
 
-    kernel, grids = triton_kernels.average_kernel, []
+    kernel, grids = triton_launch.average_kernel, []
 
     class Counting:
         def __getitem__(self, grid):
             grids.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(triton_kernels, "average_kernel", Counting())
+    monkeypatch.setattr(triton_launch, "average_kernel", Counting())
     averages, values = cases.lists(torch.float32, torch.float32, shapes=[(64,)] * 30)
     expected = cases.exact(averages, values, 0.5)
     clk.average_(averages, values, 0.5, backend="triton")
@@ -46,21 +46,40 @@ def test_one_launch_for_a_whole_list(monkeypatch):
     torch.testing.assert_close(averages, [e.float() for e in expected])
 
 
-def test_table_is_reused_and_follows_new_memory():
-    from cl_kernels.weight_average import triton_kernels
+def test_table_is_reused_and_follows_new_memory(monkeypatch):
+    from cl_kernels.weight_average import triton_launch
 
-    triton_kernels._tables.clear()
+    built, build = [], triton_launch._tables
+    monkeypatch.setattr(triton_launch, "_tables", lambda lists: (built.append(1), build(lists))[1])
     averages, values = cases.lists(torch.float32, torch.float32, shapes=[(8,), (9,)])
     for _ in range(3):
         clk.average_(averages, values, 0.5, backend="triton")
-    assert len(triton_kernels._tables) == 1
+    assert len(built) == 1
     moved = [a.clone() for a in averages]
     expected = cases.exact(moved, values, 0.5)
     clk.average_(moved, values, 0.5, backend="triton")
     torch.testing.assert_close(moved, [e.float() for e in expected])
-    for _ in range(triton_kernels._TABLES_KEPT + 3):
-        clk.average_([torch.zeros(4)], [torch.ones(4)], 0.5, backend="triton")
-    assert len(triton_kernels._tables) <= triton_kernels._TABLES_KEPT
+    assert len(built) == 2
+
+
+def test_three_way():
+    cases.check_three_way("triton", ulps=2.0)
+
+
+def test_stochastic_rounding_draws_the_bits_of_the_reference():
+    cases.check_stochastic_bits("triton")
+    cases.check_stochastic_three_way("triton")
+
+
+def test_stochastic_rounding_of_more_than_one_program():
+    from cl_kernels.weight_average import triton_kernels
+
+    value, results = torch.randn(triton_kernels.CHUNK + 5000), []
+    for backend in ("triton", "reference"):
+        averages = [torch.zeros(11, dtype=torch.bfloat16), torch.zeros_like(value, dtype=torch.bfloat16)]
+        clk.average_(averages, [torch.ones(11), value], 1.0, rounding="stochastic", seed=3, backend=backend)
+        results.append(averages[1])
+    assert torch.equal(*results)
 
 
 def test_layouts():
