@@ -33,12 +33,18 @@ def feature_distill_kl(
     logit_scale: Tensor | float,
     *options: Any,
 ) -> Tensor:
-    """The loss; ``teacher`` is (K, N, d_t), ``weight`` (K, N), ``options`` as in the schema."""
+    """The loss; ``teacher`` is (K, N, d_t), ``weight`` (K, N), ``options`` as in the schema.
+
+    On the CPU the gradient of the student's features comes with the loss: what it needs is in the cache by then, and would have to
+    be recomputed later. Gradients of the anchors are as large as these and wait for the backward pass.
+    """
     dtype = compute_dtype(student.dtype)
     tensor, factor = (logit_scale, 1.0) if isinstance(logit_scale, Tensor) else (None, logit_scale)
     weight = None if weight is None else weight.to(dtype)
-    loss, _, _ = library.operator("feature_distill_kl", backend)(
-        student, teacher, anchors, teacher_anchors, weight, tensor, factor, *options
+    wanted = student.requires_grad or (tensor is not None and tensor.requires_grad)
+    now = backend == "cpu" and wanted and not anchors.requires_grad and torch.is_grad_enabled()
+    loss, *_ = library.operator("feature_distill_kl", backend)(
+        student, teacher, anchors, teacher_anchors, weight, tensor, factor, *options, now
     )
     return loss
 
@@ -80,12 +86,14 @@ def _feature_fake(
     columns: float,
     kl: bool,
     mask_diagonal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     K, N, _ = teacher.shape
     dtype = compute_dtype(student.dtype)
-    row_stats = student.new_empty(1 + K, N if rows else 0, dtype=dtype)
-    column_stats = student.new_empty(2 + K, anchors.shape[0] if columns else 0, dtype=dtype)
-    return student.new_empty((), dtype=dtype), row_stats, column_stats
+    row_stats = student.new_empty(1 + K, N if rows and not need_gradient else 0, dtype=dtype)
+    column_stats = student.new_empty(2 + K, anchors.shape[0] if columns and not need_gradient else 0, dtype=dtype)
+    gradient = student.new_empty(student.shape if need_gradient else (0,), dtype=dtype)
+    return student.new_empty((), dtype=dtype), row_stats, column_stats, gradient
 
 
 def _feature_fake_backward(
@@ -115,13 +123,36 @@ def _feature_fake_backward(
 
 
 def _feature_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, factor, temperature, rows, columns, _, mask_diagonal = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    *tensors, factor, temperature, rows, columns, _, mask_diagonal, need_gradient = inputs
     ctx.options = factor, temperature, rows, columns, mask_diagonal
+    ctx.need_gradient = need_gradient
+    if need_gradient:
+        student, logit_scale = tensors[0], tensors[5]
+        ctx.dtype = student.dtype
+        ctx.save_for_backward(output[3], logit_scale, student if ctx.needs_input_grad[5] else None)
+    else:
+        ctx.save_for_backward(*tensors, *output[1:3])
+
+
+def _scaled(ctx: Any, grad: Tensor) -> tuple:
+    """Gradients of student and logit scale from the one that came with the loss."""
+    gradient, logit_scale, student = ctx.saved_tensors
+    upstream = grad * ctx.options[0]
+    of_student, _, _, _, _, of_scale, *_ = ctx.needs_input_grad
+    scaled = gradient * (upstream if logit_scale is None else upstream * logit_scale.to(grad.dtype)) if of_student else None
+    product = (gradient * student).sum() * upstream if of_scale else None
+    return (
+        None if scaled is None else scaled.to(ctx.dtype),
+        *[None] * 4,
+        None if product is None else product.to(logit_scale.dtype),
+        *[None] * 7,
+    )
 
 
 def _feature_backward_of(namespace: str) -> Any:
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple:
+        if ctx.need_gradient:
+            return _scaled(ctx, grad)
         operation = getattr(torch.ops, namespace).feature_distill_kl_backward.default
         student, _, anchors, _, _, logit_scale, *_ = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (0, 2, 5)]
@@ -129,7 +160,7 @@ def _feature_backward_of(namespace: str) -> Any:
         student, anchors, scale = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
         if scale is not None:
             scale = scale.to(logit_scale.dtype)
-        return student, None, anchors, None, None, scale, *[None] * 6
+        return student, None, anchors, None, None, scale, *[None] * 7
 
     return backward
 
@@ -161,11 +192,18 @@ def _triton(module: str, name: str) -> Any:
     return run
 
 
+def _triton_features(*arguments: Any) -> Any:
+    """Without ``need_gradient`` and its result: the backward pass has kernels of its own there."""
+    loss, row_stats, column_stats = _triton("triton_launch", "feature_distill_kl")(*arguments[:12])
+    return loss, row_stats, column_stats, loss.new_empty(0)
+
+
 for _module, _name in (
     ("triton_kernels", "distill_kl"),
     ("triton_kernels", "distill_kl_backward"),
-    ("triton_launch", "feature_distill_kl"),
     ("triton_launch", "feature_distill_kl_backward"),
 ):
     for _key in ("CUDA", "CPU") if dispatch.INTERPRETING else ("CUDA",):
         library.definitions[library.TRITON].impl(_name, _triton(_module, _name), _key)
+for _key in ("CUDA", "CPU") if dispatch.INTERPRETING else ("CUDA",):
+    library.definitions[library.TRITON].impl("feature_distill_kl", _triton_features, _key)

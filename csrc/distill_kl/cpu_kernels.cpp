@@ -1,10 +1,26 @@
 // Compiled once per instruction set, see common/isa.h.
 #include "distill_kl/cpu_kernels.h"
 
+#include "distill_kl/bounded_tiles.h"
 #include "distill_kl/features.h"
 #include "distill_kl/logits.h"
 
 namespace clk {
+namespace {
+
+// Calls f with values of the compute type and of the storage type.
+template <typename F>
+inline auto with_types(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::f64: return f(double(), double());
+    case Dtype::bf16: return f(float(), BFloat16());
+    case Dtype::f16: return f(float(), Half());
+    default: return f(float(), float());
+  }
+}
+
+}  // namespace
+
 namespace CLK_ISA {
 
 void distill_forward(const LogitsProblem& problem, int64_t begin, int64_t end) {
@@ -24,21 +40,33 @@ int64_t feature_scratch(const FeatureProblem& problem, int64_t rows, bool backwa
 }
 
 void feature_forward(const FeatureProblem& problem, const FeatureTask& task) {
-  switch (problem.dtype) {
-    case Dtype::f32: return forward_task<float, float>(problem, task);
-    case Dtype::f64: return forward_task<double, double>(problem, task);
-    case Dtype::bf16: return forward_task<float, BFloat16>(problem, task);
-    case Dtype::f16: return forward_task<float, Half>(problem, task);
-  }
+  with_types(problem.dtype, [&](auto c, auto t) { forward_task<decltype(c), decltype(t)>(problem, task); });
 }
 
 void feature_backward(const FeatureProblem& problem, const FeatureTask& task, const FeatureBackward& backward) {
-  switch (problem.dtype) {
-    case Dtype::f32: return backward_task<float, float>(problem, task, backward);
-    case Dtype::f64: return backward_task<double, double>(problem, task, backward);
-    case Dtype::bf16: return backward_task<float, BFloat16>(problem, task, backward);
-    case Dtype::f16: return backward_task<float, Half>(problem, task, backward);
-  }
+  with_types(problem.dtype, [&](auto c, auto t) { backward_task<decltype(c), decltype(t)>(problem, task, backward); });
+}
+
+int64_t bounded_line(const FeatureProblem& problem) {
+  return with_types(problem.dtype, [&](auto c, auto) { return whole<decltype(c)>(problem.d); });
+}
+
+int64_t bounded_scratch(const FeatureProblem& problem) {
+  return with_types(problem.dtype, [&](auto c, auto t) { return BoundedTiles<decltype(c), decltype(t)>::bytes(problem); });
+}
+
+void bounded_pack(const FeatureProblem& problem, int64_t block, void* packed) {
+  with_types(problem.dtype, [&](auto c, auto t) { pack_block<decltype(c), decltype(t)>(problem, block, packed); });
+}
+
+bool bounded_sums(const BoundedProblem& problem, const BoundedTask& task, const BoundedSums& sums) {
+  return with_types(problem.features->dtype,
+                    [&](auto c, auto t) { return sums_task<decltype(c), decltype(t)>(problem, task, sums); });
+}
+
+bool bounded_gradient(const BoundedProblem& problem, const BoundedTask& task, const BoundedGradient& gradient) {
+  return with_types(problem.features->dtype,
+                    [&](auto c, auto t) { return gradient_task<decltype(c), decltype(t)>(problem, task, gradient); });
 }
 
 }  // namespace CLK_ISA

@@ -157,13 +157,15 @@ def features(N, M, d, K=None, own=None, weighted=False, dtype=torch.float32, see
     return student, teacher, anchors, keywords
 
 
-def feature_gradients(student, teacher, anchors, keywords, backend, scale=20.0):
-    """Loss and the gradients of student, anchors and logit scale."""
-    leaves = [t.detach().clone().requires_grad_() for t in (student, anchors)]
+def feature_gradients(student, teacher, anchors, keywords, backend, scale=20.0, fixed_anchors=False):
+    """Loss and the gradients of student, anchors (unless fixed) and logit scale."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    leaves.append(torch.tensor(scale, dtype=dtype, requires_grad=True))
+    leaves = [t.detach().clone().requires_grad_() for t in (student, anchors, torch.tensor(scale, dtype=dtype))]
+    if fixed_anchors:
+        leaves[1].requires_grad_(False)
     loss = clk.feature_distill_kl(leaves[0], teacher, leaves[1], logit_scale=leaves[2], backend=backend, **keywords)
-    return loss.detach(), *torch.autograd.grad(loss * 1.7, leaves, materialize_grads=True)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return loss.detach(), *torch.autograd.grad(loss * 1.7, wanted, materialize_grads=True)
 
 
 def in_float64(student, teacher, anchors, keywords):
@@ -171,10 +173,10 @@ def in_float64(student, teacher, anchors, keywords):
     return student.double(), teacher.double(), anchors.double(), keywords
 
 
-def check_features(backend, case, dtype):
+def check_features(backend, case, dtype, scale=20.0):
     given = features(dtype=dtype, **case)
-    found = feature_gradients(*given, backend)
-    expected = feature_gradients(*in_float64(*given), "reference")
+    found = feature_gradients(*given, backend, scale)
+    expected = feature_gradients(*in_float64(*given), "reference", scale)
     accurate = tolerance(torch.float64 if dtype == torch.float64 else torch.float32)
     half = dtype in (torch.float16, torch.bfloat16)
     triton = backend == "triton" and half  # tile gradients are held in 16 bits there
@@ -182,6 +184,12 @@ def check_features(backend, case, dtype):
         close(value, exact, tolerance(dtype) if triton and limit == accurate else limit)
     assert found[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert found[1].dtype == found[2].dtype == dtype
+    fixed = feature_gradients(*given, backend, scale, fixed_anchors=True)
+    assert fixed[1].dtype == dtype
+    for value, other, limit in zip(
+        fixed, (found[0], found[1], found[3]), (accurate, tolerance(dtype), accurate), strict=True
+    ):
+        close(value, other, tolerance(dtype) if triton and limit == accurate else limit)
 
 
 def check_feature_views(backend):
@@ -221,6 +229,8 @@ def check_opcheck(backend):
     torch.library.opcheck(operator, (*leaves, keywords["sample_weight"], scale, *options))
     if backend == "cpu":  # without the optional tensors; the interpreter takes its time
         torch.library.opcheck(operator, (leaves[0], teacher[..., :4], leaves[2], None, None, None, *options))
+        fixed = leaves[0], teacher, leaves[2].detach(), *leaves[3:], keywords["sample_weight"], scale
+        torch.library.opcheck(operator, (*fixed, *options, True))
 
 
 def check_compile(backend):
@@ -230,13 +240,17 @@ def check_compile(backend):
         loss = clk.feature_distill_kl(student, teacher, anchors, logit_scale=scale, backend=backend, **keywords)
         return loss + clk.distill_kl(student @ anchors.T, teacher @ anchors.T, dim=-2, backend=backend)
 
-    results = []
-    for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
-        leaves = [t.detach().clone().requires_grad_() for t in (student, anchors, torch.tensor(10.0))]
-        loss = function(*leaves)
-        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for fixed_anchors in (False, True):
+        results = []
+        for function in (run, compiled):
+            leaves = [t.detach().clone().requires_grad_() for t in (student, anchors, torch.tensor(10.0))]
+            wanted = [leaves[0], leaves[2]] if fixed_anchors else leaves
+            leaves[1].requires_grad_(not fixed_anchors)
+            loss = function(*leaves)
+            results.append((loss.detach(), *torch.autograd.grad(loss, wanted)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def check_autocast(backend):
