@@ -139,7 +139,9 @@ def _scaled(ctx: Any, grad: Tensor) -> tuple:
     gradient, logit_scale, student = ctx.saved_tensors
     upstream = grad * ctx.options[0]
     of_student, _, _, _, _, of_scale, *_ = ctx.needs_input_grad
-    scaled = gradient * (upstream if logit_scale is None else upstream * logit_scale.to(grad.dtype)) if of_student else None
+    scaled = (
+        gradient * (upstream if logit_scale is None else upstream * logit_scale.to(grad.dtype)) if of_student else None
+    )
     product = (gradient * student).sum() * upstream if of_scale else None
     return (
         None if scaled is None else scaled.to(ctx.dtype),
