@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/convert.h"
 #include "common/scalar.h"
 #include "common/vector.h"
 
@@ -93,23 +94,20 @@ void multiply_panel(int rows, const C* a, int64_t lda, const C* b, int64_t ldb, 
 template <typename C, typename T>
 void pack(const T* source, int64_t K, int64_t n, int64_t row, int64_t column, C* packed) {
   const int64_t width = panel_width<C>(n);
-  constexpr int64_t kBlock = 16;  // of K: rows of the panel that stay in the nearest cache while columns are written
   for (int64_t start = 0; start < n; start += width, packed += K * width) {
     const int64_t columns = n - start < width ? n - start : width;
-    for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-      const int64_t k1 = k0 + kBlock < K ? k0 + kBlock : K;
-      if (column == 1) {
-        for (int64_t k = k0; k < k1; ++k) {
-          for (int64_t j = 0; j < columns; ++j) packed[k * width + j] = static_cast<C>(load(source + k * row + start + j));
-        }
-      } else {
-        for (int64_t j = 0; j < columns; ++j) {
-          for (int64_t k = k0; k < k1; ++k) packed[k * width + j] = static_cast<C>(load(source + k * row + (start + j) * column));
-        }
+    const T* from = source + start * column;
+    if (column == 1) {
+      for (int64_t k = 0; k < K; ++k) convert(from + k * row, columns, packed + k * width);
+    } else if (row == 1) {
+      transposed_copy(from, column, columns, K, packed, width);
+    } else {
+      for (int64_t k = 0; k < K; ++k) {
+        for (int64_t j = 0; j < columns; ++j) packed[k * width + j] = static_cast<C>(load(from + k * row + j * column));
       }
-      for (int64_t k = k0; k < k1; ++k) {
-        for (int64_t j = columns; j < width; ++j) packed[k * width + j] = C(0);
-      }
+    }
+    for (int64_t k = 0; k < K && columns < width; ++k) {
+      for (int64_t j = columns; j < width; ++j) packed[k * width + j] = C(0);
     }
   }
 }

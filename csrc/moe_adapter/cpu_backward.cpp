@@ -1,6 +1,9 @@
 // Backward pass of the adapters on the CPU. First over tiles of tokens: the gradient of the bottleneck, from it the gate gradient
 // (one term per token, added up in order) and the gradient of x. Then over experts: their weight gradients, each from the tokens
 // that chose it, in order. No sum depends on the number of threads.
+#include <algorithm>
+#include <cstring>
+
 #include "moe_adapter/adapter.h"
 #include "moe_adapter/cpu_driver.h"
 
@@ -27,12 +30,18 @@ struct Gradients {
 
 void expert_gradients(const Problem& problem, const Pairs& pairs, const Tensor& x, const Tensor& grad, const Tensor& hidden,
                       const Tensor& grad_pre, Gradients& out) {
-  for (Tensor* t : {&out.down_weight, &out.down_bias, &out.up_weight, &out.up_bias}) torch::stable::zero_(*t);
   std::vector<int64_t> used;
   for (int64_t e = 0; e < problem.experts; ++e) {
-    if (pairs.count(e) > 0) used.push_back(e);
+    if (pairs.count(e) > 0) {
+      used.push_back(e);
+    } else {
+      for (const Tensor* t : {&out.down_weight, &out.down_bias, &out.up_weight, &out.up_bias}) {
+        const size_t bytes = static_cast<size_t>(t->numel() / problem.experts) * t->element_size();
+        std::memset(data<char>(*t) + static_cast<size_t>(e) * bytes, 0, bytes);
+      }
+    }
   }
-  const int64_t columns = CLK_CALL(gradient_columns, problem.type);
+  const int64_t columns = CLK_CALL(gradient_columns, problem.type, problem.width, static_cast<int64_t>(used.size()));
   const int64_t blocks = (problem.width + columns - 1) / columns;
   const int64_t bytes = CLK_CALL(gradient_scratch, problem);
   torch::stable::parallel_for(0, static_cast<int64_t>(used.size()) * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -52,7 +61,8 @@ void expert_gradients(const Problem& problem, const Pairs& pairs, const Tensor& 
       op.down_bias = out.down_bias.data_ptr();
       op.up_weight = out.up_weight.data_ptr();
       op.up_bias = out.up_bias.data_ptr();
-      CLK_CALL(gradient_block, op, i % blocks * columns, scratch);
+      const int64_t first = i % blocks * columns;
+      CLK_CALL(gradient_block, op, first, std::min(columns, problem.width - first), scratch);
     }
   });
 }
@@ -85,8 +95,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_adapter_backward_
 
   Backward op{};
   fill(op, s, rows, ids, g, b_up, scale, dropout_p);
-  op.packed_in = packed_up.experts();
-  op.packed_out = packed_down.experts();
+  op.narrow = packed_up.weights();
+  op.widen = packed_down.weights();
   op.grad = view_of(upstream);
   op.hidden = hidden.data_ptr();
   if (need_x) op.grad_x = view_of(grad_x);

@@ -91,15 +91,23 @@ PackedWeights::PackedWeights(const Tensor& weight, const Pairs& pairs, bool tran
   const Element type = element_of(weight);
   // Transposed: stored (E, n, K); otherwise (E, K, n).
   const int64_t K = weight.size(transposed ? 2 : 1), n = weight.size(transposed ? 1 : 2);
+  const int64_t width = CLK_CALL(panel_columns, type, n);
+  const bool in_place = !transposed && n % width == 0 && weight.scalar_type() == compute_type(weight);
   const int64_t bytes = (CLK_CALL(packed_bytes, type, K, n) + 63) / 64 * 64;
+  step_ = in_place ? width : K * width;
+  ld_ = in_place ? n : width;
   std::vector<int64_t> used;
   for (int64_t e = 0; e < weight.size(0); ++e) {
     if (pairs.count(e) > 0) used.push_back(e);
   }
-  memory_.reset(new char[used.size() * static_cast<size_t>(bytes) + 64]);
-  char* base = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64);
   const char* source = data<char>(weight);
   const int64_t stride = K * n * static_cast<int64_t>(weight.element_size());
+  if (in_place) {
+    for (int64_t e : used) experts_[static_cast<size_t>(e)] = source + e * stride;
+    return;
+  }
+  memory_.reset(new char[used.size() * static_cast<size_t>(bytes) + 64]);
+  char* base = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64);
   torch::stable::parallel_for(0, static_cast<int64_t>(used.size()), 1 + (1 << 16) / (K * n + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t e = used[static_cast<size_t>(i)];

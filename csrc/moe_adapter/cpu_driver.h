@@ -44,15 +44,17 @@ struct Pairs {
   }
 };
 
-// The (E, n, K) or (E, K, n) weights of the experts that somebody chose, packed for products of depth K with n columns.
+// The (E, K, n) or, transposed, (E, n, K) weights of the experts that somebody chose, for products of depth K with n columns: packed, or
+// where they lie if they need neither transposing, nor converting, nor padding.
 class PackedWeights {
  public:
   PackedWeights(const Tensor& weight, const Pairs& pairs, bool transposed);
-  const void* const* experts() const { return experts_.data(); }
+  Weights weights() const { return {experts_.data(), step_, ld_}; }
 
  private:
   std::unique_ptr<char[]> memory_;
   std::vector<const void*> experts_;
+  int64_t step_, ld_;
 };
 
 // Calls `run(tile, scratch)` for all tiles, in parallel; for tokens routed one by one, slot after slot.

@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor> moe_adapter_cpu(Tensor x, Tensor expert_ids, Tensor g
   const Tiles tiles(s, data<int64_t>(ids));
   Forward op{};
   fill(op, s, rows, ids, g, b_up, scale, dropout_p);
-  op.packed_in = packed_down.experts();
-  op.packed_out = packed_up.experts();
+  op.narrow = packed_down.weights();
+  op.widen = packed_up.weights();
   op.x = view_of(rows);
   op.out = view_of(out);
   if (base.has_value()) op.residual = view_of(*base);

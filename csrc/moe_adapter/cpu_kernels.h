@@ -18,14 +18,20 @@ struct View {
   int64_t sample_stride = 0, token_stride = 0;
 };
 
+// The weights of every expert as the right-hand side B (K, n) of products: panel p of expert e starts at experts[e] + p · step, its rows
+// lie ld apart. Null where nobody chose the expert.
+struct Weights {
+  const void* const* experts;
+  int64_t step, ld;
+};
+
 struct Problem {
   Element type;
   int64_t length, width, rank, experts, slots;  // L, D, R, E, k
   const int64_t* expert_ids;                    // (B, k)
   const void* gates;                            // (B, k), compute type
   double scale, dropout_p;
-  const void* const* packed_in;   // per expert: the matrix from D to R, packed; null where nobody chose it
-  const void* const* packed_out;  // per expert: the matrix from R to D, packed
+  Weights narrow, widen;                        // from D to R, and from R to D; compute type
   const void* up_bias;            // (E, D)
   void* sums;                     // (B L, D) compute type, holds 16-bit results between slots; or null
 };
@@ -67,14 +73,15 @@ struct ExpertGradients : Problem {
 #define CLK_DECLARE(ISA)                                                                                               \
   namespace ISA {                                                                                                      \
   int64_t tile_rows();                                                                                                 \
+  int64_t panel_columns(Element type, int64_t n);                                                                      \
   int64_t packed_bytes(Element type, int64_t K, int64_t n);                                                            \
   void pack_weight(Element type, const void* source, int64_t K, int64_t n, int64_t row, int64_t column, void* packed); \
   int64_t tile_scratch(const Problem& problem);                                                                        \
   void forward_tile(const Forward& op, const Tile& tile, void* scratch);                                               \
   void backward_tile(const Backward& op, const Tile& tile, void* scratch);                                             \
-  int64_t gradient_columns(Element type);                                                                              \
+  int64_t gradient_columns(Element type, int64_t width, int64_t experts);                                              \
   int64_t gradient_scratch(const Problem& problem);                                                                    \
-  void gradient_block(const ExpertGradients& op, int64_t first_column, void* scratch);                                 \
+  void gradient_block(const ExpertGradients& op, int64_t first_column, int64_t columns, void* scratch);                \
   }
 CLK_DECLARE(baseline)
 CLK_DECLARE(avx2)

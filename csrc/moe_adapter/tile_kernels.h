@@ -1,0 +1,280 @@
+// Forward and backward pass over one tile of tokens, for per-instruction-set files: internal linkage.
+#pragma once
+
+#include "common/convert.h"
+#include "common/gemm.h"
+#include "common/philox.h"
+#include "common/scalar.h"
+#include "moe_adapter/arena.h"
+#include "moe_adapter/cpu_kernels.h"
+
+namespace clk {
+namespace moe {
+namespace {
+
+template <typename C>
+struct Scratch {
+  C* rows;       // (kTileRows, D): the tile in compute type, where it cannot be read in place
+  C* hidden;     // (k, kTileRows, R padded)
+  C* panel;      // (kTileRows, panel width)
+  C* bias;       // (panel width)
+  C* factor;     // (R)
+  C* weight;     // (k, kTileRows): gate · scale
+  int64_t* slot;    // (k)
+  int64_t* expert;  // (k)
+
+  Scratch(Arena& arena, const Problem& p)
+      : rows(arena.take<C>(kTileRows * p.width)),
+        hidden(arena.take<C>(p.slots * kTileRows * padded<C>(p.rank))),
+        panel(arena.take<C>(kTileRows * panel_width<C>(p.width))),
+        bias(arena.take<C>(panel_width<C>(p.width))),
+        factor(arena.take<C>(p.rank)),
+        weight(arena.take<C>(p.slots * kTileRows)),
+        slot(arena.take<int64_t>(p.slots)),
+        expert(arena.take<int64_t>(p.slots)) {}
+};
+
+// Sample and token of every row of a tile.
+struct Rows {
+  int64_t n, sample[kTileRows], token[kTileRows];
+
+  Rows(const Problem& p, const Tile& t) : n(t.rows) {
+    for (int64_t i = 0; i < n; ++i) {
+      sample[i] = t.gathered ? t.gathered[i] / p.length : t.sample;
+      token[i] = t.gathered ? t.gathered[i] % p.length : t.first + i;
+    }
+  }
+
+  template <typename T>
+  T* in(const View& view, int64_t i) const {
+    return static_cast<T*>(view.data) + sample[i] * view.sample_stride + token[i] * view.token_stride;
+  }
+
+  // Linear index of (sample, slot, token) in (B, k, L).
+  int64_t index(const Problem& p, int64_t i, int64_t slot) const {
+    return (sample[i] * p.slots + slot) * p.length + token[i];
+  }
+};
+
+// The rows of a tile in compute type: read in place where they are evenly spaced, copied into `buffer` otherwise.
+template <typename T, typename C>
+Matrix<C> compute_rows(const View& view, const Tile& t, const Rows& rows, int64_t width, C* buffer) {
+  if constexpr (sizeof(T) == sizeof(C)) {
+    if (!t.gathered) return {rows.in<const T>(view, 0), view.token_stride};
+  }
+  for (int64_t i = 0; i < rows.n; ++i) {
+    const T* source = rows.in<const T>(view, i);
+    convert(source, width, buffer + i * width);
+  }
+  return {buffer, width};
+}
+
+// C (rows, n) = A (rows, K) · the weights of one expert.
+template <typename C>
+void multiply(int64_t rows, Matrix<C> a, const Weights& weights, int64_t expert, int64_t K, int64_t n, C* c, int64_t ldc) {
+  const int64_t width = panel_width<C>(n);
+  const C* panel = static_cast<const C*>(weights.experts[expert]);
+  for (int64_t start = 0; start < n; start += width, panel += weights.step) {
+    multiply_panel<C>(static_cast<int>(rows), a.data, a.ld, panel, weights.ld, K, width, c + start, ldc, false);
+  }
+}
+
+// Σ a·b with sixteen running sums, added up in a fixed order.
+template <typename C, typename T>
+C dot(const C* a, const T* b, int64_t n) {
+  C lanes[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (int u = 0; u < 16; ++u) lanes[u] += a[i + u] * static_cast<C>(load(b + i + u));
+  }
+  for (int u = 0; i < n; ++i, ++u) lanes[u] += a[i] * static_cast<C>(load(b + i));
+  C total = 0;
+  for (int u = 0; u < 16; ++u) total += lanes[u];
+  return total;
+}
+
+// What is added to one panel of one row before it is written.
+template <typename T, typename C>
+struct RowEnd {
+  const C* line;   // the product
+  const C* bias;   // per column, or null
+  C weight;        // of the bias
+  const T* before; // the residual or what is there already, or null
+  const C* sum;    // what is there already, in compute type, or null
+  C* next_sum;     // where the result goes in compute type, or null: to target
+  T* target;
+};
+
+template <typename T, typename C>
+void end_row(const RowEnd<T, C>& r, int64_t columns) {
+  constexpr int64_t W = kLanes<C>;
+  int64_t j = 0;
+  for (; j + W <= columns; j += W) {
+    Vec<C> total = load_vector(r.line + j);
+    if (r.bias) total += r.weight * load_vector(r.bias + j);
+    if (r.before) total += load_vector(r.before + j);
+    if (r.sum) total += load_vector(r.sum + j);
+    if (r.next_sum) {
+      store_vector(r.next_sum + j, total);
+    } else {
+      store_vector(r.target + j, total);
+    }
+  }
+  for (; j < columns; ++j) {
+    C total = r.line[j];
+    if (r.bias) total += r.weight * r.bias[j];
+    if (r.before) total += static_cast<C>(load(r.before + j));
+    if (r.sum) total += r.sum[j];
+    if (r.next_sum) {
+      r.next_sum[j] = total;
+    } else {
+      store(r.target + j, total);
+    }
+  }
+}
+
+// out rows (+)= Σ_s hidden_s · widen[expert_s], plus what belongs to the rows: earlier slots, or the residual, and biases.
+template <typename T, typename C>
+void write_rows(const Problem& p, const Tile& t, const Rows& rows, const Scratch<C>& s, int64_t active, const View& residual,
+                const View& out, const T* bias) {
+  const int64_t width = panel_width<C>(p.width), ldh = padded<C>(p.rank);
+  C* sums = static_cast<C*>(p.sums);
+  for (int64_t start = 0; start < p.width; start += width) {
+    const int64_t columns = p.width - start < width ? p.width - start : width;
+    // The lines that will be written are fetched while the product is formed.
+    for (int64_t i = 0; i < rows.n; ++i) {
+      const char* line = reinterpret_cast<const char*>(rows.in<T>(out, i) + start);
+      for (int64_t byte = 0; byte < columns * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(line + byte, 1);
+    }
+    for (int64_t a = 0; a < active; ++a) {
+      const C* weights = static_cast<const C*>(p.widen.experts[s.expert[a]]) + start / width * p.widen.step;
+      multiply_panel<C>(static_cast<int>(rows.n), s.hidden + a * kTileRows * ldh, ldh, weights, p.widen.ld, p.rank, width, s.panel, width,
+                        a > 0);
+    }
+    if (active == 0) {
+      for (int64_t i = 0; i < rows.n * width; ++i) s.panel[i] = C(0);
+    }
+    // Rows of one sample share their gates: their biases are added up once. Gathered rows have one expert and gates of their own.
+    if (bias) {
+      for (int64_t j = 0; j < columns; ++j) s.bias[j] = C(0);
+      for (int64_t a = 0; a < active; ++a) {
+        const C w = t.gathered ? C(1) : s.weight[a * kTileRows];
+        const T* b = bias + s.expert[a] * p.width + start;
+        for (int64_t j = 0; j < columns; ++j) s.bias[j] += w * static_cast<C>(load(b + j));
+      }
+    }
+    for (int64_t i = 0; i < rows.n; ++i) {
+      C* sum = sums ? sums + (rows.sample[i] * p.length + rows.token[i]) * p.width + start : nullptr;
+      RowEnd<T, C> row{};
+      row.line = s.panel + i * width;
+      row.target = rows.in<T>(out, i) + start;
+      row.bias = bias && active ? s.bias : nullptr;
+      row.weight = t.gathered ? s.weight[i] : C(1);
+      if (t.opens && residual.data) row.before = rows.in<const T>(residual, i) + start;
+      if (!t.opens && !sum) row.before = row.target;
+      if (!t.opens) row.sum = sum;
+      if (!t.closes) row.next_sum = sum;
+      end_row(row, columns);
+    }
+  }
+}
+
+template <typename Body>
+void for_each_slot(const Problem& p, const Tile& t, Body body) {
+  const int64_t begin = t.gathered ? t.slot : 0, end = t.gathered ? t.slot + 1 : p.slots;
+  for (int64_t j = begin; j < end; ++j) {
+    const int64_t e = t.gathered ? t.expert : p.expert_ids[t.sample * p.slots + j];
+    body(j, e, e >= 0 && e < p.experts);
+  }
+}
+
+template <typename T>
+void forward(const Forward& op, const Tile& t, void* memory) {
+  using C = compute_t<T>;
+  Arena arena{static_cast<char*>(memory)};
+  const Scratch<C> s(arena, op);
+  const Rows rows(op, t);
+  const Matrix<C> x = compute_rows<T, C>(op.x, t, rows, op.width, s.rows);
+  const int64_t ldh = padded<C>(op.rank);
+  const C* gates = static_cast<const C*>(op.gates);
+  T* hidden = static_cast<T*>(op.hidden);
+  const C grown = static_cast<C>(1.0 / (1.0 - op.dropout_p));
+  const float p = static_cast<float>(op.dropout_p);
+  int64_t active = 0;
+  for_each_slot(op, t, [&](int64_t j, int64_t e, bool valid) {
+    if (!valid) {
+      for (int64_t i = 0; hidden && i < rows.n; ++i) {
+        T* saved = hidden + rows.index(op, i, j) * op.rank;
+        for (int64_t r = 0; r < op.rank; ++r) store(saved + r, C(0));
+      }
+      return;
+    }
+    C* h = s.hidden + active * kTileRows * ldh;
+    multiply<C>(rows.n, x, op.narrow, e, op.width, op.rank, h, ldh);
+    const T* bias = static_cast<const T*>(op.down_bias) + e * op.rank;
+    for (int64_t i = 0; i < rows.n; ++i) {
+      C* line = h + i * ldh;
+      const int64_t offset = rows.index(op, i, j) * op.rank;
+      const C weight = gates[rows.sample[i] * op.slots + j] * static_cast<C>(op.scale);
+      for (int64_t r = 0; r < op.rank; ++r) {
+        const C value = line[r] + static_cast<C>(load(bias + r));
+        line[r] = value < C(0) ? C(0) : value;  // NaN passes
+      }
+      if (op.dropout_p > 0) {
+        const int64_t counter = rows.index(op, i, j) * ((op.rank + 3) / 4);
+        dropout_factors(op.seed, static_cast<uint64_t>(counter), p, grown, op.rank, s.factor);
+        for (int64_t r = 0; r < op.rank; ++r) line[r] *= s.factor[r];
+      }
+      if (hidden) {
+        convert(line, op.rank, hidden + offset);
+      }
+      for (int64_t r = 0; r < op.rank; ++r) line[r] *= weight;
+      s.weight[active * kTileRows + i] = weight;
+    }
+    s.expert[active++] = e;
+  });
+  write_rows<T, C>(op, t, rows, s, active, op.residual, op.out, static_cast<const T*>(op.up_bias));
+}
+
+template <typename T>
+void backward(const Backward& op, const Tile& t, void* memory) {
+  using C = compute_t<T>;
+  Arena arena{static_cast<char*>(memory)};
+  const Scratch<C> s(arena, op);
+  const Rows rows(op, t);
+  const Matrix<C> grad = compute_rows<T, C>(op.grad, t, rows, op.width, s.rows);
+  const int64_t ldh = padded<C>(op.rank);
+  const C* gates = static_cast<const C*>(op.gates);
+  C* gate_terms = static_cast<C*>(op.gate_terms);
+  C* grad_pre = static_cast<C*>(op.grad_pre);
+  const C scale = static_cast<C>(op.scale), grown = static_cast<C>(1.0 / (1.0 - op.dropout_p));
+  int64_t active = 0;
+  for_each_slot(op, t, [&](int64_t j, int64_t e, bool valid) {
+    if (!valid) {
+      for (int64_t i = 0; gate_terms && i < rows.n; ++i) gate_terms[rows.index(op, i, j)] = C(0);
+      return;
+    }
+    C* g = s.hidden + active * kTileRows * ldh;
+    multiply<C>(rows.n, grad, op.narrow, e, op.width, op.rank, g, ldh);
+    for (int64_t i = 0; i < rows.n; ++i) {
+      C* line = g + i * ldh;
+      const int64_t index = rows.index(op, i, j);
+      const T* h = static_cast<const T*>(op.hidden) + index * op.rank;
+      if (gate_terms) {
+        const T* bias = static_cast<const T*>(op.up_bias) + e * op.width;
+        gate_terms[index] = scale * (dot(line, h, op.rank) + dot(grad.data + i * grad.ld, bias, op.width));
+      }
+      const C factor = gates[rows.sample[i] * op.slots + j] * scale * grown;
+      for (int64_t r = 0; r < op.rank; ++r) line[r] = load(h + r) <= C(0) ? C(0) : factor * line[r];
+      if (grad_pre) {
+        convert(line, op.rank, grad_pre + index * op.rank);
+      }
+    }
+    s.expert[active++] = e;
+  });
+  if (op.grad_x.data) write_rows<T, C>(op, t, rows, s, active, View{}, op.grad_x, nullptr);
+}
+
+}  // namespace
+}  // namespace moe
+}  // namespace clk
