@@ -35,6 +35,8 @@ SHAPES = [
     (60, None, 31, 9, 2, 3),
     (5, 2, 64, 33, 3, 3),
     (1, 1, 1, 1, 1, 1),
+    (2, 230, 64, 64, 3, 2),  # several chunks of a sample, weights and rows used where they lie
+    (9, 21, 64, 13, 2, 1),  # chunks that span samples
 ]
 
 
