@@ -13,7 +13,7 @@ SEED   ?= 0
 ORDER  ?= I
 METHODS := zero_shot,finetune,zscl,moe_adapters
 
-.PHONY: install mini test lint test-unit test-interpreter test-aot test-install wheel clean
+.PHONY: install mini test lint test-unit test-interpreter test-aot test-install sanitize fuzz bench wheel clean
 
 install: $(STAMP)
 
@@ -48,6 +48,18 @@ test-aot: install
 
 test-install: install
 	bash tests/packaging/check_without_compiler.sh $(BIN)/python
+
+# Slower checks, by hand: the compiled kernels under sanitizers, many random cases, and how fast everything is.
+CASES ?= 100000
+
+sanitize: install
+	bash tests/packaging/check_sanitizers.sh $(BIN)/python
+
+fuzz: install
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tests/fuzz/fuzz_cases.py --cases $(CASES)
+
+bench: install
+	$(BIN)/pytest -c benchmarks/pytest.ini benchmarks --benchmark-json=benchmark.json
 
 wheel: install
 	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist

@@ -8,6 +8,7 @@ Environment:
     CL_KERNELS_CUDA=0            leave CUDA out even where nvcc is found
     CL_KERNELS_CUDA_ARCHS        semicolon-separated, instead of CUDA_ARCHITECTURES below
     CXX, NVCC, MAX_JOBS          compilers and number of parallel jobs
+    CL_KERNELS_CXXFLAGS          added to every C++ compilation and to the link, such as -fsanitize=address
 """
 
 from __future__ import annotations
@@ -139,10 +140,11 @@ def compile_native(output: Path, host_output: Path, work: Path) -> dict:
     defines = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}" + (" -DCLK_MULTIVERSION" if x86 else "")
     defines += " -DCLK_WITH_CUDA -DUSE_CUDA" if nvcc else ""
     common = f"-O3 -std=c++17 {defines} {includes}"
+    extra = os.environ.get("CL_KERNELS_CXXFLAGS", "")
 
     graph = NinjaFile()
     warnings = "-Wall -Wno-unused-function"
-    compile_cxx = f"{cxx} -MMD -MF $out.d -fPIC -fvisibility=hidden {warnings} {common} $flags -c $in -o $out"
+    compile_cxx = f"{cxx} -MMD -MF $out.d -fPIC -fvisibility=hidden {warnings} {common} {extra} $flags -c $in -o $out"
     graph.rule("cxx", compile_cxx, depfile=True)
     objects = []
     for source in sorted(CSRC.rglob("*.cpp")):
@@ -171,7 +173,7 @@ def compile_native(output: Path, host_output: Path, work: Path) -> dict:
             "link", f"{nvcc} -shared -cudart static $in -Xlinker --no-as-needed {libraries} -o $out", depfile=False
         )
     else:
-        graph.rule("link", f"{cxx} -shared $in -Wl,--no-as-needed {libraries} -o $out", depfile=False)
+        graph.rule("link", f"{cxx} -shared {extra} $in -Wl,--no-as-needed {libraries} -o $out", depfile=False)
     graph.build(output, "link", objects)
 
     python_include = sysconfig.get_path("include")
@@ -179,7 +181,7 @@ def compile_native(output: Path, host_output: Path, work: Path) -> dict:
         f"-I{pybind11.get_include()} -I{python_include} -DCLK_CUDA_ARCHITECTURES='\"{' '.join(architectures)}\"'"
     )
     host_object = graph.build(work / "host.o", "cxx", [CSRC / "host.cpp"], host_flags)
-    graph.rule("link_host", f"{cxx} -shared $in -o $out", depfile=False)
+    graph.rule("link_host", f"{cxx} -shared {extra} $in -o $out", depfile=False)
     graph.build(host_output, "link_host", [host_object, work / "common" / "isa.o"])
 
     work.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import resource
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,6 @@ from typing import Any
 import torch
 
 import cl_kernels
-
-_CLEAR_PEAK = Path("/proc/self/clear_refs")
-_STATUS = Path("/proc/self/status")
 
 
 def choose_device(name: str) -> torch.device:
@@ -52,25 +47,6 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             for operation, backends in cl_kernels.backends().items()
         },
     }
-
-
-def start_peak_memory(device: torch.device) -> None:
-    """Begin a new measurement of :func:`peak_memory_bytes`, where the system lets it: not what an earlier run needed."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif os.access(_CLEAR_PEAK, os.W_OK):
-        _CLEAR_PEAK.write_text("5")
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Largest amount of memory so far: allocated by torch on a GPU, resident in this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if _STATUS.is_file():
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024  # kilobytes elsewhere
 
 
 def _version(package: str) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cl_kernels.profile import peak_memory_bytes, start_peak_memory
 from cl_methods.backbone import load_backbone
 from cl_methods.evaluation.accuracy import accuracy_row
 from cl_methods.methods import METHODS, Method
@@ -19,7 +20,7 @@ from cl_methods.scenarios.base import Scenario
 from cl_methods.seeding import derive_seed, seed_everything
 from cl_methods.training.checkpoints import Checkpoint, RunDirectory, RunDirectoryError, TrainingProgress
 from cl_methods.training.config import RunConfig, differences
-from cl_methods.training.environment import choose_device, describe_environment, peak_memory_bytes, start_peak_memory
+from cl_methods.training.environment import choose_device, describe_environment
 from cl_methods.training.loop import Continuation, StepReport, train_task
 from cl_methods.training.progress import RunProgress
 from cl_methods.training.result import run_result

@@ -1,0 +1,48 @@
+"""The counts and the memory figures that benchmarks and run results are made of."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from cl_kernels.profile import ExtraMemory, OperationCount, peak_memory_bytes, start_peak_memory
+
+CPU = torch.device("cpu")
+MIB = 2**20
+linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+
+
+def test_views_are_not_operations():
+    x = torch.ones(3, 4)
+    with OperationCount() as count:
+        (x.T.reshape(2, 6)[0] + 1).mul_(2)
+    assert count.by_name == {"aten::clone": 1, "aten::_unsafe_view": 1, "aten::add": 1, "aten::mul_": 1}
+    assert count.operations == 4
+
+
+@linux
+def test_peak_memory_is_that_since_the_start():
+    large = torch.ones(64, MIB)  # 256 MiB
+    before = peak_memory_bytes(CPU)
+    del large
+    start_peak_memory(CPU)
+    assert peak_memory_bytes(CPU) < before - 200 * MIB
+    torch.ones(32, MIB)
+    assert peak_memory_bytes(CPU) > before - 160 * MIB
+
+
+@linux
+@pytest.mark.parametrize("mebibytes", [1, 40])
+def test_extra_memory_sees_what_was_needed_for_a_moment(mebibytes):
+    torch.ones(mebibytes, MIB // 4).sum()  # whatever a first call sets up, and memory that the allocator might keep
+    with ExtraMemory(CPU) as extra:
+        torch.ones(mebibytes, MIB // 4).sum()
+    assert extra.bytes is not None
+    assert abs(extra.bytes - mebibytes * MIB) < MIB / 2
+
+
+def test_a_failure_inside_is_not_hidden():
+    with pytest.raises(ZeroDivisionError), ExtraMemory(CPU):
+        1 / 0  # noqa: B018
