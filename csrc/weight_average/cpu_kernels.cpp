@@ -8,6 +8,9 @@
 
 #include "weight_average/cpu_kernels.h"
 
+#include <type_traits>
+
+#include "weight_average/blocks.h"
 #include "weight_average/stochastic.h"
 
 namespace clk {
@@ -29,19 +32,6 @@ inline void prefetch_next_page(const void* position, int64_t bytes) {
 #endif
 }
 
-template <typename Dst, typename Src, bool THREE>
-inline compute_t<Dst> averaged(const Dst* dst, const Src* src, const compute_t<Dst>* other, int64_t i, compute_t<Dst> w, compute_t<Dst> u) {
-  using C = compute_t<Dst>;
-  const C a = load(dst + i);
-  const C result = a + w * (static_cast<C>(load(src + i)) - a);
-  return THREE ? result + u * (other[i] - a) : result;
-}
-
-template <typename C, typename T>
-void widen(C* __restrict out, const T* __restrict in, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<C>(load(in + i));
-}
-
 template <typename C>
 void widen_any(C* out, Storage type, const void* in, int64_t start, int64_t n) {
   switch (type) {
@@ -52,50 +42,87 @@ void widen_any(C* out, Storage type, const void* in, int64_t start, int64_t n) {
   }
 }
 
-template <typename Dst, typename Src, bool THREE>
-void block_nearest(Dst* __restrict dst, const Src* __restrict src, const compute_t<Dst>* __restrict other, int64_t n, compute_t<Dst> w,
-                   compute_t<Dst> u) {
-  for (int64_t i = 0; i < n; ++i) store(dst + i, averaged<Dst, Src, THREE>(dst, src, other, i, w, u));
-}
-
-template <typename Dst, typename Src, bool THREE>
-void block_stochastic(Dst* __restrict dst, const Src* __restrict src, const float* __restrict other, int64_t n, float w, float u,
-                      uint64_t seed, uint64_t counter) {
-  float exact[kBlock];
-  uint16_t bits[kBlock];
-  for (int64_t i = 0; i < n; ++i) exact[i] = averaged<Dst, Src, THREE>(dst, src, other, i, w, u);
-  random_bits<kBlock>(seed, counter, bits);
-  for (int64_t i = 0; i < n; ++i) store_stochastic(dst + i, exact[i], bits[i]);
-}
-
-template <typename Dst, typename Src, bool THREE>
-void average(const AveragePiece& piece, const AverageRule& rule) {
+// out may be dst, which is read and written at the same place.
+template <typename Out, typename Dst, typename Src, bool THREE>
+inline void block(Out* out, const Dst* dst, const Src* src, const compute_t<Dst>* other, int64_t n, compute_t<Dst> w, compute_t<Dst> u) {
   using C = compute_t<Dst>;
-  Dst* dst = static_cast<Dst*>(piece.dst);
-  const Src* src = static_cast<const Src*>(piece.src);
-  const C w = static_cast<C>(rule.weight), u = static_cast<C>(rule.other_weight);
-  C other[THREE ? kBlock : 1];
-  const auto block = [&](int64_t start, int64_t n) __attribute__((always_inline)) {
-    prefetch_next_page(src + start, kBlock * sizeof(Src));
-    prefetch_next_page(dst + start, kBlock * sizeof(Dst));
-    if constexpr (THREE) widen_any(other, piece.other_type, piece.other, start, n);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const C a = load(dst + i);
+    C result = a + w * (static_cast<C>(load(src + i)) - a);
+    if (THREE) result += u * (other[i] - a);
+    store(out + i, result);
+  }
+}
+
+template <typename T>
+constexpr bool kIsHalf = false;
+template <>
+constexpr bool kIsHalf<Half> = true;
+
+template <typename Dst, typename Src, bool THREE>
+class Average {
+  using C = compute_t<Dst>;
+  using Readable = std::conditional_t<kIsHalf<Src>, C, Src>;  // what blocks of Src are read as
+
+ public:
+  Average(const AveragePiece& piece, const AverageRule& rule)
+      : piece_(piece), rule_(rule), w_(static_cast<C>(rule.weight)), u_(static_cast<C>(rule.other_weight)) {}
+
+  void run() {
+    int64_t start = 0;
+    for (; start + kBlock <= piece_.n; start += kBlock) step(start, kBlock);  // a constant length leaves no remainder to test for
+    if (start < piece_.n) step(start, piece_.n - start);
+  }
+
+ private:
+  inline __attribute__((always_inline)) void step(int64_t start, int64_t n) {
+    Dst* dst = static_cast<Dst*>(piece_.dst) + start;
+    const Src* src = static_cast<const Src*>(piece_.src) + start;
+    prefetch_next_page(src, kBlock * sizeof(Src));
+    prefetch_next_page(dst, kBlock * sizeof(Dst));
+    const Readable* value;
+    if constexpr (kIsHalf<Src>) {
+      widen(value_, src, n);
+      value = value_;
+    } else {
+      value = src;
+    }
+    if constexpr (THREE) widen_any(other_, piece_.other_type, piece_.other, start, n);
     if constexpr (sizeof(Dst) == 2) {
-      if (rule.stochastic) {
-        block_stochastic<Dst, Src, THREE>(dst + start, src + start, other, n, w, u, rule.seed,
-                                          piece.counter + static_cast<uint64_t>(start / kElementsPerCounter));
-        return;
+      if (kIsHalf<Dst> || rule_.stochastic) return step_in_buffer(dst, value, start, n);
+    }
+    block<Dst, Dst, Readable, THREE>(dst, dst, value, other_, n, w_, u_);
+  }
+
+  // By way of the exact result in the first-level cache.
+  void step_in_buffer(Dst* dst, const Readable* value, int64_t start, int64_t n) {
+    widen(exact_, dst, n);
+    block<float, float, Readable, THREE>(exact_, exact_, value, other_, n, w_, u_);
+    if (rule_.stochastic) {
+      random_bits<kBlock>(rule_.seed, piece_.counter + static_cast<uint64_t>(start / kElementsPerCounter), random_);
+      if constexpr (kIsHalf<Dst>) {
+        for (int64_t i = 0; i < n; ++i) exact_[i] = round_to_half(exact_[i], random_[i]);
+      } else {
+        for (int64_t i = 0; i < n; ++i) dst[i].bits = round_to_bfloat16(exact_[i], random_[i]);
       }
     }
-    block_nearest<Dst, Src, THREE>(dst + start, src + start, other, n, w, u);
-  };
-  int64_t start = 0;
-  for (; start + kBlock <= piece.n; start += kBlock) block(start, kBlock);  // a constant length leaves no remainder to test for
-  if (start < piece.n) block(start, piece.n - start);
-}
+    if constexpr (kIsHalf<Dst>) narrow(dst, exact_, n);
+  }
+
+  const AveragePiece& piece_;
+  const AverageRule& rule_;
+  const C w_, u_;
+  C value_[kIsHalf<Src> ? kBlock : 1];
+  C other_[THREE ? kBlock : 1];
+  float exact_[sizeof(Dst) == 2 ? kBlock : 1];
+  uint16_t random_[sizeof(Dst) == 2 ? kBlock : 1];
+};
 
 template <typename Dst, typename Src>
 void average_from(const AveragePiece& piece, const AverageRule& rule) {
-  return piece.other != nullptr ? average<Dst, Src, true>(piece, rule) : average<Dst, Src, false>(piece, rule);
+  if (piece.other != nullptr) return Average<Dst, Src, true>(piece, rule).run();
+  Average<Dst, Src, false>(piece, rule).run();
 }
 
 template <typename Dst>
