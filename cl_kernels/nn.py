@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cl_kernels.averager import BetaWeights, WeightAverager
 from cl_kernels.distill_kl import distill_kl
 from cl_kernels.gating import top_k_gating
 from cl_kernels.moe_adapter import moe_adapter
-from cl_kernels.weight_average import average_
+
+__all__ = ["AdapterExperts", "BetaWeights", "DistillKL", "MoEAdapter", "WeightAverager"]
 
 
 class AdapterExperts(nn.Module):
@@ -178,110 +178,3 @@ class DistillKL(nn.Module):
             sample_weight=sample_weight,
             reduction=self.reduction,
         )
-
-
-class WeightAverager:
-    """An average of a model's weights over time: running mean or exponential, ``a ← a + w · (θ − a)`` in place.
-
-    Starts as a copy of the model, which counts as the first snapshot. :meth:`update` uses ``w = 1/(snapshots + 1)`` (so the
-    average is the plain mean of all snapshots), or ``w = 1 − decay``; :meth:`interpolate` any ``w``. Floating-point parameters and
-    buffers are averaged, all others copied from the latest model. Parameters that are tied appear once.
-
-    Attributes:
-        snapshots: models in the average, the first included; a Python number, so no device is asked for it.
-        tensors: the averages by their state-dict names.
-
-    Args:
-        model: the start of the average; later models must have the same names and shapes.
-        decay: of an exponential average, in [0, 1); None for the running mean.
-        dtype: of the floating-point averages; float32 keeps those of 16-bit models from standing still, None is the model's own.
-
-    Raises:
-        ValueError: decay is out of range.
-
-    Source: Izmailov et al., 2018 (running mean); ZSCL (Zheng et al., 2023), section 3.3; Wortsman et al., 2022 (interpolation).
-    """
-
-    def __init__(
-        self, model: nn.Module, *, decay: float | None = None, dtype: torch.dtype | None = torch.float32
-    ) -> None:
-        if decay is not None and not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay: got {decay}, expected a number in [0, 1) or None for the running mean")
-        self.decay = decay
-        self.snapshots = 1
-        self.tensors = {
-            name: tensor.detach().to(dtype or tensor.dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
-            for name, tensor in _named_tensors(model).items()
-        }
-
-    def update(self, model: nn.Module) -> None:
-        """Take the model's weights in as the next snapshot.
-
-        Raises:
-            ValueError: the model's names or shapes differ from the first one's.
-        """
-        self.interpolate(model, 1 / (self.snapshots + 1) if self.decay is None else 1 - self.decay)
-        self.snapshots += 1
-
-    @torch.no_grad()
-    def interpolate(self, model: nn.Module, weight: float) -> None:
-        """Move the average by ``weight`` of the way to the model, without counting a snapshot (WiSE-FT).
-
-        Args:
-            model: where to.
-            weight: share of the model in the result.
-
-        Raises:
-            ValueError: the model's names or shapes differ from the first one's.
-        """
-        tensors = self._matching(model)
-        floating = [name for name, tensor in self.tensors.items() if tensor.is_floating_point()]
-        average_([self.tensors[name] for name in floating], [tensors[name].detach() for name in floating], weight)
-        for name, tensor in self.tensors.items():
-            if not tensor.is_floating_point():
-                tensor.copy_(tensors[name])
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Write the average into the model's parameters and buffers, in their dtypes.
-
-        Raises:
-            ValueError: the model's names or shapes differ from the first one's.
-        """
-        for name, tensor in self._matching(model).items():
-            tensor.copy_(self.tensors[name])
-
-    def state_dict(self) -> dict[str, Any]:
-        """``{"snapshots", "decay", "tensors"}``: plain numbers and tensors, loadable with ``weights_only=True``. Not copies."""
-        return {"snapshots": self.snapshots, "decay": self.decay, "tensors": dict(self.tensors)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a :meth:`state_dict`, in this average's dtypes and on its devices.
-
-        Raises:
-            ValueError: names, shapes or the decay differ.
-        """
-        if state["decay"] != self.decay:
-            raise ValueError(f"decay: the state was made with {state['decay']}, this average has {self.decay}")
-        _check_same(state["tensors"], self.tensors, "state")
-        for name, tensor in self.tensors.items():
-            tensor.copy_(state["tensors"][name])
-        self.snapshots = int(state["snapshots"])
-
-    def _matching(self, model: nn.Module) -> dict[str, Tensor]:
-        tensors = _named_tensors(model)
-        _check_same(tensors, self.tensors, "model")
-        return tensors
-
-
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _check_same(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    different = sorted(given.keys() ^ expected.keys())
-    if different:
-        raise ValueError(f"{what}: its tensors are not those of the average; first difference: {different[0]}")
-    for name, tensor in expected.items():
-        if given[name].shape != tensor.shape:
-            raise ValueError(f"{what}: {name} is {tuple(given[name].shape)}, expected {tuple(tensor.shape)}")
