@@ -82,7 +82,7 @@ void convert(const From* from, int64_t n, To* to) {
 
 // Transposes a square of vectors: halves of the square change places, then halves of the halves.
 template <typename C, int HALF = kLanes<C> / 2>
-inline void transpose(Vec<C> (&v)[kLanes<C>]) {
+inline void transpose_square(Vec<C> (&v)[kLanes<C>]) {
   typedef typename std::conditional<sizeof(C) == 4, int32_t, int64_t>::type Index;
   constexpr int W = kLanes<C>;
   Vec<Index> first, second;
@@ -97,7 +97,7 @@ inline void transpose(Vec<C> (&v)[kLanes<C>]) {
     v[i] = __builtin_shuffle(a, b, first);
     v[i + HALF] = __builtin_shuffle(a, b, second);
   }
-  if constexpr (HALF > 1) transpose<C, HALF / 2>(v);
+  if constexpr (HALF > 1) transpose_square<C, HALF / 2>(v);
 }
 
 // to[j * ldt + i] = from[i * ldf + j] for i < m, j < n.
@@ -111,7 +111,7 @@ void transposed_copy(const From* from, int64_t ldf, int64_t m, int64_t n, To* to
     for (; j + W <= n; j += W) {
       Vec<C> v[W];
       for (int64_t u = 0; u < W; ++u) v[u] = load_vector(from + (i + u) * ldf + j);
-      transpose<C>(v);
+      transpose_square<C>(v);
       for (int64_t u = 0; u < W; ++u) store_vector(to + (j + u) * ldt + i, v[u]);
     }
     for (; j < n; ++j) {
