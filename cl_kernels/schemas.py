@@ -28,13 +28,14 @@ SCHEMAS = {
     # student (N, d), teacher (K, N, d_t), anchors (M, d), teacher_anchors (M, d_t), weight (K, N) fp32/fp64, logit_scale () times
     # factor -> loss (), row_stats (1 + K, N): log-sum-exps over the anchors of student and teachers, column_stats (2 + K, M):
     # log-sum-exp over the rows of the student, weighted sum of the teachers' probabilities, log-sum-exps of the teachers.
-    # The statistics of a direction whose factor is 0 have no columns. With need_gradient the CPU kernels return, instead
-    # of statistics, gradient (N, d) fp32/fp64: that of the loss with respect to logit_scale · student; otherwise it has zero
-    # elements. The Triton kernels ignore need_gradient.
+    # The statistics of a direction whose factor is 0 have no columns. With need_student or need_anchors the CPU kernels return,
+    # instead of statistics, gradients (N, d) and (M, d) in fp32/fp64: those of the loss with respect to logit_scale · student and
+    # logit_scale · anchors; otherwise these have zero elements. The Triton kernels ignore both.
     "feature_distill_kl": (
         "(Tensor student, Tensor teacher, Tensor anchors, Tensor? teacher_anchors, Tensor? weight, Tensor? logit_scale, "
-        "float factor, float temperature, float rows, float columns, bool kl, bool mask_diagonal, bool need_gradient=False) "
-        "-> (Tensor loss, Tensor row_stats, Tensor column_stats, Tensor gradient)"
+        "float factor, float temperature, float rows, float columns, bool kl, bool mask_diagonal, "
+        "bool need_student=False, bool need_anchors=False) "
+        "-> (Tensor loss, Tensor row_stats, Tensor column_stats, Tensor student_gradient, Tensor anchors_gradient)"
     ),
     # Gradients that are not needed come back with zero elements; that of logit_scale in fp32/fp64.
     "feature_distill_kl_backward": (

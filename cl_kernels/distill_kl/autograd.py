@@ -35,16 +35,24 @@ def feature_distill_kl(
 ) -> Tensor:
     """The loss; ``teacher`` is (K, N, d_t), ``weight`` (K, N), ``options`` as in the schema.
 
-    On the CPU the gradient of the student's features comes with the loss: what it needs is in the cache by then, and would have to
-    be recomputed later. Gradients of the anchors are as large as these and wait for the backward pass.
+    On the CPU the gradients come with the loss: what they need is at hand by then, and would have to be recomputed later.
     """
     dtype = compute_dtype(student.dtype)
     tensor, factor = (logit_scale, 1.0) if isinstance(logit_scale, Tensor) else (None, logit_scale)
     weight = None if weight is None else weight.to(dtype)
+    now = backend == "cpu" and torch.is_grad_enabled()
     wanted = student.requires_grad or (tensor is not None and tensor.requires_grad)
-    now = backend == "cpu" and wanted and not anchors.requires_grad and torch.is_grad_enabled()
     loss, *_ = library.operator("feature_distill_kl", backend)(
-        student, teacher, anchors, teacher_anchors, weight, tensor, factor, *options, now
+        student,
+        teacher,
+        anchors,
+        teacher_anchors,
+        weight,
+        tensor,
+        factor,
+        *options,
+        now and wanted,
+        now and anchors.requires_grad,
     )
     return loss
 
@@ -86,14 +94,19 @@ def _feature_fake(
     columns: float,
     kl: bool,
     mask_diagonal: bool,
-    need_gradient: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_student: bool = False,
+    need_anchors: bool = False,
+) -> tuple[Tensor, ...]:
     K, N, _ = teacher.shape
     dtype = compute_dtype(student.dtype)
-    row_stats = student.new_empty(1 + K, N if rows and not need_gradient else 0, dtype=dtype)
-    column_stats = student.new_empty(2 + K, anchors.shape[0] if columns and not need_gradient else 0, dtype=dtype)
-    gradient = student.new_empty(student.shape if need_gradient else (0,), dtype=dtype)
-    return student.new_empty((), dtype=dtype), row_stats, column_stats, gradient
+    statistics = not (need_student or need_anchors)
+    return (
+        student.new_empty((), dtype=dtype),
+        student.new_empty(1 + K, N if rows and statistics else 0, dtype=dtype),
+        student.new_empty(2 + K, anchors.shape[0] if columns and statistics else 0, dtype=dtype),
+        student.new_empty(student.shape if need_student else (0,), dtype=dtype),
+        student.new_empty(anchors.shape if need_anchors else (0,), dtype=dtype),
+    )
 
 
 def _feature_fake_backward(
@@ -123,37 +136,36 @@ def _feature_fake_backward(
 
 
 def _feature_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, factor, temperature, rows, columns, _, mask_diagonal, need_gradient = inputs
+    *tensors, factor, temperature, rows, columns, _, mask_diagonal, need_student, need_anchors = inputs
     ctx.options = factor, temperature, rows, columns, mask_diagonal
-    ctx.need_gradient = need_gradient
-    if need_gradient:
+    ctx.with_loss = need_student or need_anchors
+    if ctx.with_loss:
         student, logit_scale = tensors[0], tensors[5]
         ctx.dtype = student.dtype
-        ctx.save_for_backward(output[3], logit_scale, student if ctx.needs_input_grad[5] else None)
+        ctx.save_for_backward(*output[3:], logit_scale, student if ctx.needs_input_grad[5] else None)
     else:
         ctx.save_for_backward(*tensors, *output[1:3])
 
 
 def _scaled(ctx: Any, grad: Tensor) -> tuple:
-    """Gradients of student and logit scale from the one that came with the loss."""
-    gradient, logit_scale, student = ctx.saved_tensors
+    """The gradients from those that came with the loss."""
+    of_student, of_anchors, logit_scale, student = ctx.saved_tensors
     upstream = grad * ctx.options[0]
-    of_student, _, _, _, _, of_scale, *_ = ctx.needs_input_grad
-    scaled = (
-        gradient * (upstream if logit_scale is None else upstream * logit_scale.to(grad.dtype)) if of_student else None
-    )
-    product = (gradient * student).sum() * upstream if of_scale else None
+    scale = upstream if logit_scale is None else upstream * logit_scale.to(grad.dtype)
+    needs = ctx.needs_input_grad
     return (
-        None if scaled is None else scaled.to(ctx.dtype),
-        *[None] * 4,
-        None if product is None else product.to(logit_scale.dtype),
-        *[None] * 7,
+        (of_student * scale).to(ctx.dtype) if needs[0] else None,
+        None,
+        (of_anchors * scale).to(ctx.dtype) if needs[2] else None,
+        *[None] * 2,
+        ((of_student * student).sum() * upstream).to(logit_scale.dtype) if needs[5] else None,
+        *[None] * 8,
     )
 
 
 def _feature_backward_of(namespace: str) -> Any:
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple:
-        if ctx.need_gradient:
+        if ctx.with_loss:
             return _scaled(ctx, grad)
         operation = getattr(torch.ops, namespace).feature_distill_kl_backward.default
         student, _, anchors, _, _, logit_scale, *_ = ctx.saved_tensors
@@ -162,7 +174,7 @@ def _feature_backward_of(namespace: str) -> Any:
         student, anchors, scale = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
         if scale is not None:
             scale = scale.to(logit_scale.dtype)
-        return student, None, anchors, None, None, scale, *[None] * 7
+        return student, None, anchors, None, None, scale, *[None] * 8
 
     return backward
 
@@ -195,9 +207,9 @@ def _triton(module: str, name: str) -> Any:
 
 
 def _triton_features(*arguments: Any) -> Any:
-    """Without ``need_gradient`` and its result: the backward pass has kernels of its own there."""
-    loss, row_stats, column_stats = _triton("triton_launch", "feature_distill_kl")(*arguments[:12])
-    return loss, row_stats, column_stats, loss.new_empty(0)
+    """Without gradients: the backward pass has kernels of its own there."""
+    found = _triton("triton_launch", "feature_distill_kl")(*arguments[:12])
+    return *found, *(found[0].new_empty(0) for _ in range(2))
 
 
 for _module, _name in (

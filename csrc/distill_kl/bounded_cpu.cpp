@@ -86,27 +86,28 @@ Buffer pack(const FeatureProblem& p) {
   return packed;
 }
 
-bool gradient_sweep(const BoundedProblem& b, const void* row_factors, const void* column_factors, bool need_rows, bool need_columns,
-                    PartialGradients& out) {
+bool gradient_sweep(const BoundedProblem& b, const void* row_factors, const void* column_factors, PartialGradients& out) {
   const FeatureProblem& p = *b.features;
-  const Groups groups = gradient_groups(p, need_rows, need_columns);
+  const Groups groups = gradient_groups(p, out.need_rows, out.need_columns);
   out.line = CLK_CALL(bounded_line, p);
   out.row_parts = groups.columns;
   out.column_parts = groups.rows;
   const int64_t row_bytes = p.N * out.line * element_size(p), column_bytes = p.M * out.line * element_size(p);
-  if (need_rows) out.rows.emplace(groups.columns * row_bytes);
-  if (need_columns) out.columns.emplace(groups.rows * column_bytes);
+  if (out.need_rows) out.rows.emplace(groups.columns * row_bytes);
+  if (out.need_columns) out.columns.emplace(groups.rows * column_bytes);
   return for_rectangles(p, groups, [&](const BoundedTask& task, int64_t r, int64_t c) {
     BoundedGradient gradient{row_factors, column_factors, nullptr, nullptr};
-    if (need_rows) gradient.rows = out.rows->as<char>() + c * row_bytes;
-    if (need_columns) gradient.columns = out.columns->as<char>() + r * column_bytes;
+    if (out.need_rows) gradient.rows = out.rows->as<char>() + c * row_bytes;
+    if (out.need_columns) gradient.columns = out.columns->as<char>() + r * column_bytes;
     return CLK_CALL(bounded_gradient, b, task, gradient);
   });
 }
 
 template <typename C>
-bool forward(const Inputs& in, const FeatureFactors& f, double* loss, C* row_stats, C* column_stats, C* gradient) {
+bool forward(const Inputs& in, const FeatureFactors& f, double* loss, C* row_stats, C* column_stats, PartialGradients& gradients) {
   const FeatureProblem& p = in.problem;
+  const bool gradient = gradients.need_rows || gradients.need_columns;
+  if (gradient) row_stats = column_stats = nullptr;
   const int64_t K = p.K, N = p.N_padded, M = p.M;
   const Buffer packed = pack(p);
   BoundedProblem b{&p, packed.as<char>(), nullptr, 0, weights_differ(p)};
@@ -173,16 +174,11 @@ bool forward(const Inputs& in, const FeatureFactors& f, double* loss, C* row_sta
     });
   }
   *loss *= f.temperature * f.temperature;
-  if (!gradient) return true;
-  PartialGradients partial;
-  if (!gradient_sweep(b, row_factors.data(), column_factors.data(), true, false, partial)) return false;
-  finish<C>(p.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32, partial.rows->as<C>(), partial.row_parts, p.N, p.d, partial.line, nullptr,
-            gradient, 1.0);
-  return true;
+  return !gradient || gradient_sweep(b, row_factors.data(), column_factors.data(), gradients);
 }
 
 template <typename C>
-bool backward(const Inputs& in, const FeatureFactors& f, const C* row_stats, const C* column_stats, bool need_rows, bool need_columns,
+bool backward(const Inputs& in, const FeatureFactors& f, const C* row_stats, const C* column_stats,
               PartialGradients& gradients) {
   const FeatureProblem& p = in.problem;
   const int64_t K = p.K, N = p.N_padded, M = p.M;
@@ -207,26 +203,27 @@ bool backward(const Inputs& in, const FeatureFactors& f, const C* row_stats, con
   }
   const Buffer packed = pack(p);
   const BoundedProblem b{&p, packed.as<char>(), nullptr, 0, true};
-  return gradient_sweep(b, row_factors.data(), column_factors.data(), need_rows, need_columns, gradients);
+  return gradient_sweep(b, row_factors.data(), column_factors.data(), gradients);
 }
 
 }  // namespace
 
-bool bounded_forward(const Inputs& in, const FeatureFactors& f, double* loss, void* row_stats, void* column_stats, void* gradient) {
+bool bounded_forward(const Inputs& in, const FeatureFactors& f, double* loss, void* row_stats, void* column_stats,
+                     PartialGradients& gradients) {
   if (!applies(in.problem)) return false;
   const auto run = [&](auto* typed) {
     using C = std::remove_pointer_t<decltype(typed)>;
-    return forward<C>(in, f, loss, static_cast<C*>(row_stats), static_cast<C*>(column_stats), static_cast<C*>(gradient));
+    return forward<C>(in, f, loss, static_cast<C*>(row_stats), static_cast<C*>(column_stats), gradients);
   };
   return in.problem.dtype == Dtype::f64 ? run(static_cast<double*>(nullptr)) : run(static_cast<float*>(nullptr));
 }
 
-bool bounded_backward(const Inputs& in, const FeatureFactors& f, const void* row_stats, const void* column_stats, bool need_rows,
-                      bool need_columns, PartialGradients& gradients) {
+bool bounded_backward(const Inputs& in, const FeatureFactors& f, const void* row_stats, const void* column_stats,
+                      PartialGradients& gradients) {
   if (!applies(in.problem)) return false;
   const auto run = [&](auto* typed) {
     using C = std::remove_pointer_t<decltype(typed)>;
-    return backward<C>(in, f, static_cast<const C*>(row_stats), static_cast<const C*>(column_stats), need_rows, need_columns, gradients);
+    return backward<C>(in, f, static_cast<const C*>(row_stats), static_cast<const C*>(column_stats), gradients);
   };
   return in.problem.dtype == Dtype::f64 ? run(static_cast<double*>(nullptr)) : run(static_cast<float*>(nullptr));
 }

@@ -68,6 +68,13 @@ inline Rows<C> rows_of(const void* from, int64_t first, int64_t n, int64_t d, bo
   return {to, stride};
 }
 
+template <typename C, typename T>
+inline Vec<C> vector_at(const T* from) {
+  C values[kLanes<C>];
+  for (int i = 0; i < kLanes<C>; ++i) values[i] = load(from + i);
+  return load_vector(values);
+}
+
 // Rows [n0, n0 + n) of `from` times `factor` as panels: [panel][d][width], zeros beyond n.
 template <typename C, typename T>
 inline void pack_rows(const void* from, int64_t n0, int64_t n, int64_t d, C factor, C* to) {
@@ -79,12 +86,14 @@ inline void pack_rows(const void* from, int64_t n0, int64_t n, int64_t d, C fact
     C* out = to + panel * d + j - panel;
     for (int64_t k = 0; k < d; k += W) {
       const int64_t steps = d - k < W ? d - k : W;
-      C values[W * W] = {};
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t s = 0; s < steps; ++s) values[i * W + s] = load(source + (j + i) * d + k + s);
+      Vec<C> v[W] = {};
+      if (rows == W && steps == W) {
+        for (int64_t i = 0; i < W; ++i) v[i] = vector_at<C>(source + (j + i) * d + k);
+      } else {
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t s = 0; s < steps; ++s) v[i][s] = load(source + (j + i) * d + k + s);
+        }
       }
-      Vec<C> v[W];
-      for (int64_t i = 0; i < W; ++i) v[i] = load_vector(values + i * W);
       transpose<C>(v);
       for (int64_t s = 0; s < steps; ++s) store_vector(out + (k + s) * width, v[s] * factor);
     }

@@ -12,10 +12,10 @@ namespace clk {
 std::tuple<Tensor, Tensor> distill_kl_cpu(Tensor student, Tensor teacher, double temperature, bool kl);
 Tensor distill_kl_backward_cpu(Tensor grad, Tensor student, Tensor teacher, Tensor stats, double temperature);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> feature_distill_kl_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feature_distill_kl_cpu(
     Tensor student, Tensor teacher, Tensor anchors, std::optional<Tensor> teacher_anchors, std::optional<Tensor> weight,
     std::optional<Tensor> logit_scale, double factor, double temperature, double rows, double columns, bool kl, bool mask_diagonal,
-    bool need_gradient);
+    bool need_student, bool need_anchors);
 std::tuple<Tensor, Tensor, Tensor> feature_distill_kl_backward_cpu(
     Tensor grad, Tensor student, Tensor teacher, Tensor anchors, std::optional<Tensor> teacher_anchors,
     std::optional<Tensor> weight, std::optional<Tensor> logit_scale, Tensor row_stats, Tensor column_stats, double factor,

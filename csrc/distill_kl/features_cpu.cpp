@@ -142,9 +142,9 @@ std::vector<C> padded_rows(const FeatureProblem& p, const C* stats) {
 }
 
 template <typename C>
-void backward(const Inputs& in, const FeatureFactors& f, const C* row_stats, const C* column_stats, bool need_rows, bool need_columns,
-              PartialGradients& out) {
+void backward(const Inputs& in, const FeatureFactors& f, const C* row_stats, const C* column_stats, PartialGradients& out) {
   const FeatureProblem& p = in.problem;
+  const bool need_rows = out.need_rows, need_columns = out.need_columns;
   const int64_t padded = CLK_CALL(feature_padded, p, p.d);
   const int64_t line = padded * static_cast<int64_t>(sizeof(C));
   FeatureBackward b{};
@@ -175,45 +175,48 @@ void backward(const Inputs& in, const FeatureFactors& f, const C* row_stats, con
   });
 }
 
-// Loss, log-sum-exps where they are wanted, gradient where it is wanted, whatever the logits.
+// Loss and the gradients that are needed or, where none is, log-sum-exps, whatever the logits.
 template <typename C>
-double any_forward(const Inputs& in, const FeatureFactors& f, C* row_stats, C* column_stats, C* gradient) {
+double any_forward(const Inputs& in, const FeatureFactors& f, C* row_stats, C* column_stats, PartialGradients& gradients) {
   const FeatureProblem& p = in.problem;
   double loss = 0;
-  if (bounded_forward(in, f, &loss, gradient ? nullptr : row_stats, gradient ? nullptr : column_stats, gradient)) return loss;
-  std::vector<C> rows(static_cast<size_t>(gradient ? (1 + p.K) * p.N : 0)), columns(static_cast<size_t>(gradient ? (2 + p.K) * p.M : 0));
-  C *r = gradient ? rows.data() : row_stats, *m = gradient ? columns.data() : column_stats;
-  loss = forward(p, f.temperature, f.rows, f.columns, r, m);
-  if (gradient) {
-    PartialGradients partial;
-    backward<C>(in, f, r, m, true, false, partial);
-    finish<C>(p.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32, partial.rows->as<C>(), partial.row_parts, p.N, p.d, partial.line, nullptr,
-              gradient, 1.0);
-  }
+  if (bounded_forward(in, f, &loss, row_stats, column_stats, gradients)) return loss;
+  if (!gradients.need_rows && !gradients.need_columns) return forward(p, f.temperature, f.rows, f.columns, row_stats, column_stats);
+  std::vector<C> rows(static_cast<size_t>((1 + p.K) * p.N)), columns(static_cast<size_t>((2 + p.K) * p.M));
+  loss = forward(p, f.temperature, f.rows, f.columns, rows.data(), columns.data());
+  backward<C>(in, f, rows.data(), columns.data(), gradients);
   return loss;
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> feature_distill_kl_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feature_distill_kl_cpu(
     Tensor student, Tensor teacher, Tensor anchors, std::optional<Tensor> teacher_anchors, std::optional<Tensor> weight,
     std::optional<Tensor> logit_scale, double factor, double temperature, double rows, double columns, bool kl, bool mask_diagonal,
-    bool need_gradient) {
+    bool need_student, bool need_anchors) {
   Inputs in(student, teacher, anchors, teacher_anchors, weight, logit_scale, factor, temperature, rows, columns, mask_diagonal);
   in.problem.kl = kl;
   const FeatureProblem& p = in.problem;
-  const ScalarType type = compute_type(student);
-  const auto empty = [&](std::vector<int64_t> shape) { return torch::stable::new_empty(student, shape, type); };
-  Tensor loss = empty({}), gradient = need_gradient ? empty({p.N, p.d}) : empty({0});
-  Tensor row_stats = empty({1 + p.K, p.rows && !need_gradient ? p.N : 0});
-  Tensor column_stats = empty({2 + p.K, p.columns && !need_gradient ? p.M : 0});
-  const auto run = [&](auto* to) {
+  const bool statistics = !need_student && !need_anchors;
+  const auto empty = [&](const std::vector<int64_t>& shape) { return torch::stable::new_empty(student, shape, compute_type(student)); };
+  const auto gradient = [&](bool needed, int64_t n) { return needed ? empty({n, p.d}) : empty({0}); };
+  Tensor loss = empty({}), student_gradient = gradient(need_student, p.N), anchors_gradient = gradient(need_anchors, p.M);
+  Tensor row_stats = empty({1 + p.K, p.rows && statistics ? p.N : 0});
+  Tensor column_stats = empty({2 + p.K, p.columns && statistics ? p.M : 0});
+  const auto run = [&](auto* to, Dtype dtype) {
     using C = std::remove_pointer_t<decltype(to)>;
-    *to = static_cast<C>(any_forward<C>(in, {rows, columns, temperature}, data<C>(row_stats), data<C>(column_stats),
-                                        need_gradient ? data<C>(gradient) : nullptr));
+    PartialGradients partial{need_student, need_anchors};
+    *to = static_cast<C>(any_forward<C>(in, {rows, columns, temperature}, data<C>(row_stats), data<C>(column_stats), partial));
+    if (need_student) {
+      finish<C>(dtype, partial.rows->template as<C>(), partial.row_parts, p.N, p.d, partial.line, nullptr, student_gradient.data_ptr(), 1.0);
+    }
+    if (need_anchors) {
+      finish<C>(dtype, partial.columns->template as<C>(), partial.column_parts, p.M, p.d, partial.line, nullptr,
+                anchors_gradient.data_ptr(), 1.0);
+    }
   };
-  p.dtype == Dtype::f64 ? run(data<double>(loss)) : run(data<float>(loss));
-  return {loss, row_stats, column_stats, gradient};
+  p.dtype == Dtype::f64 ? run(data<double>(loss), Dtype::f64) : run(data<float>(loss), Dtype::f32);
+  return {loss, row_stats, column_stats, student_gradient, anchors_gradient};
 }
 
 std::tuple<Tensor, Tensor, Tensor> feature_distill_kl_backward_cpu(
@@ -237,9 +240,9 @@ std::tuple<Tensor, Tensor, Tensor> feature_distill_kl_backward_cpu(
   const auto run = [&](auto* scale) {
     using C = std::remove_pointer_t<decltype(scale)>;
     const FeatureFactors f{rows, columns, temperature};
-    PartialGradients partial;
-    if (!bounded_backward(in, f, row_stats.data_ptr(), column_stats.data_ptr(), need_rows, need_anchors, partial)) {
-      backward<C>(in, f, data<C>(row_stats), data<C>(column_stats), need_rows, need_anchors, partial);
+    PartialGradients partial{need_rows, need_anchors};
+    if (!bounded_backward(in, f, row_stats.data_ptr(), column_stats.data_ptr(), partial)) {
+      backward<C>(in, f, data<C>(row_stats), data<C>(column_stats), partial);
     }
     if (need_rows) {
       const double dot = finish<C>(p.dtype, partial.rows->as<C>(), partial.row_parts, p.N, p.d, partial.line,

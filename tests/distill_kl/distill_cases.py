@@ -230,7 +230,8 @@ def check_opcheck(backend):
     if backend == "cpu":  # without the optional tensors; the interpreter takes its time
         torch.library.opcheck(operator, (leaves[0], teacher[..., :4], leaves[2], None, None, None, *options))
         fixed = leaves[0], teacher, leaves[2].detach(), *leaves[3:], keywords["sample_weight"], scale
-        torch.library.opcheck(operator, (*fixed, *options, True))
+        torch.library.opcheck(operator, (*fixed, *options, True, False))
+        torch.library.opcheck(operator, (*leaves, keywords["sample_weight"], scale, *options, True, True))
 
 
 def check_compile(backend):
