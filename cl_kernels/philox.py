@@ -14,9 +14,12 @@ _KEYS = (0x9E3779B9, 0xBB67AE85)
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 
 
-def draw_seed() -> Tensor:
-    """A seed from torch's default CPU generator: int64 scalar, on the CPU, so that no device has to be waited for."""
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+def draw_seed(device: torch.device | None = None) -> Tensor:
+    """A seed from torch's default generator of ``device``, the CPU if None: int64 scalar, on that device.
+
+    No device has to be waited for, and a CUDA graph, which advances its device's generator, draws a new seed in every replay.
+    """
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu" if device is None else device)
 
 
 def words(seed: Tensor, offset: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ def moe_adapter(
         up_bias: (E, D).
         scale: factor on every expert's output.
         dropout_p: probability in [0, 1) of zeroing a bottleneck element; the others grow by ``1 / (1 − p)``. The mask comes from
-            one number of torch's default CPU generator, and is the same on every backend. 0 draws nothing.
+            one number of torch's default generator of x's device, and is the same on every backend for the same number; replays
+            of a CUDA graph draw new ones. 0 draws nothing.
         residual: same shape as ``x``, any floating dtype; added in the same pass when its dtype is ``x``'s.
         backend: see :func:`cl_kernels.backends`; chosen by device when None. float64 on CUDA runs on
             the reference, with a warning.
@@ -78,7 +79,7 @@ def moe_adapter(
         gates.to(compute),
         *(weight.to(dtype) for weight in weights.values()),
         inside.unsqueeze(1) if tokens and inside is not None else inside,
-        dropout.draw_seed() if dropout_p > 0.0 else None,
+        dropout.draw_seed(x.device) if dropout_p > 0.0 else None,
         float(scale),
         float(dropout_p),
     )

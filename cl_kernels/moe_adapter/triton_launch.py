@@ -1,48 +1,27 @@
-"""Launches the Triton kernels of the adapters: block sizes, grids and memory. Nothing here waits for the device."""
+"""Launches the Triton kernels of the adapters: grids and memory. Nothing here waits for the device or depends on what it holds.
+
+A forward pass is one launch; a backward pass is the gradient of x, the sorting of samples by expert, the experts' gradients, and
+their last sums. Tokens that are routed one by one take one launch per slot for the first two, and are sorted before.
+"""
 
 from __future__ import annotations
-
-import math
-from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from cl_kernels.moe_adapter import triton_kernels as kernels
 from cl_kernels.moe_adapter.memory import empty_rows
+from cl_kernels.moe_adapter.triton_backward import input_gradient_kernel
+from cl_kernels.moe_adapter.triton_blocks import blocks_for, chunk_rows, expert_blocks, shared_memory
+from cl_kernels.moe_adapter.triton_experts import expert_gradient_kernel, finish_kernel
+from cl_kernels.moe_adapter.triton_forward import forward_kernel
 from cl_kernels.moe_adapter.triton_routing import route
 
 SHORT_SAMPLE = 4
 """Samples with fewer tokens are gathered into tiles by expert: tiles of their own would be nearly empty."""
 
-
-@dataclass(frozen=True)
-class Blocks:
-    """Tile sizes and launch options of one call, a function of dtype and shape alone."""
-
-    rows: int
-    columns: int  # of the bottleneck of all slots
-    width: int  # of D
-    padded_rank: int
-    num_warps: int
-    num_stages: int
-
-
-def blocks_for(dtype: torch.dtype, length: int, width: int, rank: int, slots: int, gathered: bool) -> Blocks:
-    """The forward and input-gradient tiles: chosen so that nothing spills and shared memory fits every target (tests/aot)."""
-    padded_rank = max(16, triton.next_power_of_2(rank))
-    half = dtype != torch.float32
-    columns = min(128 if half else 64, padded_rank if gathered else triton.next_power_of_2(padded_rank * slots))
-    # fp32 products without tensor cores take twice the registers, and gathered rows some more.
-    if gathered:
-        rows, step, wide = (64, 64, 4096) if half else (32, 16, 2048)
-    else:
-        rows = max(16, min(64, triton.next_power_of_2(length)))
-        # Adding to what earlier launches wrote takes registers, too.
-        step, wide = (64 if padded_rank * slots <= columns else 32, 8192) if half else (32, 4096)
-    block_width = max(16, min(step, triton.next_power_of_2(width)))
-    return Blocks(rows, columns, block_width, padded_rank, num_warps=8 if columns * rows >= wide else 4, num_stages=2)
+BLOCK_SUMS, BLOCK_GATES = 1024, 64
+"""Elements of the experts' gradients and gates that a program of the last sums takes."""
 
 
 def precision(x: Tensor) -> str:
@@ -62,16 +41,18 @@ class _Plan:
         self.batch, self.length, self.width = x.shape
         self.rank, self.experts, self.slots = rank, experts, expert_ids.shape[1]
         self.gathered = self.length < SHORT_SAMPLE
-        self.blocks = blocks_for(x.dtype, self.length, self.width, rank, self.slots, self.gathered)
+        shape = (self.batch, self.length, self.width)
+        self.blocks = blocks_for(x.dtype, shape, rank, self.slots, experts, self.gathered, shared_memory(x.device))
         rows = self.blocks.rows
         if self.gathered:
             # Every expert, and the rows without one, may leave one tile unfinished.
             self.grid: tuple[int, ...] = (triton.cdiv(self.batch * self.length, rows) + experts + 1,)
         else:
             self.grid = (triton.cdiv(self.length, rows), self.batch)
-        self.first_columns = range(0, self.slots * self.blocks.padded_rank, self.blocks.columns)
+        self.launches = self.slots if self.gathered else 1
 
     def constants(self, x: Tensor) -> dict[str, object]:
+        """Compile-time arguments and launch options of the row kernels."""
         b = self.blocks
         return {
             "D": self.width,
@@ -79,14 +60,22 @@ class _Plan:
             "RP": b.padded_rank,
             "K": self.slots,
             "EP": triton.next_power_of_2(self.experts + 1),
+            "CHUNKS": b.chunks,
             "GATHERED": self.gathered,
             "BLOCK_ROWS": b.rows,
             "BLOCK_C": b.columns,
             "BLOCK_D": b.width,
             "PRECISION": precision(x),
+            "STAGES": b.out_stages,
             "num_warps": b.num_warps,
             "num_stages": b.num_stages,
         }
+
+    def partial(self, out: Tensor) -> Tensor | None:
+        """Where the launches but the last add up: in ``out`` itself where that rounds no more than once."""
+        if self.launches == 1:
+            return None
+        return out if self.launches == 2 or out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
 
 
 def forward(
@@ -106,7 +95,8 @@ def forward(
     """See :func:`cl_kernels.moe_adapter`; also the bottleneck (B, k, L, R)."""
     experts, rank, _ = down_weight.shape
     out = empty_rows(x)
-    hidden = x.new_empty((x.shape[0], expert_ids.shape[1], x.shape[1], rank) if save_hidden else (0,))
+    bottleneck = (x.shape[0], expert_ids.shape[1], x.shape[1], rank)
+    hidden = x.new_empty(bottleneck if save_hidden else (0,))
     if out.numel() == 0:
         return out, hidden
     if expert_ids.shape[1] == 0:
@@ -115,10 +105,12 @@ def forward(
     x, expert_ids, gates = _unit_stride(x), expert_ids.contiguous(), gates.contiguous()
     residual = None if residual is None else _unit_stride(residual)
     plan = _Plan(x, expert_ids, rank, experts)
+    written = hidden if save_hidden else x.new_empty(bottleneck) if plan.blocks.chunks > 1 else None
+    partial, seed = plan.partial(out), None if seed is None else seed.to(x.device)
     with torch.cuda.device_of(x):
         order, offset = route(expert_ids, experts) if plan.gathered else (None, None)
-        for first_column in plan.first_columns:
-            kernels.forward_kernel[plan.grid](
+        for slot in range(plan.launches):
+            forward_kernel[plan.grid](
                 x,
                 expert_ids,
                 gates,
@@ -127,21 +119,24 @@ def forward(
                 up_weight.contiguous(),
                 up_bias.contiguous(),
                 residual,
+                partial,
                 out,
-                hidden if save_hidden else None,
+                written,
                 order,
                 offset,
-                0 if seed is None else int(seed),
+                seed,
                 scale,
                 dropout_p,
                 plan.batch,
                 plan.length,
                 experts,
-                first_column,
+                slot,
                 *x.stride()[:2],
                 *((0, 0) if residual is None else residual.stride()[:2]),
                 *out.stride()[:2],
-                OPENS=first_column == 0,
+                KP=triton.next_power_of_2(plan.slots),
+                FIRST=slot == 0,
+                LAST=slot == plan.launches - 1,
                 DROPOUT=dropout_p > 0.0,
                 **plan.constants(x),
             )
@@ -176,14 +171,15 @@ def backward(
         return grad_x, grad_gates, *weights
     x, grad, expert_ids, gates = _unit_stride(x), _unit_stride(grad), expert_ids.contiguous(), gates.contiguous()
     plan = _Plan(x, expert_ids, rank, experts)
-    chunks = max(1, plan.blocks.padded_rank // plan.blocks.columns)
-    terms = plan.length if plan.gathered else plan.grid[0]
-    gate_terms = gates.new_empty(batch, slots, chunks, terms) if need_gates else None
-    grad_pre = torch.empty_like(hidden) if need_experts else None
+    parts = max(1, plan.blocks.padded_rank // plan.blocks.columns)
+    terms = parts * plan.length if plan.gathered else (parts + 1) * plan.grid[0]
+    gate_terms = gates.new_empty(batch, slots, terms) if need_gates else None
+    grad_pre = torch.empty_like(hidden) if need_experts or plan.blocks.chunks > 1 else None
+    partial = plan.partial(grad_x) if need_x else None
     with torch.cuda.device_of(x):
         order, offset = route(expert_ids, experts) if plan.gathered or need_experts else (None, None)
-        for first_column in plan.first_columns:
-            kernels.input_gradient_kernel[plan.grid](
+        for slot in range(plan.launches):
+            input_gradient_kernel[plan.grid](
                 grad,
                 expert_ids,
                 gates,
@@ -191,6 +187,7 @@ def backward(
                 up_weight.contiguous(),
                 up_bias.contiguous(),
                 hidden,
+                partial,
                 grad_x if need_x else None,
                 gate_terms,
                 grad_pre,
@@ -202,29 +199,19 @@ def backward(
                 plan.length,
                 experts,
                 terms,
-                first_column,
+                slot,
                 *grad.stride()[:2],
                 *((0, 0) if not need_x else grad_x.stride()[:2]),
-                OPENS=first_column == 0,
+                FIRST=slot == 0,
+                LAST=slot == plan.launches - 1,
                 **plan.constants(x),
             )
-        if gate_terms is not None:
-            torch.sum(gate_terms, dim=(2, 3), out=grad_gates)
-        if grad_pre is not None and order is not None and offset is not None:
-            _expert_gradients(plan, grad, x, gates, hidden, grad_pre, order, offset, weights, scale)
+        sums, chunk = None, 0
+        if need_experts:
+            sums, chunk = _expert_gradients(plan, grad, x, gates, hidden, grad_pre, order, offset, weights, scale)
+        if need_gates or need_experts:
+            _finish(plan, sums, chunk, offset, weights, gate_terms, grad_gates)
     return grad_x, grad_gates, *weights
-
-
-def expert_blocks(dtype: torch.dtype, width: int, rank: int) -> dict[str, int]:
-    """Block sizes and launch options of the expert gradients."""
-    half = dtype != torch.float32
-    return {
-        "BLOCK_ROWS": 64 if half else 32,
-        "BLOCK_R": max(16, min(64, triton.next_power_of_2(rank))),
-        "BLOCK_D": max(16, min(64 if half else 32, triton.next_power_of_2(width))),
-        "num_warps": 8,
-        "num_stages": 2,
-    }
 
 
 def _expert_gradients(
@@ -233,19 +220,22 @@ def _expert_gradients(
     x: Tensor,
     gates: Tensor,
     hidden: Tensor,
-    grad_pre: Tensor,
-    order: Tensor,
-    offset: Tensor,
+    grad_pre: Tensor | None,
+    order: Tensor | None,
+    offset: Tensor | None,
     weights: list[Tensor],
     scale: float,
-) -> None:
-    blocks = expert_blocks(x.dtype, plan.width, plan.rank)
-    grid = (
-        plan.experts,
-        triton.cdiv(plan.width, blocks["BLOCK_D"]),
-        max(1, math.ceil(plan.rank / blocks["BLOCK_R"])),
-    )
-    kernels.expert_gradient_kernel[grid](
+) -> tuple[Tensor, int]:
+    """Sums over the chunks of every expert's rows: where they are, and how many rows a chunk has."""
+    blocks = expert_blocks(x.dtype, plan.width, plan.rank, shared_memory(x.device))
+    pieces = triton.cdiv(plan.width, blocks["BLOCK_D"]) * triton.cdiv(plan.rank, blocks["BLOCK_R"])
+    rows = plan.batch * plan.slots * plan.length
+    chunk = chunk_rows(rows, pieces, blocks["BLOCK_ROWS"])
+    # A chunk that is not its expert's only one holds more than half of chunk_rows on average.
+    kept = 2 * triton.cdiv(rows, chunk) if rows > chunk else 0
+    sums = x.new_empty((kept, sum(w[0].numel() for w in weights)), dtype=torch.float32)
+    grid = (pieces, triton.cdiv(rows, chunk) + min(plan.experts, plan.batch * plan.slots))
+    expert_gradient_kernel[grid](
         grad,
         x,
         gates,
@@ -254,15 +244,54 @@ def _expert_gradients(
         order,
         offset,
         *weights,
+        sums,
         scale,
         plan.batch,
         plan.length,
         plan.experts,
+        chunk,
         *grad.stride()[:2],
         *x.stride()[:2],
         D=plan.width,
         R=plan.rank,
         K=plan.slots,
+        EP=triton.next_power_of_2(plan.experts + 1),
         PRECISION=precision(x),
         **blocks,
+    )
+    return sums, chunk
+
+
+def _finish(
+    plan: _Plan,
+    sums: Tensor | None,
+    chunk: int,
+    offset: Tensor | None,
+    weights: list[Tensor],
+    gate_terms: Tensor | None,
+    grad_gates: Tensor,
+) -> None:
+    """Adds up what the kernels before left in parts: the experts' gradients if there are ``sums``, the gates' if ``gate_terms``."""
+    gates = 0 if gate_terms is None else grad_gates.numel()
+    terms = 1 if gate_terms is None else gate_terms.shape[-1]
+    width = 0 if sums is None else sums.shape[1]
+    grid = (max(1, triton.cdiv(width, BLOCK_SUMS) if width else triton.cdiv(gates, BLOCK_GATES)), plan.experts + 1)
+    finish_kernel[grid if width else (grid[0], 1)](
+        sums,
+        offset,
+        *weights,
+        gate_terms,
+        grad_gates,
+        gates,
+        plan.length,
+        plan.experts,
+        chunk,
+        D=plan.width,
+        R=plan.rank,
+        K=plan.slots,
+        EP=triton.next_power_of_2(plan.experts + 1),
+        TERMS=terms,
+        TERMS_PADDED=min(64, triton.next_power_of_2(terms)),
+        BLOCK=BLOCK_SUMS,
+        BLOCK_GATES=BLOCK_GATES,
     )

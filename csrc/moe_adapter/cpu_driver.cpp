@@ -143,7 +143,8 @@ Tiles::Tiles(const Shape& s, const int64_t* ids) : shape_(s), gathered_(s.length
     for (int64_t e = 0; e <= s.experts; ++e) {
       const int64_t last = begin[static_cast<size_t>(e) + 1];
       for (int64_t i = begin[static_cast<size_t>(e)]; i < last; i += rows) {
-        tiles_.push_back({std::min(rows, last - i), 0, 0, order + i, j, e < s.experts ? e : -1, j == 0, j + 1 >= s.slots});
+        const int64_t end = std::min(i + rows, last);
+        tiles_.push_back({end - i, 0, 0, order + i, j, e < s.experts ? e : -1, j == 0, j + 1 >= s.slots, std::min(rows, total - end)});
       }
     }
     passes_.push_back(static_cast<int64_t>(tiles_.size()));
@@ -154,7 +155,7 @@ Tile Tiles::tile(int64_t i) const {
   if (gathered_) return tiles_[static_cast<size_t>(i)];
   const int64_t sample = i / tiles_per_sample_, t = i % tiles_per_sample_;
   const int64_t first = shape_.length * t / tiles_per_sample_;
-  return {shape_.length * (t + 1) / tiles_per_sample_ - first, sample, first, nullptr, 0, 0, true, true};
+  return {shape_.length * (t + 1) / tiles_per_sample_ - first, sample, first, nullptr, 0, 0, true, true, 0};
 }
 
 }  // namespace moe

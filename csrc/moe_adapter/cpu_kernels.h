@@ -58,6 +58,7 @@ struct Tile {
   const int64_t* gathered;
   int64_t slot, expert;
   bool opens, closes;  // whether this is the first, the last contribution to these rows
+  int64_t following;   // gathered rows of the next tile, whose indices come after those of this one
 };
 
 // The gradients of one expert's weights from the (sample, slot) pairs that chose it, in their order.

@@ -133,19 +133,38 @@ void end_row(const RowEnd<T, C>& r, int64_t columns) {
   }
 }
 
+template <int WRITE, typename T>
+void fetch(const T* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i, WRITE);
+}
+
+// What the rows need from memory next: the columns that are about to be written, and those of the next tile's rows in `source`, whose
+// scattered addresses the hardware cannot foresee.
+template <typename T, typename C>
+void fetch_columns(const Problem& p, const Tile& t, const Rows& rows, const View& source, const View& residual, const View& out, int64_t start,
+                   int64_t columns) {
+  for (int64_t i = 0; i < rows.n; ++i) {
+    fetch<1>(rows.in<T>(out, i) + start, columns);
+    if (!t.gathered) continue;
+    if (t.opens && residual.data) fetch<0>(rows.in<T>(residual, i) + start, columns);
+    if (p.sums) fetch<1>(static_cast<C*>(p.sums) + (rows.sample[i] * p.length + rows.token[i]) * p.width + start, columns);
+  }
+  for (int64_t i = 0; t.gathered && i < t.following; ++i) {
+    const int64_t index = t.gathered[t.rows + i];
+    const int64_t offset = index / p.length * source.sample_stride + index % p.length * source.token_stride;
+    fetch<0>(static_cast<const T*>(source.data) + offset + start, columns);
+  }
+}
+
 // out rows (+)= Σ_s hidden_s · widen[expert_s], plus what belongs to the rows: earlier slots, or the residual, and biases.
 template <typename T, typename C>
-void write_rows(const Problem& p, const Tile& t, const Rows& rows, const Scratch<C>& s, int64_t active, const View& residual,
-                const View& out, const T* bias) {
+void write_rows(const Problem& p, const Tile& t, const Rows& rows, const Scratch<C>& s, int64_t active, const View& source,
+                const View& residual, const View& out, const T* bias) {
   const int64_t width = panel_width<C>(p.width), ldh = padded<C>(p.rank);
   C* sums = static_cast<C*>(p.sums);
   for (int64_t start = 0; start < p.width; start += width) {
     const int64_t columns = p.width - start < width ? p.width - start : width;
-    // The lines that will be written are fetched while the product is formed.
-    for (int64_t i = 0; i < rows.n; ++i) {
-      const char* line = reinterpret_cast<const char*>(rows.in<T>(out, i) + start);
-      for (int64_t byte = 0; byte < columns * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(line + byte, 1);
-    }
+    fetch_columns<T, C>(p, t, rows, source, residual, out, start, columns);
     for (int64_t a = 0; a < active; ++a) {
       const C* weights = static_cast<const C*>(p.widen.experts[s.expert[a]]) + start / width * p.widen.step;
       multiply_panel<C>(static_cast<int>(rows.n), s.hidden + a * kTileRows * ldh, ldh, weights, p.widen.ld, p.rank, width, s.panel, width,
@@ -233,7 +252,7 @@ void forward(const Forward& op, const Tile& t, void* memory) {
     }
     s.expert[active++] = e;
   });
-  write_rows<T, C>(op, t, rows, s, active, op.residual, op.out, static_cast<const T*>(op.up_bias));
+  write_rows<T, C>(op, t, rows, s, active, op.x, op.residual, op.out, static_cast<const T*>(op.up_bias));
 }
 
 template <typename T>
@@ -272,7 +291,7 @@ void backward(const Backward& op, const Tile& t, void* memory) {
     }
     s.expert[active++] = e;
   });
-  if (op.grad_x.data) write_rows<T, C>(op, t, rows, s, active, View{}, op.grad_x, nullptr);
+  if (op.grad_x.data) write_rows<T, C>(op, t, rows, s, active, op.grad, View{}, op.grad_x, nullptr);
 }
 
 }  // namespace

@@ -10,117 +10,151 @@ from cl_kernels import testing
 pytestmark = pytest.mark.aot
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SHAPE = {"width": 768, "rank": 64, "slots": 2}  # ViT-B, as published
-WIDE = {"width": 768, "rank": 64, "slots": 3}  # more columns than one launch holds
-EXPERTS_PADDED = 32
+SAMPLES = {"shape": (64, 197, 768), "rank": 64, "slots": 2, "gathered": False}  # ViT-B/16, as published: 128 rows
+FEW = SAMPLES | {"shape": (8, 50, 768)}  # 64 rows
+WIDE = SAMPLES | {"slots": 3}  # more columns than registers hold
+TOKENS = {"shape": (12608, 1, 768), "rank": 64, "slots": 2, "gathered": True}
+FEW_TOKENS = TOKENS | {"shape": (512, 1, 768)}
+EXPERTS = 22
 SIZES = dict.fromkeys(("B", "L", "E"), "i32")
+PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "v_mfma"}
+"""Opcodes of the matrix units."""
 
 
 def strides(*names):
     return {f"{name}_stride_{dim}": "i32:16" for name in names for dim in "bl"}
 
 
-def constants(dtype, gathered, precision, shape):
-    from cl_kernels.moe_adapter import triton_launch
+def constants(target, dtype, precision, shape, rank, slots, gathered):
+    from cl_kernels.moe_adapter import triton_blocks
 
-    blocks = triton_launch.blocks_for(DTYPES[dtype], 1 if gathered else 197, *shape.values(), gathered)
+    shared = testing.SHARED_MEMORY[target]
+    blocks = triton_blocks.blocks_for(DTYPES[dtype], shape, rank, slots, EXPERTS, gathered, shared)
     values = {
-        "D": shape["width"],
-        "R": shape["rank"],
+        "D": shape[2],
+        "R": rank,
         "RP": blocks.padded_rank,
-        "K": shape["slots"],
-        "EP": EXPERTS_PADDED,
+        "K": slots,
+        "EP": 32,
+        "CHUNKS": blocks.chunks,
         "GATHERED": gathered,
-        "OPENS": not gathered
-        and shape is SHAPE,  # the others are launched in both forms, of which this takes more registers
+        "FIRST": not gathered,  # of the launches for several slots the last one uses most registers
+        "LAST": True,
         "BLOCK_ROWS": blocks.rows,
         "BLOCK_C": blocks.columns,
         "BLOCK_D": blocks.width,
         "PRECISION": precision,
+        "STAGES": blocks.out_stages,
     }
-    return (values | ({} if gathered else {"order_ptr": None, "offset_ptr": None})), blocks
+    return (values | ({} if gathered else {"order_ptr": None, "offset_ptr": None, "partial_ptr": None})), blocks
 
 
-def compile_forward(target, dtype, gathered, precision, shape=SHAPE):
-    from cl_kernels.moe_adapter import triton_kernels
+def compile_forward(target, dtype, case, precision="ieee"):
+    from cl_kernels.moe_adapter import triton_forward
 
-    values, blocks = constants(dtype, gathered, precision, shape)
-    typed = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "residual", "out", "hidden")
+    values, blocks = constants(target, dtype, precision, **case)
+    typed = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "residual", "partial", "out", "hidden")
     signature = {f"{name}_ptr": f"*{dtype}" for name in typed} | SIZES | strides("x", "residual", "out")
-    signature |= {"ids_ptr": "*i64", "gates_ptr": "*fp32", "seed": "i64", "scale": "fp32", "dropout_p": "fp32"}
-    signature |= {"first_column": "i32:16"} | ({"order_ptr": "*i32", "offset_ptr": "*i32"} if gathered else {})
-    values["DROPOUT"] = True
-    return testing.compile_for(
-        triton_kernels.forward_kernel, signature, values, target, blocks.num_warps, blocks.num_stages
-    )
+    signature |= {"ids_ptr": "*i64", "gates_ptr": "*fp32", "seed_ptr": "*i64", "scale": "fp32", "dropout_p": "fp32"}
+    signature |= {"first_slot": "i32", "order_ptr": "*i32", "offset_ptr": "*i32"}
+    values |= {"DROPOUT": True, "KP": 4 if case["slots"] == 3 else 2}
+    return compile_kernel(triton_forward.forward_kernel, signature, values, target, blocks)
 
 
-def compile_input_gradient(target, dtype, gathered, precision, shape=SHAPE):
-    from cl_kernels.moe_adapter import triton_kernels
+def compile_input_gradient(target, dtype, case, precision="ieee"):
+    from cl_kernels.moe_adapter import triton_backward
 
-    values, blocks = constants(dtype, gathered, precision, shape)
-    typed = ("grad", "down_weight", "up_weight", "up_bias", "hidden", "grad_x", "grad_pre")
+    values, blocks = constants(target, dtype, precision, **case)
+    typed = ("grad", "down_weight", "up_weight", "up_bias", "hidden", "partial", "grad_x", "grad_pre")
     signature = {f"{name}_ptr": f"*{dtype}" for name in typed} | SIZES | strides("grad", "grad_x")
     signature |= {"ids_ptr": "*i64", "gates_ptr": "*fp32", "gate_terms_ptr": "*fp32", "scale": "fp32", "grown": "fp32"}
-    signature |= {"terms": "i32", "first_column": "i32:16"}
-    signature |= {"order_ptr": "*i32", "offset_ptr": "*i32"} if gathered else {}
-    return testing.compile_for(
-        triton_kernels.input_gradient_kernel, signature, values, target, blocks.num_warps, blocks.num_stages
-    )
+    signature |= {"terms": "i32", "first_slot": "i32", "order_ptr": "*i32", "offset_ptr": "*i32"}
+    return compile_kernel(triton_backward.input_gradient_kernel, signature, values, target, blocks)
 
 
-def compile_expert_gradient(target, dtype, precision):
-    from cl_kernels.moe_adapter import triton_kernels, triton_launch
+def compile_kernel(kernel, signature, values, target, blocks):
+    signature = {name: kind for name, kind in signature.items() if name not in values}
+    return testing.compile_for(kernel, signature, values, target, blocks.num_warps, blocks.num_stages)
 
-    values = triton_launch.expert_blocks(DTYPES[dtype], SHAPE["width"], SHAPE["rank"])
+
+def compile_expert_gradient(target, dtype, precision="ieee"):
+    from cl_kernels.moe_adapter import triton_blocks, triton_experts
+
+    values = triton_blocks.expert_blocks(DTYPES[dtype], 768, 64, testing.SHARED_MEMORY[target])
     launch = {name: values.pop(name) for name in ("num_warps", "num_stages")}
     weights = ("grad_down_weight", "grad_down_bias", "grad_up_weight", "grad_up_bias")
     signature = {f"{name}_ptr": f"*{dtype}" for name in ("grad", "x", "hidden", "grad_pre", *weights)}
-    signature |= {"gates_ptr": "*fp32", "order_ptr": "*i32", "offset_ptr": "*i32", "scale": "fp32"}
-    signature |= SIZES | strides("grad", "x")
-    values |= {"D": SHAPE["width"], "R": SHAPE["rank"], "K": SHAPE["slots"], "PRECISION": precision}
-    return testing.compile_for(triton_kernels.expert_gradient_kernel, signature, values, target, **launch)
+    signature |= {"gates_ptr": "*fp32", "order_ptr": "*i32", "offset_ptr": "*i32", "sums_ptr": "*fp32", "scale": "fp32"}
+    signature |= SIZES | {"chunk_rows": "i32"} | strides("grad", "x")
+    values |= {"D": 768, "R": 64, "K": 2, "EP": 32, "PRECISION": precision}
+    return testing.compile_for(triton_experts.expert_gradient_kernel, signature, values, target, **launch)
 
 
 @pytest.mark.parametrize("target", testing.TARGETS)
-@pytest.mark.parametrize("gathered", [False, True], ids=["samples", "tokens"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("compile_kernel", [compile_forward, compile_input_gradient])
-def test_row_kernels_fit(compile_kernel, dtype, gathered, target):
-    info = compile_kernel(target, dtype, gathered, "ieee")
+@pytest.mark.parametrize("case", [SAMPLES, WIDE, TOKENS], ids=["samples", "wide", "tokens"])
+@pytest.mark.parametrize("compile_case", [compile_forward, compile_input_gradient])
+def test_row_kernels_fit(compile_case, case, target):
+    info = compile_case(target, "bf16", case)
     testing.assert_fits(info)
-    if dtype == "bf16":
-        products = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "v_mfma"}
-        assert info.count(products.get(target, "")) > 0
+    assert info.count(PRODUCTS.get(target, "")) > 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("case", [FEW, FEW_TOKENS], ids=["samples", "tokens"])
+@pytest.mark.parametrize("compile_case", [compile_forward, compile_input_gradient])
+def test_row_kernels_fit_with_smaller_tiles(compile_case, case, target):
+    testing.assert_fits(compile_case(target, "bf16", case))
 
 
 @pytest.mark.parametrize("target", testing.TARGETS)
-@pytest.mark.parametrize("compile_kernel", [compile_forward, compile_input_gradient])
-def test_several_launches_fit(compile_kernel, target):
-    testing.assert_fits(compile_kernel(target, "bf16", False, "ieee", WIDE))
+@pytest.mark.parametrize("compile_case", [compile_forward, compile_input_gradient])
+def test_row_kernels_fit_in_fp32(compile_case, target):
+    testing.assert_fits(compile_case(target, "fp32", SAMPLES))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("case", [WIDE, TOKENS], ids=["wide", "tokens"])
+@pytest.mark.parametrize("compile_case", [compile_forward, compile_input_gradient])
+def test_other_row_kernels_fit_in_fp32(compile_case, case, target):
+    testing.assert_fits(compile_case(target, "fp32", case))
 
 
 @pytest.mark.parametrize("target", testing.TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_expert_gradient_fits(dtype, target):
-    testing.assert_fits(compile_expert_gradient(target, dtype, "ieee"))
+    info = compile_expert_gradient(target, dtype)
+    testing.assert_fits(info)
+    if dtype == "bf16":
+        assert info.count(PRODUCTS.get(target, "")) > 0
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_tf32_fits(target):
-    for compile_kernel in (compile_forward, compile_input_gradient):
-        testing.assert_fits(compile_kernel(target, "fp32", False, "tf32"))
+    for compile_case in (compile_forward, compile_input_gradient):
+        testing.assert_fits(compile_case(target, "fp32", SAMPLES, "tf32"))
     testing.assert_fits(compile_expert_gradient(target, "fp32", "tf32"))
+
+
+@pytest.mark.parametrize("target", testing.TARGETS)
+def test_last_sums_fit(target):
+    from cl_kernels.moe_adapter import triton_experts, triton_launch
+
+    names = ("grad_down_weight", "grad_down_bias", "grad_up_weight", "grad_up_bias")
+    signature = {f"{name}_ptr": "*bf16" for name in names} | {"sums_ptr": "*fp32", "offset_ptr": "*i32"}
+    signature |= {"gate_terms_ptr": "*fp32", "grad_gates_ptr": "*fp32"} | dict.fromkeys(
+        ("gates", "L", "E", "chunk_rows"), "i32"
+    )
+    values = {"D": 768, "R": 64, "K": 2, "EP": 32, "TERMS": 4, "TERMS_PADDED": 4}
+    values |= {"BLOCK": triton_launch.BLOCK_SUMS, "BLOCK_GATES": triton_launch.BLOCK_GATES}
+    testing.assert_fits(testing.compile_for(triton_experts.finish_kernel, signature, values, target))
 
 
 @pytest.mark.parametrize("target", testing.TARGETS)
 def test_routing_fits(target):
     from cl_kernels.moe_adapter import triton_routing
 
-    common = {"ids_ptr": "*i64", "count_ptr": "*i32", "B": "i32", "E": "i32", "blocks": "i32"}
-    values = {"K": 2, "EP": EXPERTS_PADDED, "BLOCK": 128}
+    common = {"ids_ptr": "*i64", "count_ptr": "*i32", "B": "i32", "E": "i32", "segments": "i32"}
+    values = {"K": 2, "SEGMENT": triton_routing.SEGMENT, "BLOCK": 2048}
     testing.assert_fits(testing.compile_for(triton_routing.count_kernel, common, values, target))
     signature = common | {"order_ptr": "*i32", "offset_ptr": "*i32"}
-    testing.assert_fits(
-        testing.compile_for(triton_routing.order_kernel, signature, values | {"BLOCK_COUNTS": 64}, target)
-    )
+    testing.assert_fits(testing.compile_for(triton_routing.order_kernel, signature, values, target))

@@ -131,7 +131,7 @@ def outputs(
     torch.manual_seed(7)
     out = clk.moe_adapter(**arguments, scale=case.scale, dropout_p=dropout_p, backend=backend)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
-    out.backward(upstream.to(case.tensors["x"].dtype).to(out.dtype))
+    out.backward(upstream.to(case.tensors["x"].dtype).to(out))
     found = {"out": out.detach()}
     return found | {name: tensor.grad for name, tensor in arguments.items() if tensor.grad is not None}
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_cases import assert_matches_reference, make, outputs
+from adapter_cases import assert_matches_reference, make, outputs, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import cl_kernels as clk
-from cl_kernels import library
+from cl_kernels import dispatch, library
 from cl_kernels.moe_adapter import dropout
+
+if dispatch.INTERPRETING:
+    from cl_kernels.moe_adapter import triton_blocks, triton_launch, triton_routing
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
 
@@ -18,7 +22,12 @@ SHAPES = [
     (2, 20, 40, 150, 3, 1),  # the bottleneck takes several launches
     (1, 70, 20, 40, 3, 3),
 ]
-GATHERED = [(7, None, 40, 20, 3, 2), (3, 2, 20, 150, 2, 2), (70, None, 20, 8, 2, 1)]
+GATHERED = [
+    (7, None, 40, 20, 3, 2),
+    (3, 2, 20, 150, 2, 2),
+    (70, None, 20, 8, 2, 1),
+    (12, None, 1, 1, 17, 3),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -61,6 +70,18 @@ def test_dropout_draws_the_bits_of_the_reference():
         torch.manual_seed(1)
         row = torch.arange(batch * length).view(batch, length)
         assert torch.equal(out != 0, dropout.keep(dropout.draw_seed(), row, rank, p))
+
+
+@pytest.mark.parametrize("rank", [1, 6, 20, 40])
+@pytest.mark.parametrize("length", [3, 5])
+def test_every_slot_and_group_of_four_draws_its_own_bits(rank, length):
+    case = make(3, length, 8, rank, 4, 3)
+    t = {name: tensor for name, tensor in case.tensors.items() if name != "residual"}
+    t["down_bias"] = torch.full_like(t["down_bias"], 50.0)  # nothing but dropout makes a zero
+    run = library.operator("moe_adapter", "triton")
+    _, hidden = run(*t.values(), None, torch.tensor(5), 1.0, 0.5, True)
+    row = torch.arange(3 * 3 * length).view(3, 3, length)
+    assert torch.equal(hidden != 0, dropout.keep(torch.tensor(5), row, rank, 0.5))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**62 + 12345])
@@ -112,18 +133,123 @@ def test_nan_shows_and_stays_in_its_row():
     assert out.isnan().sum() == out.shape[-1]
 
 
-@pytest.mark.parametrize(("samples", "experts"), [(1, 1), (5, 3), (300, 22), (129, 4), (40, 200)])
-def test_routing_is_a_stable_sort(samples, experts):
-    from cl_kernels.moe_adapter.triton_routing import route
-
+@pytest.mark.parametrize(
+    ("samples", "experts", "segment"), [(1, 1, 64), (5, 3, 64), (200, 9, 64), (129, 4, 1024), (20, 40, 32)]
+)
+def test_routing_is_a_stable_sort(samples, experts, segment, monkeypatch):
+    monkeypatch.setattr(triton_routing, "SEGMENT", segment)
+    monkeypatch.setattr(triton_routing, "block_of", lambda samples: 32)
     generator = torch.Generator().manual_seed(samples)
     ids = torch.randint(-1, experts + 2, (samples, 2), generator=generator)
-    order, offset = route(ids, experts)
+    order, offset = triton_routing.route(ids, experts)
     bucket = torch.where((ids >= 0) & (ids < experts), ids, experts)
     for j in range(2):
         assert torch.equal(order[j].long(), bucket[:, j].argsort(stable=True))
         counts = bucket[:, j].bincount(minlength=experts + 1)
         assert torch.equal(offset[j].long(), torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]))
+
+
+@pytest.mark.parametrize("pair", [[0, 1], [2, 2], [1, -1]])
+@pytest.mark.parametrize("length", [40, None])
+def test_one_pair_of_experts_is_split_into_chunks(length, pair, monkeypatch):
+    monkeypatch.setattr(triton_launch, "chunk_rows", lambda rows, blocks, block_rows: 2 * block_rows)
+    case = make(4 if length else 80, length, 24, 20, 3, 2)
+    case.tensors["expert_ids"] = torch.tensor([pair]).repeat(len(case.tensors["x"]), 1)
+    case.tensors["expert_ids"][3] = torch.tensor([0, 2])  # and experts of one chunk beside them
+    assert_matches_reference(case, "triton", dropout_p=0.2)
+
+
+@pytest.mark.parametrize("experts", [1, 3, 22, 256])
+def test_chunks_stay_within_grid_and_memory(experts):
+    generator = torch.Generator().manual_seed(experts)
+    for rows, blocks in ((100, 1), (4000, 12), (25216, 6), (400_000, 6)):
+        chunk = triton_blocks.chunk_rows(rows, blocks, 64)
+        assert chunk % 64 == 0
+        assert -(-rows // chunk) * blocks <= triton_blocks.PROGRAMS + blocks
+        for concentration in (0.01, 1.0, 100.0):
+            share = torch.rand(experts, generator=generator) ** (1 / concentration)
+            counts = torch.multinomial(share + 1e-9, rows, replacement=True, generator=generator).bincount()
+            chunks = (counts + chunk - 1) // chunk
+            assert chunks.sum() <= -(-rows // chunk) + min(experts, rows)
+            assert chunks[chunks > 1].sum() <= 2 * -(-rows // chunk)
+
+
+class Counted:
+    """A kernel that writes down its launches."""
+
+    def __init__(self, kernel, name, launched):
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.launched.append(self.name)
+            with _disable_current_modes():  # the interpreter's own operations
+                self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+KERNELS = {
+    "forward_kernel": "forward",
+    "input_gradient_kernel": "input gradient",
+    "expert_gradient_kernel": "expert gradient",
+    "finish_kernel": "finish",
+    "order_kernel": "route",
+    "count_kernel": "count",
+}
+INPUTS = ("x", "expert_ids", "gates", "down_weight", "down_bias", "up_weight", "up_bias")
+
+
+class Launching(TorchDispatchMode):
+    """Writes down the torch operations that would launch a kernel on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not name.startswith(("empty", "new_empty")) and not func.is_view:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("length", "slots", "rank", "forward", "backward"),
+    [
+        (9, 2, 8, ["forward"], ["route", "input gradient", "expert gradient", "finish"]),
+        (9, 3, 70, ["forward"], ["route", "input gradient", "expert gradient", "finish"]),
+        (1, 2, 8, ["route"] + 2 * ["forward"], ["route", *2 * ["input gradient"], "expert gradient", "finish"]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_number_of_launches(length, slots, rank, forward, backward, dtype, monkeypatch):
+    launched = []
+    for module in (triton_launch, triton_routing):
+        for name, short in KERNELS.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, Counted(getattr(module, name), short, launched))
+    t = make(3, length, 20, rank, 4, slots).to(dtype).tensors
+    with Launching() as launching:
+        out, hidden = triton_launch.forward(
+            *(t[name] for name in INPUTS), t["residual"], torch.tensor(3), 0.1, 0.25, True
+        )
+        assert launched == forward
+        launched.clear()
+        needed = [t[name] for name in INPUTS if name != "down_bias"]
+        triton_launch.backward(torch.ones_like(out), *needed, hidden, 0.1, 0.25, True, True, True)
+    assert launched == backward
+    assert [name for name in launching.found if name not in ("ones_like", "fill_")] == []  # the test's own
+
+
+@pytest.mark.parametrize("shape", [(60, None, 40, 8, 3, 5), (2, 40, 40, 70, 3, 4)])
+def test_sums_in_half_precision_are_rounded_once(shape):
+    case = make(*shape, dtype=torch.float64).to(torch.float16)
+    case.scale = 1.0
+    found, expected = outputs(case, "triton"), outputs(case.to(torch.float64), "reference")
+    for name in ("out", "x"):
+        once = relative_error(expected[name].half(), expected[name])
+        assert relative_error(found[name], expected[name]) < 2.0 * once, name
 
 
 def test_opcheck():
