@@ -42,18 +42,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, w_gate, w_noise, noise, _ = inputs
     gates, expert_ids, usage = output
     ctx.mark_non_differentiable(expert_ids, usage)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, w_gate, w_noise, noise, gates, expert_ids)
 
 
-def _backward(ctx: Any, grad_gates: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_gates: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradient of the softmax over the kept logits, spread over (B, E); then two thin matrix products per input.
 
     A few small PyTorch operations: E is at most some dozens, and written like this it can be differentiated again.
     """
+    if grad_gates is None:
+        return (None,) * 5
     x, w_gate, w_noise, noise, gates, expert_ids = ctx.saved_tensors
     compute = gates.dtype
     wide, gate = x.to(compute), w_gate.to(compute)
-    kept = gates * (grad_gates - (grad_gates * gates).sum(1, keepdim=True))  # (B, k)
+    kept = torch.ops.aten._softmax_backward_data(grad_gates, gates, 1, compute)  # (B, k)
     logits = kept.new_zeros(x.shape[0], w_gate.shape[1]).scatter(
         1, expert_ids, kept
     )  # (B, E): ids of a row are distinct
@@ -61,9 +64,10 @@ def _backward(ctx: Any, grad_gates: Tensor, *_: Tensor | None) -> tuple[Tensor |
     grad_gate = (wide.T @ logits).to(w_gate.dtype) if ctx.needs_input_grad[1] else None
     grad_noise_weight = None
     if noise is not None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]):
-        spread = logits * noise.to(compute) * torch.sigmoid(wide @ w_noise.to(compute))  # (B, E): softplus' = sigmoid
+        noise_weight = w_noise.to(compute)
+        spread = torch.ops.aten.softplus_backward(logits * noise.to(compute), wide @ noise_weight, 1, 20)  # (B, E)
         if grad_x is not None:
-            grad_x = grad_x + spread @ w_noise.to(compute).T
+            grad_x = torch.addmm(grad_x, spread, noise_weight.T)
         if ctx.needs_input_grad[2]:
             grad_noise_weight = (wide.T @ spread).to(w_noise.dtype)
     return None if grad_x is None else grad_x.to(x.dtype), grad_gate, grad_noise_weight, None, None
