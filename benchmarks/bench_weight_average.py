@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import cl_kernels as clk
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WEIGHT = 1 / 3
 PARAMETERS = 149_620_737
 
@@ -35,7 +35,7 @@ def vit_b_16() -> list[tuple[int, ...]]:
 class Model(torch.nn.Module):
     """Nothing but the parameters, starting at zero or random."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, random: bool = True, device: str = DEVICE) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, random: bool = True, device: torch.device = DEVICE) -> None:
         super().__init__()
         shapes = vit_b_16()
         assert (len(shapes), sum(map(math.prod, shapes))) == (302, PARAMETERS)
@@ -49,59 +49,77 @@ class Model(torch.nn.Module):
             self.register_parameter(f"p{i}", torch.nn.Parameter(value))
 
 
-def published_merge(averages, values):
+def lists(model: Model, average: Model) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    return [p.detach() for p in average.parameters()], [p.detach() for p in model.parameters()]
+
+
+def published_merge(model, average):
+    averages, values = lists(model, average)
     n = 1 / WEIGHT - 1
-    for average, value in zip(averages, values, strict=True):
-        average.data = (average.data * n + value.data) / (1 + n)
-
-
-def foreach_lerp(averages, values):
-    torch._foreach_lerp_(averages, values, WEIGHT)
-
-
-def ours(averages, values):
-    clk.average_(averages, values, WEIGHT)
-
-
-@pytest.mark.parametrize("implementation", [published_merge, foreach_lerp, ours], ids=lambda f: f.__name__)
-def bench_average(measure, implementation):
-    values = [p.detach() for p in Model().parameters()]
-    averages = [torch.zeros_like(value) for value in values]
 
     def run():
-        implementation(averages, values)
+        for a, v in zip(averages, values, strict=True):
+            a.data = (a.data * n + v.data) / (1 + n)
         return averages
 
-    expected = [WEIGHT * value for value in values]  # after the first call, which is the one that is checked
-    measure(run, expected, tolerance=1e-6, floor_bytes=12 * PARAMETERS, flops=3 * PARAMETERS)
+    return run
 
 
-def bench_averaged_model(measure):
-    """torch's class for the same thing; a fixed weight, because its running mean would stop moving while it is timed."""
-    model = Model()
-    averaged = AveragedModel(
-        Model(random=False),
-        multi_avg_fn=lambda a, v, n: torch._foreach_lerp_(a, v, WEIGHT),
-        device=torch.device(DEVICE),
-    )
+def foreach_lerp(model, average):
+    averages, values = lists(model, average)
+
+    def run():
+        torch._foreach_lerp_(averages, values, WEIGHT)
+        return averages
+
+    return run
+
+
+def averaged_model(model, average):
+    """torch's class; with a fixed weight, because its running mean would stop moving while it is timed."""
+    averaged = AveragedModel(average, multi_avg_fn=lambda a, v, n: torch._foreach_lerp_(a, v, WEIGHT), device=DEVICE)
     averaged.n_averaged += 1  # the first update would be a copy
 
     def run():
         averaged.update_parameters(model)
         return [p.detach() for p in averaged.module.parameters()]
 
-    expected = [WEIGHT * p.detach() for p in model.parameters()]
-    measure(run, expected, tolerance=1e-6, floor_bytes=12 * PARAMETERS, flops=3 * PARAMETERS)
+    return run
 
 
-def bench_flat_lerp(measure):
-    value = torch.cat([p.detach().flatten() for p in Model().parameters()])
-    average = torch.zeros_like(value)
+def flat_lerp(model, average):
+    flat, value = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (average, model))
+    shapes = [p.shape for p in model.parameters()]
 
     def run():
-        return [average.lerp_(value, WEIGHT)]
+        flat.lerp_(value, WEIGHT)
+        return [
+            piece.view(shape) for piece, shape in zip(flat.split(list(map(math.prod, shapes))), shapes, strict=True)
+        ]
 
-    measure(run, [WEIGHT * value], tolerance=1e-6, floor_bytes=12 * PARAMETERS, flops=3 * PARAMETERS)
+    return run
+
+
+def ours(model, average):
+    averages, values = lists(model, average)
+
+    def run():
+        clk.average_(averages, values, WEIGHT)
+        return averages
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "implementation", [published_merge, foreach_lerp, averaged_model, flat_lerp, ours], ids=lambda f: f.__name__
+)
+def bench_average(measure, implementation):
+    model = Model()
+    run = implementation(model, Model(random=False))
+    expected = [
+        WEIGHT * p.detach() for p in model.parameters()
+    ]  # after the first call, which is the one that is checked
+    measure(run, expected, tolerance=1e-6, floor_bytes=12 * PARAMETERS, flops=3 * PARAMETERS)
 
 
 MIXED = {
@@ -128,21 +146,23 @@ def bench_sixteen_bits(measure, pair):
     measure(run, expected, tolerance=tolerance, floor_bytes=size * PARAMETERS, flops=3 * PARAMETERS)
 
 
-def blend_in_two_passes(averages, values, others):
+def two_passes(averages, values, others):
     torch._foreach_lerp_(averages, values, 0.25)
     torch._foreach_lerp_(averages, others, 0.02)
 
 
-def ours_three_way(averages, values, others):
+def one_pass(averages, values, others):
     clk.blend_(averages, values, others, 0.25 * 0.98, 0.02)
 
 
-@pytest.mark.parametrize("implementation", [blend_in_two_passes, ours_three_way], ids=lambda f: f.__name__)
+one_pass.__name__ = "ours"  # by which the ratios find it
+
+
+@pytest.mark.parametrize("implementation", [two_passes, one_pass], ids=lambda f: f.__name__)
 def bench_three_way(measure, implementation):
     """A snapshot into the mean, and the mean pulled to a third model."""
-    values = [p.detach() for p in Model().parameters()]
+    averages, values = lists(Model(), Model(random=False))
     others = [value.flip(0) if value.dim() else value.clone() for value in values]
-    averages = [torch.zeros_like(value) for value in values]
 
     def run():
         implementation(averages, values, others)

@@ -1,7 +1,8 @@
-// In-place weight averaging on the CPU: one parallel pass over all tensors, cut into chunks so that threads share the work
+// In-place weight averaging on the CPU: one parallel pass over all tensors, cut into pieces so that threads share the work
 // evenly however the sizes differ. Nothing tensor-sized is allocated.
 #include <algorithm>
 #include <cstddef>
+#include <vector>
 
 #include "common/isa.h"
 #include "weight_average/average.h"
@@ -22,7 +23,20 @@ Storage storage_of(ScalarType type) {
   }
 }
 
-int64_t bytes_of(Storage type) { return type == Storage::f64 ? 8 : type == Storage::f32 ? 4 : 2; }
+struct Whole {
+  AveragePiece all;
+  int64_t first_piece;
+};
+
+// The piece of a tensor that begins at element `start`.
+AveragePiece cut(AveragePiece piece, int64_t start) {
+  piece.dst = static_cast<char*>(piece.dst) + start * bytes_of(piece.dst_type);
+  piece.src = static_cast<const char*>(piece.src) + start * bytes_of(piece.src_type);
+  if (piece.other != nullptr) piece.other = static_cast<const char*>(piece.other) + start * bytes_of(piece.other_type);
+  piece.n = std::min(kPiece, piece.n - start);
+  piece.counter += static_cast<uint64_t>(start / kElementsPerCounter);
+  return piece;
+}
 
 }  // namespace
 
@@ -30,25 +44,34 @@ void average_cpu(std::vector<Tensor> averages, std::vector<Tensor> values, doubl
                  std::optional<int64_t> seed) {
   check_tensors(averages, values, others);
   const AverageRule rule{weight, other_weight, seed.has_value(), static_cast<uint64_t>(seed.value_or(0))};
-  std::vector<AveragePiece> pieces;
-  int64_t counter = 0;
+  std::vector<Whole> tensors;
+  tensors.reserve(averages.size());
+  int64_t pieces = 0, counter = 0;
   for (size_t i = 0; i < averages.size(); ++i) {
-    const Storage dst_type = storage_of(averages[i].scalar_type());
-    const Storage src_type = storage_of(values[i].scalar_type());
-    const Storage other_type = others.empty() ? src_type : storage_of(others[i].scalar_type());
-    char* dst = data<char>(averages[i]);
-    const char* src = data<char>(values[i]);
-    const char* other = others.empty() ? nullptr : data<char>(others[i]);
     const int64_t total = averages[i].numel();
-    for (int64_t start = 0; start < total; start += kPiece) {
-      pieces.push_back({dst_type, src_type, other_type, dst + start * bytes_of(dst_type), src + start * bytes_of(src_type),
-                        other ? other + start * bytes_of(other_type) : nullptr, std::min(kPiece, total - start),
-                        static_cast<uint64_t>(counter + start / kElementsPerCounter)});
-    }
+    if (total == 0) continue;
+    AveragePiece all{};
+    all.dst_type = storage_of(averages[i].scalar_type());
+    all.src_type = storage_of(values[i].scalar_type());
+    all.other_type = others.empty() ? all.src_type : storage_of(others[i].scalar_type());
+    all.dst = averages[i].data_ptr();
+    all.src = values[i].data_ptr();
+    all.other = others.empty() ? nullptr : others[i].data_ptr();
+    all.n = total;
+    all.counter = static_cast<uint64_t>(counter);
+    tensors.push_back({all, pieces});
+    pieces += (total + kPiece - 1) / kPiece;
     counter += counters_of(total);
   }
-  torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) CLK_CALL(average_piece, pieces[static_cast<size_t>(i)], rule);
+  if (pieces == 0) return;
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    const auto after = [](int64_t piece, const Whole& whole) { return piece < whole.first_piece; };
+    auto tensor = std::upper_bound(tensors.begin(), tensors.end(), begin, after) - 1;
+    for (int64_t i = begin; i < end; ++i) {
+      while (tensor + 1 != tensors.end() && i >= (tensor + 1)->first_piece) ++tensor;
+      const AveragePiece piece = cut(tensor->all, (i - tensor->first_piece) * kPiece);
+      CLK_CALL(average_piece, piece, rule);
+    }
   });
 }
 

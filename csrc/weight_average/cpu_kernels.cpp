@@ -60,6 +60,9 @@ constexpr bool kIsHalf = false;
 template <>
 constexpr bool kIsHalf<Half> = true;
 
+template <typename C>
+constexpr Storage kStorageOf = sizeof(C) == 8 ? Storage::f64 : Storage::f32;  // of what is computed in
+
 template <typename Dst, typename Src, bool THREE>
 class Average {
   using C = compute_t<Dst>;
@@ -88,17 +91,26 @@ class Average {
     } else {
       value = src;
     }
-    if constexpr (THREE) widen_any(other_, piece_.other_type, piece_.other, start, n);
-    if constexpr (sizeof(Dst) == 2) {
-      if (kIsHalf<Dst> || rule_.stochastic) return step_in_buffer(dst, value, start, n);
+    const C* other = other_;
+    if constexpr (THREE) {
+      const int64_t size = bytes_of(piece_.other_type);
+      prefetch_next_page(static_cast<const char*>(piece_.other) + start * size, kBlock * size);
+      if (piece_.other_type == kStorageOf<C>) {
+        other = static_cast<const C*>(piece_.other) + start;
+      } else {
+        widen_any(other_, piece_.other_type, piece_.other, start, n);
+      }
     }
-    block<Dst, Dst, Readable, THREE>(dst, dst, value, other_, n, w_, u_);
+    if constexpr (sizeof(Dst) == 2) {
+      if (kIsHalf<Dst> || rule_.stochastic) return step_in_buffer(dst, value, other, start, n);
+    }
+    block<Dst, Dst, Readable, THREE>(dst, dst, value, other, n, w_, u_);
   }
 
   // By way of the exact result in the first-level cache.
-  void step_in_buffer(Dst* dst, const Readable* value, int64_t start, int64_t n) {
+  void step_in_buffer(Dst* dst, const Readable* value, const C* other, int64_t start, int64_t n) {
     widen(exact_, dst, n);
-    block<float, float, Readable, THREE>(exact_, exact_, value, other_, n, w_, u_);
+    block<float, float, Readable, THREE>(exact_, exact_, value, other, n, w_, u_);
     if (rule_.stochastic) {
       random_bits<kBlock>(rule_.seed, piece_.counter + static_cast<uint64_t>(start / kElementsPerCounter), random_);
       if constexpr (kIsHalf<Dst>) {
@@ -114,7 +126,7 @@ class Average {
   const AverageRule& rule_;
   const C w_, u_;
   C value_[kIsHalf<Src> ? kBlock : 1];
-  C other_[THREE ? kBlock : 1];
+  C other_[THREE ? kBlock : 1];  // unless it is stored as what is computed in
   float exact_[sizeof(Dst) == 2 ? kBlock : 1];
   uint16_t random_[sizeof(Dst) == 2 ? kBlock : 1];
 };

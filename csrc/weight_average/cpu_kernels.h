@@ -9,6 +9,8 @@ namespace clk {
 
 enum class Storage : int { f32, f64, bf16, f16 };
 
+static constexpr int64_t bytes_of(Storage type) { return type == Storage::f64 ? 8 : type == Storage::f32 ? 4 : 2; }
+
 // What happens to every element; `stochastic` concerns averages stored in 16 bits.
 struct AverageRule {
   double weight, other_weight;
