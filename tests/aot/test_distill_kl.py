@@ -9,9 +9,11 @@ from cl_kernels import testing
 pytestmark = pytest.mark.aot
 
 DTYPES = ("bf16", "fp32")
-FEATURES = ("student_ptr", "teacher_ptr", "anchors_ptr", "teacher_anchors_ptr")
-FP32 = {"row_parts_ptr", "column_parts_ptr", "row_stats_ptr", "column_stats_ptr", "losses_ptr", "parts_ptr", "dots_ptr"}
-NUMBERS = {"scale", "masked", "row_factor", "column_factor", "outer"}
+TILES = ("forward_kernel", "gradient_kernel")
+FEATURES = ("student_ptr", "teacher_ptr", "anchors_ptr", "teacher_anchors_ptr", "f_ptr", "g_ptr")
+NUMBERS = {"scale", "masked", "row_factor", "column_factor", "outer", "dot_factor"}
+ONE_OF_EACH = ("sm_80", "sm_90", "gfx942")
+"""Products from registers, from shared memory, and those of AMD: for variants that need less than one tested everywhere."""
 
 
 def compile_logits(name, target, dtype, M, inner):
@@ -37,27 +39,48 @@ def compile_logits(name, target, dtype, M, inner):
     return testing.compile_for(kernel, signature, constexprs, target, num_warps=warps)
 
 
-def compile_features(name, target, dtype, plain=True):
+def compile_features(name, target, dtype, config, plain=True, kl=False, transposed=False, precision="ieee"):
+    """``plain``: as in ``triton_launch.tile_blocks``; else all that it excludes, and weights."""
+    from cl_kernels.distill_kl import triton_forward, triton_gradient, triton_merge
+
+    modules = {"forward_kernel": triton_forward, "merge_kernel": triton_merge}
+    kernel = getattr(modules.get(name, triton_gradient), name)
+    config = dict(config)
+    warps, stages = config.pop("num_warps", 4), config.pop("num_stages", 3)
+    config |= {"K": 1 if plain else 2, "ROWS": True, "COLUMNS": True, "SHARED": plain, "MASK_DIAGONAL": not plain}
+    config |= {"KL": kl, "EVEN": plain, "EVEN_T": plain, "PRECISION": precision, "TRANSPOSED": transposed}
+    config |= {"weight_ptr": None} if plain else {}
+    constexprs = {k: v for k, v in config.items() if k in kernel.arg_names}
+    stored = "fp32" if name == "product_kernel" and not transposed else dtype
+    types = dict.fromkeys(FEATURES, f"*{dtype}") | dict.fromkeys(NUMBERS, "fp32")
+    types |= {"finished_ptr": "*i32", "out_ptr": f"*{stored}"} | dict.fromkeys(
+        ("width", "first", "group", "split"), "i32:16"
+    )
+    types |= dict.fromkeys(("D", "D_T"), "i32:16" if plain else "i32")
+    signature = {
+        a: types.get(a, "*fp32" if a.endswith("_ptr") else "i32") for a in kernel.arg_names if a not in constexprs
+    }
+    return testing.compile_for(kernel, signature, constexprs, target, num_warps=warps, num_stages=stages)
+
+
+def compile_tiles(name, target, dtype="bf16", N=64, plain=True, large=True, **options):
     import torch
 
-    from cl_kernels.distill_kl import triton_features, triton_launch
+    from cl_kernels.distill_kl import triton_launch
 
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
-    amd = target.startswith("gfx")
-    config = triton_launch.configuration(torch_dtype, 64, name.startswith("backward"), plain, amd)
-    warps, stages = config.pop("num_warps"), config.pop("num_stages")
-    if name.startswith("merge"):
-        block = triton_launch.MERGE_BLOCK if name == "merge_kernel" else triton_launch.GRADIENT_BLOCK
-        config, warps, stages = {"BLOCK": block}, 4, 3
-    config |= {"K": 1 if plain else 2, "ROWS": True, "COLUMNS": True, "SHARED": plain, "MASK_DIAGONAL": not plain}
-    config |= {"KL": True, "EVEN": plain, "EVEN_T": plain, "EVEN_OUT": plain, "PRECISION": "ieee"}
-    kernel = getattr(triton_features, name)
-    constexprs = {k: v for k, v in config.items() if k in kernel.arg_names}
-    types = dict.fromkeys((*FEATURES, "out_ptr"), f"*{dtype}") | dict.fromkeys((*FP32, "weight_ptr"), "*fp32")
-    types |= dict.fromkeys(("scale_ptr", "grad_ptr"), "*fp32") | dict.fromkeys(NUMBERS, "fp32")
-    types |= dict.fromkeys(("D", "D_T"), "i32:16" if plain else "i32")
-    signature = {a: types.get(a, "i32") for a in kernel.arg_names if a not in constexprs}
-    return testing.compile_for(kernel, signature, constexprs, target, num_warps=warps, num_stages=stages)
+    config = triton_launch.tile_blocks(torch_dtype, target, N, plain, large)
+    return compile_features(name, target, dtype, config, plain, **options)
+
+
+def compile_product(target, dtype, rows, transposed, precision="ieee"):
+    import torch
+
+    from cl_kernels.distill_kl import triton_launch
+
+    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+    config = triton_launch.product_blocks(torch_dtype, target, rows)
+    return compile_features("product_kernel", target, dtype, config, transposed=transposed, precision=precision)
 
 
 @pytest.mark.parametrize("target", testing.TARGETS)
@@ -65,35 +88,58 @@ def compile_features(name, target, dtype, plain=True):
 @pytest.mark.parametrize(("M", "inner"), [(100_000, 1), (64, 1000)])
 @pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
 def test_logits(name, M, inner, dtype, target):
-    testing.assert_fits(compile_logits(name, target, dtype, M, inner))
+    info = compile_logits(name, target, dtype, M, inner)
+    testing.assert_fits(info)
+    if target == "sm_90" and dtype == "fp32" and inner == 1:
+        assert info.count("LDG.E.128") > 0
 
 
 @pytest.mark.parametrize("target", testing.TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["forward_kernel", "backward_student_kernel", "backward_anchors_kernel"])
-def test_features(name, dtype, target):
-    testing.assert_fits(compile_features(name, target, dtype))
-
-
-@pytest.mark.parametrize("target", [t for t in testing.TARGETS if t.startswith("sm_")])
-@pytest.mark.parametrize("name", ["forward_kernel", "backward_student_kernel", "backward_anchors_kernel"])
-def test_features_in_general(name, target):
-    """Two teachers, their own anchors, widths that are no multiple of a block, and the masked diagonal.
-
-    On gfx942 this variant moves up to 54 scalar registers, whose masks take two each, into vector registers.
-    """
-    testing.assert_fits(compile_features(name, target, "bf16", plain=False))
+@pytest.mark.parametrize("name", TILES)
+def test_tiles(name, dtype, target):
+    info = compile_tiles(name, target, dtype)
+    testing.assert_fits(info)
+    products = {"sm_80": "HMMA.16816", "sm_90": "HGMMA.64x128x16", "gfx942": "v_mfma"}
+    if dtype == "bf16" and target in products:
+        assert info.count(products[target]) > 0
 
 
 @pytest.mark.parametrize("target", testing.TARGETS)
-@pytest.mark.parametrize("name", ["merge_kernel", "merge_student_kernel"])
-def test_merges(name, target):
-    testing.assert_fits(compile_features(name, target, "bf16"))
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_in_general(name, target):
+    """Two teachers with weights, their own anchors, widths that are no multiple of a block, the masked diagonal, the divergence."""
+    testing.assert_fits(compile_tiles(name, target, plain=False, kl=True))
 
 
-def test_instructions():
-    """Matrix units are used: warp-group products on Hopper, MFMA on AMD; and logits are read 16 bytes at a time."""
-    assert compile_features("forward_kernel", "sm_90", "bf16").count("HGMMA") > 0
-    assert compile_features("backward_student_kernel", "sm_90", "bf16").count("HGMMA") > 0
-    assert compile_features("forward_kernel", "gfx942", "bf16").count("v_mfma") > 0
-    assert compile_logits("forward_kernel", "sm_90", "fp32", 100_000, 1).count("LDG.E.128") > 0
+@pytest.mark.parametrize("target", ONE_OF_EACH)
+@pytest.mark.parametrize("name", TILES)
+def test_narrow_tiles(name, target):
+    testing.assert_fits(compile_tiles(name, target, large=False))
+    testing.assert_fits(compile_tiles(name, target, N=16))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_in_tf32(name, target):
+    testing.assert_fits(compile_tiles(name, target, "fp32", precision="tf32"))
+
+
+@pytest.mark.parametrize("target", testing.TARGETS)
+@pytest.mark.parametrize(
+    ("dtype", "rows", "transposed"),
+    [("bf16", 64, False), ("bf16", 4096, False), ("bf16", 4096, True), ("fp32", 64, True)],
+)
+def test_products(dtype, rows, transposed, target):
+    info = compile_product(target, dtype, rows, transposed)
+    testing.assert_fits(info)
+    if target == "sm_90" and dtype == "bf16":
+        assert info.count("HGMMA.64x128x16" if rows == 64 else "HGMMA") > 0
+
+
+@pytest.mark.parametrize("target", testing.TARGETS)
+def test_merges(target):
+    from cl_kernels.distill_kl import triton_launch
+
+    testing.assert_fits(compile_features("merge_kernel", target, "bf16", triton_launch.MERGE, kl=True))
+    testing.assert_fits(compile_features("finish_kernel", target, "bf16", triton_launch.FINISH))

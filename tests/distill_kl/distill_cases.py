@@ -208,9 +208,9 @@ def check_feature_views(backend):
     assert mixed.dtype == torch.float32
 
 
-def check_large_scale(backend):
+def check_large_scale(backend, N=8, M=30, d=6, **options):
     """Logits of ±1e4: nothing overflows, and the loss is that of the definition."""
-    given = features(8, 30, 6)
+    given = features(N, M, d, **options)
     found, expected = feature_gradients(*given, backend, 1e4), feature_gradients(*in_float64(*given), "reference", 1e4)
     for value, exact in zip(found, expected, strict=True):
         assert value.isfinite().all()

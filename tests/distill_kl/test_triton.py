@@ -14,6 +14,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),  # NumPy on masked lanes
 ]
 
+LARGE = {"N": 100, "M": 100, "d": 16, "K": 2, "weighted": True, "target": "kl", "own": 8}
+"""More blocks of rows and of columns than the two processors that the launcher counts in the interpreter get programs."""
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("target", ["cross_entropy", "kl"])
@@ -32,8 +35,50 @@ def test_long_rows():
     cases.check_long_rows("triton", 5000)
 
 
-def test_no_similarity_matrix():
-    cases.check_memory("triton", 60, 400)
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Scratch for one block of columns at a time, so that small matrices take several pieces."""
+    from cl_kernels.distill_kl import triton_launch
+
+    monkeypatch.setattr(triton_launch, "SCRATCH", 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [cases.FEATURES[2], LARGE], ids=str)
+def test_pieces_of_the_gradient(case, dtype, small_pieces):
+    cases.check_features("triton", case, dtype)
+
+
+def test_more_rows_than_slots():
+    """Every program takes several blocks of rows; at scale 1e4 no tile can take its exponentials from one level."""
+    from cl_kernels.distill_kl import triton_launch
+
+    slots, group = triton_launch.forward_grid(4, 2, LARGE["N"], LARGE["M"], 2)
+    assert slots < 4
+    assert group < 2
+    cases.check_features("triton", LARGE, torch.float32)
+    cases.check_large_scale("triton", **LARGE)
+
+
+def test_no_similarity_matrix(small_pieces):
+    cases.check_memory("triton", 96, 768)
+
+
+@pytest.mark.parametrize(
+    ("N", "M"), [(64, 1_000), (64, 60_000), (256, 10_000), (4096, 100_000), (100_000, 1_000), (1, 1)]
+)
+@pytest.mark.parametrize("processors", [2, 132])
+def test_forward_scratch_is_bounded(N, M, processors):
+    """The statistics left behind grow with N and with M, never with their product, and every entry belongs to one program."""
+    from cl_kernels.distill_kl import triton_launch
+
+    row_blocks, column_blocks, programs = -(-N // 64), -(-M // 128), 2 * processors
+    slots, group = triton_launch.forward_grid(row_blocks, column_blocks, N, M, programs)
+    groups = -(-column_blocks // group)
+    assert 1 <= slots <= row_blocks
+    assert groups * group >= column_blocks
+    assert slots * M + groups * N <= 4 * (programs * N * M) ** 0.5 + programs * (64 + 128) + 2 * (N + M)
+    assert slots * groups >= min(row_blocks * column_blocks, programs) / 3
 
 
 def test_float64_features_are_refused():
