@@ -23,12 +23,13 @@ from torch import Tensor
 import cl_kernels as clk
 
 DEVICE = os.environ.get("CLK_FUZZ_DEVICE", "cpu")
-WEIGHTS = ("down_weight", "down_bias", "up_weight", "up_bias")
+TRITON = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = (torch.float32, torch.float16)  # the interpreter multiplies the bits of bfloat16
 
 
 def moe_adapter(draw: Draw, backend: str) -> None:
     """Sample and token routing, experts out of range, no experts, no tokens, dropout, residuals of other dtypes."""
-    dtype = draw.choice(DTYPES)
+    dtype = draw.dtype()
     batch, length, width, rank = draw.size(9), draw.size(40), draw.size(70, 1), draw.size(70, 1)
     experts, slots = draw.size(9, 1), draw.size(4)
     rows = (batch,) if draw.chance(0.4) else (batch, length)
@@ -61,7 +62,7 @@ def moe_adapter(draw: Draw, backend: str) -> None:
 
 def top_k_gating(draw: Draw, backend: str) -> None:
     """Clean and noisy gates, ties included; where two logits all but tie, either expert is right."""
-    dtype = draw.choice(DTYPES)
+    dtype = draw.dtype()
     batch, width, experts = draw.size(33), draw.size(70, 1), draw.size(70, 1)
     k = draw.random.randint(1, min(experts, 5))
     tensors = {"x": draw.grid((batch, width), dtype), "w_gate": draw.grid((width, experts), dtype, 0.125, 4)}
@@ -91,7 +92,7 @@ def top_k_gating(draw: Draw, backend: str) -> None:
 
 def distill_kl(draw: Draw, backend: str) -> None:
     """Any number of dimensions, every softmax dimension, weights that broadcast, logits up to ten thousand."""
-    dtype = draw.choice(DTYPES)
+    dtype = draw.dtype()
     shape = tuple(draw.size(40, 1) for _ in range(draw.random.randint(1, 3)))
     dim = draw.random.randrange(-len(shape), len(shape))
     spread = draw.choice((0.1, 3.0, 30.0, 3000.0))
@@ -121,7 +122,7 @@ def distill_kl(draw: Draw, backend: str) -> None:
 
 def feature_distill_kl(draw: Draw, backend: str) -> None:
     """One or several teachers, own anchors, weights, a masked diagonal, one direction or both, gradients of all three inputs."""
-    dtype = draw.choice(DTYPES)
+    dtype = draw.dtype()
     N, M, d = draw.size(80, 1), draw.size(300, 1), draw.size(70, 1)
     teachers = () if draw.chance(0.6) else (draw.random.randint(1, 3),)
     own = draw.chance(0.3)
@@ -161,11 +162,11 @@ def average_(draw: Draw, backend: str) -> None:
     averages, values, before = [], [], []
     for _ in range(draw.random.randint(1, 6)):
         shape = [draw.size(30) for _ in range(draw.random.randint(0, 3))]
-        average = draw.normal(shape, draw.choice(DTYPES))
+        average = draw.normal(shape, draw.dtype())
         if any(stride == 0 and size > 1 for stride, size in zip(average.stride(), average.shape, strict=True)):
             average = average.clone(memory_format=torch.contiguous_format)
         averages.append(average.to(DEVICE))
-        values.append(draw.normal(shape, draw.choice(DTYPES)).to(DEVICE))
+        values.append(draw.normal(shape, draw.dtype()).to(DEVICE))
         before.append(average.double().clone())
     weight = draw.choice((0.0, 1.0, 0.5, 1 / 3, 0.01, -0.5, 2.0))
     outside = [_outside(average) for average in averages]
@@ -253,9 +254,10 @@ def fuzz(operation: str, first: int, cases: int, backend: str) -> None:
     Raises:
         AssertionError: the first case that is wrong, with the command that repeats it.
     """
+    dtypes = DTYPES if backend != "triton" else INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else TRITON
     for number in range(first, first + cases):
         try:
-            OPERATIONS[operation](Draw(operation, number), backend)
+            OPERATIONS[operation](Draw(operation, number, dtypes), backend)
         except Exception as error:
             repeat = f"python tests/fuzz/fuzz_cases.py --operation {operation} --first {number} --cases 1 --backend {backend}"
             raise AssertionError(f"{error}\nrepeat with: {repeat}") from error

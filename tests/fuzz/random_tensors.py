@@ -18,11 +18,16 @@ PRECISION = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, tor
 
 
 class Draw:
-    """One case: everything random in it follows from operation and number."""
+    """One case: everything random in it follows from operation and number and the dtypes to choose from."""
 
-    def __init__(self, operation: str, number: int) -> None:
+    def __init__(self, operation: str, number: int, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
+        self.dtypes = dtypes
         self.random = random.Random(f"{operation} {number}")
         self.generator = torch.Generator().manual_seed(self.random.getrandbits(60))
+
+    def dtype(self) -> torch.dtype:
+        """One of the case's dtypes."""
+        return self.choice(self.dtypes)
 
     def size(self, largest: int, smallest: int = 0) -> int:
         """Mostly small, sometimes up to ``largest``, now and then a power of two or one beside it."""
