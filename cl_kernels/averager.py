@@ -107,6 +107,7 @@ class WeightAverager:
         named = _named_tensors(model)
         self._tensors = {name: _start(tensor, dtype, on_host) for name, tensor in named.items()}
         self._floating = [name for name, tensor in self._tensors.items() if tensor.is_floating_point()]
+        self._counts = [name for name in named if name not in self._floating]  # integers: the latest model's
         self._host_copy = HostCopy(named) if on_host else None
         self._worker = ThreadPoolExecutor(1, "weight-averager") if on_host else None
         self._pending: Future[None] | None = None
@@ -232,14 +233,13 @@ class WeightAverager:
         options: dict[str, Any],
     ) -> None:
         averages = [self._tensors[name] for name in self._floating]
-        floating = [values[name].detach() for name in self._floating]
+        floating = [values[name] for name in self._floating]
         if others is None:
             average_(averages, floating, weight, **options)
         else:
             blend_(averages, floating, others, (1 - pull) * weight, pull, **options)
-        for name, tensor in self._tensors.items():
-            if not tensor.is_floating_point():
-                tensor.copy_(values[name])
+        for name in self._counts:
+            self._tensors[name].copy_(values[name])
 
     def _settle(self) -> None:
         """Wait for the update that is under way; an error in it comes out here."""
