@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import golden_cases as golden
@@ -14,6 +15,10 @@ from cl_methods.methods import METHODS, Batch, Method
 from cl_methods.training.loop import train_on_batches
 
 TRAJECTORIES = ["zscl_task1_full", *golden.names("zscl_task2_*")]
+OWN_NAMES = [
+    *(("lwf_vr" if "lwf_vr" in case else "lwf", case) for case in golden.names("zscl_task2_lwf*")),
+    *(("wise_ft", case) for case in golden.names("zscl_task2_wise_merge*")),
+]
 LOSS_TOLERANCE, ADAMW_TOLERANCE, SGD_TOLERANCE, ANCHOR_TOLERANCE = 2e-5, 5e-5, 1e-5, 2e-4
 
 
@@ -50,6 +55,17 @@ def zscl_config(meta: dict[str, Any]) -> Any:
         wise_merge=names.get(meta.get("wise_merge"), "none"),
         wise_merge_alpha=meta.get("wise_ft_alpha", 0.8),
     )
+
+
+def config_of(kind: str, meta: dict[str, Any]) -> Any:
+    """The same as settings of the method called ``kind``, by the fields that it has."""
+    config, config_type = zscl_config(meta), METHODS[kind].Config
+    if kind == "zscl":
+        return config
+    own = {entry.name for entry in fields(config_type)}
+    shared = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name in own}
+    merge = {"alpha": config.wise_merge_alpha, "towards": config.wise_merge} if kind == "wise_ft" else {}
+    return config_type(**shared, **merge)
 
 
 def batches(data: dict[str, Tensor], meta: dict[str, Any]) -> list[Batch]:
@@ -107,18 +123,24 @@ def run(method: Method, meta: dict[str, Any], data: dict[str, Tensor], table: go
 
 @pytest.mark.parametrize("case", TRAJECTORIES)
 def test_trajectory(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = golden.load(case)[1]
+    kind = "zscl" if meta.get("load") == "zscl_start" or len(zscl_switches(meta)) else "finetune"
+    check_trajectory(case, kind, monkeypatch)
+
+
+@pytest.mark.parametrize(("kind", "case"), OWN_NAMES)
+def test_trajectory_under_its_own_name(kind: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The methods that are switches of ZSCL give the same when called by name, with their own settings."""
+    check_trajectory(case, kind, monkeypatch)
+
+
+def check_trajectory(case: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, meta = golden.load(case)
     data, _ = golden.load("zscl_data")
     table = golden.TokenTable(
         task1=data["task1.class_tokens"], task2=data["task2.class_tokens"], caption=data["caption_tokens"]
     )
-    kind = "zscl" if meta.get("load") == "zscl_start" or len(zscl_switches(meta)) else "finetune"
-    method_type = METHODS[kind]
-    config = zscl_config(meta)
-    if kind == "finetune":
-        fields = ("lr", "iterations", "warmup", "label_smoothing", "weight_decay", "betas")
-        config = method_type.Config(**{name: getattr(config, name) for name in fields})
-    method = method_type(golden.tiny_clip(table), config, golden.reference("caption", table))
+    method = METHODS[kind](golden.tiny_clip(table), config_of(kind, meta), golden.reference("caption", table))
     if meta.get("ref_texts") == "random_tokens":
         monkeypatch.setattr(method, "reference_tokens", lambda task: data["random_tokens"])
     if meta["load"] != "zscl_start":

@@ -3,10 +3,27 @@
 from cl_methods.methods.base import Batch, Method
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.joint import Joint
+from cl_methods.methods.lwf import LwF
+from cl_methods.methods.lwf_vr import LwFVR
 from cl_methods.methods.moe_adapters import MoEAdapters
+from cl_methods.methods.wise_ft import WiSEFT
 from cl_methods.methods.zero_shot import ZeroShot
 from cl_methods.methods.zscl import ZSCL
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ZeroShot, FineTune, ZSCL, MoEAdapters, Joint)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (ZeroShot, FineTune, WiSEFT, LwF, LwFVR, ZSCL, MoEAdapters, Joint)
+}
 
-__all__ = ["METHODS", "ZSCL", "Batch", "FineTune", "Joint", "Method", "MoEAdapters", "ZeroShot"]
+__all__ = [
+    "METHODS",
+    "ZSCL",
+    "Batch",
+    "FineTune",
+    "Joint",
+    "LwF",
+    "LwFVR",
+    "Method",
+    "MoEAdapters",
+    "WiSEFT",
+    "ZeroShot",
+]

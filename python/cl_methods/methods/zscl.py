@@ -152,9 +152,8 @@ class ZSCL(FineTune):
     def _distillation(self, student: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Terms that compare student and teacher features (N, d) of the reference images."""
         config, terms = self.config, {}
-        assert batch.reference_images is not None
+        teacher = self.teacher_features(student, batch)
         assert self._teacher_texts is not None
-        teacher = self._teacher_images.get(batch.reference_images, batch.reference_indices)
         if config.image_loss or config.text_loss:
             terms["distillation"] = clk.feature_distill_kl(
                 student,
@@ -172,6 +171,11 @@ class ZSCL(FineTune):
         if config.relation_loss:
             terms["relation"] = config.distillation_weight * self.relation_distillation(student, teacher)
         return terms
+
+    def teacher_features(self, student: Tensor, batch: Batch) -> Tensor:
+        """The teacher's features of the reference images, in the shape (N, d) of the ``student``'s, without gradient."""
+        assert batch.reference_images is not None
+        return self._teacher_images.get(batch.reference_images, batch.reference_indices)
 
     def relation_distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Distillation of the similarities ``s F Fᵀ`` of features (N, d) among themselves, an image with itself left out."""

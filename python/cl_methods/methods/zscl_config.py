@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
 from cl_methods.methods.config import FULL_TUNING_TASK_LR, TrainConfig, check_field, check_fraction
@@ -119,6 +119,22 @@ class ZSCLConfig(TrainConfig):
         if name not in cls.presets:
             raise ValueError(f"name: expected one of {', '.join(cls.presets)}, got {name!r}")
         return cls(**{**cls.scenario_defaults.get(scenario, {}), **cls.presets[name], **changes})
+
+    @classmethod
+    def relative(cls, name: str, config: TrainConfig, **changes: Any) -> Self:
+        """The preset ``name`` with the optimisation settings, and all else that goes by the same name, of another ``config``.
+
+        Args:
+            name: one of ``presets``.
+            config: settings of a method that is a switch of ZSCL.
+            changes: fields to override.
+
+        Raises:
+            ValueError: no such preset, or a setting is wrong.
+        """
+        known = {entry.name for entry in fields(cls)}
+        shared = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name in known}
+        return cls.preset(name, **{**shared, **changes})
 
     @property
     def distils(self) -> bool:
