@@ -6,7 +6,6 @@ dtypes, shapes and strides with those of an earlier call 0.2 ms: a plan holds un
 
 from __future__ import annotations
 
-from collections import deque
 from operator import attrgetter
 from typing import Any
 
@@ -21,7 +20,7 @@ _READ = (Tensor.data_ptr, attrgetter("dtype"), attrgetter("shape"), Tensor.strid
 
 _AS_IT_IS, _IN_ITS_ORDER, _COPIED = range(3)
 
-_recent: deque[Plan] = deque(maxlen=_KEPT)
+_recent: tuple[Plan, ...] = ()  # newest first; replaced, never changed, because threads may look through it
 
 
 class Plan:
@@ -64,6 +63,7 @@ def find(lists: Lists) -> Plan:
     Raises:
         ValueError, TypeError: see :mod:`cl_kernels.weight_average.arguments`.
     """
+    global _recent
     if torch.compiler.is_compiling() or not all(_PLAIN.issuperset(map(type, tensors)) for tensors in lists):
         return Plan(None, lists)
     key = tuple(tuple(map(read, tensors)) for tensors in lists for read in _READ)
@@ -72,7 +72,7 @@ def find(lists: Lists) -> Plan:
             return plan
     plan = Plan(key, lists)
     if lists[0] and lists[0][0].device.type != "meta":  # whose tensors have no address
-        _recent.appendleft(plan)
+        _recent = (plan, *_recent[: _KEPT - 1])
     return plan
 
 

@@ -85,7 +85,7 @@ def test_without_a_seed_the_default_generator_decides():
 
 
 def test_a_plan_holds_until_something_changes(monkeypatch):
-    plan._recent.clear()
+    monkeypatch.setattr(plan, "_recent", ())
     checked = []
     check = plan.check_lists
     monkeypatch.setattr(plan, "check_lists", lambda lists: (checked.append(1), check(lists))[1])
@@ -104,6 +104,26 @@ def test_a_plan_holds_until_something_changes(monkeypatch):
     for _ in range(plan._KEPT + 2):
         clk.average_([torch.zeros(3)], [torch.zeros(3)], 0.5)
     assert len(plan._recent) <= plan._KEPT
+
+
+def test_another_thread_may_add_a_plan_while_one_is_looked_for():
+    class Interrupted:
+        """A key whose comparison is where the other thread gets its turn."""
+
+        def __eq__(self, other):
+            kept.key = ()
+            clk.average_([torch.zeros(5)], [torch.ones(5)], 0.5)
+            return False
+
+        __hash__ = None
+
+    clk.average_([torch.zeros(2)], [torch.ones(2)], 0.5)
+    kept = plan._recent[0]
+    kept.key = Interrupted()
+    average = torch.zeros(3)
+    clk.average_([average], [torch.ones(3)], 0.5)
+    assert average.tolist() == [0.5] * 3
+    assert kept.key == ()
 
 
 def test_a_plan_keeps_no_memory_alive():
