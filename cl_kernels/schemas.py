@@ -7,8 +7,9 @@ A schema is registered twice: in the namespace ``cl_kernels`` for the compiled l
 from __future__ import annotations
 
 SCHEMAS = {
-    # x (B, L, D), expert_ids (B, k) int64, gates (B, k) fp32/fp64, seed () int64 on the CPU -> out (B, L, D), hidden (B, k, L, R):
-    # the bottleneck activation after ReLU and dropout, which is all that the backward pass needs (zero elements unless saved).
+    # x (B, L, D), expert_ids (B, k) int64, gates (B, k) fp32/fp64, seed () int64, best on x's device -> out (B, L, D),
+    # hidden (B, k, L, R): the bottleneck activation after ReLU and dropout, which is all that the backward pass needs (zero
+    # elements unless saved).
     "moe_adapter": (
         "(Tensor x, Tensor expert_ids, Tensor gates, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias, "
         "Tensor? residual, Tensor? seed, float scale, float dropout_p, bool save_hidden) -> (Tensor out, Tensor hidden)"
@@ -47,6 +48,11 @@ SCHEMAS = {
     # gates (B, k) fp32 (fp64 for fp64 x), expert_ids (B, k) and usage (E,) int64. Its gradient needs no kernel of its own.
     "top_k_gating": (
         "(Tensor x, Tensor w_gate, Tensor? w_noise, Tensor? noise, int k) -> (Tensor gates, Tensor expert_ids, Tensor usage)"
+    ),
+    # Of the Triton kernels alone; gradients that are not needed come back with zero elements.
+    "top_k_gating_backward": (
+        "(Tensor grad, Tensor x, Tensor w_gate, Tensor? w_noise, Tensor? noise, Tensor gates, Tensor expert_ids, bool need_x, "
+        "bool need_gate, bool need_noise) -> (Tensor grad_x, Tensor grad_gate, Tensor grad_noise)"
     ),
     # Contiguous tensors; others as many as averages or none. A seed rounds 16-bit averages stochastically.
     "average_": (

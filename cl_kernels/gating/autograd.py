@@ -1,4 +1,4 @@
-"""Registrations of top-k gating: fake implementation, gradient, and the Triton kernel."""
+"""Registrations of top-k gating: fake implementations, gradient, and the Triton kernels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from cl_kernels import dispatch, library
 from cl_kernels.gating.reference import compute_dtype
 
 operator = partial(library.operator, "top_k_gating")
+
+FUSED_EXPERTS = 64
+"""Up to so many experts fit the tiles of the fused backward pass."""
 
 
 def _sizes(x: Tensor, w_gate: Tensor, w_noise: Tensor | None, noise: Tensor | None, k: int) -> tuple[int, int]:
@@ -82,10 +85,51 @@ def _triton(
     return triton_kernels.top_k_gating(x, w_gate, w_noise, noise, k)
 
 
-for _namespace in (library.COMPILED, library.TRITON):
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_noise: Tensor | None,
+    noise: Tensor | None,
+    gates: Tensor,
+    expert_ids: Tensor,
+    need_x: bool,
+    need_gate: bool,
+    need_noise: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        w_gate.new_empty(w_gate.shape if need_gate else (0,)),
+        (w_gate if w_noise is None else w_noise).new_empty(w_gate.shape if need_noise else (0,)),
+    )
+
+
+def _fused_backward(ctx: Any, grad_gates: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same in two launches, unless it is to be differentiated again or E is beyond what its tiles hold."""
+    x, w_gate, w_noise, noise, gates, expert_ids = ctx.saved_tensors
+    if grad_gates is None:
+        return (None,) * 5
+    if torch.is_grad_enabled() or w_gate.shape[1] > FUSED_EXPERTS:
+        return _backward(ctx, grad_gates, *grads)
+    needs = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[2] and noise is not None)
+    found = library.operator("top_k_gating_backward", "triton")(
+        grad_gates, x, w_gate, w_noise, noise, gates, expert_ids, *needs
+    )
+    return (*(grad if needed else None for grad, needed in zip(found, needs, strict=True)), None, None)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from cl_kernels.gating import triton_backward
+
+    return triton_backward.top_k_gating_backward(*args)
+
+
+for _namespace, _gradient in ((library.COMPILED, _backward), (library.TRITON, _fused_backward)):
     library.definitions[_namespace]._register_fake("top_k_gating", _fake)
     torch.library.register_autograd(
-        f"{_namespace}::top_k_gating", _backward, setup_context=_setup_context, lib=library.definitions[_namespace]
+        f"{_namespace}::top_k_gating", _gradient, setup_context=_setup_context, lib=library.definitions[_namespace]
     )
+library.definitions[library.TRITON]._register_fake("top_k_gating_backward", _fake_backward)
 for _key in ("CUDA", "CPU") if dispatch.INTERPRETING else ("CUDA",):
     library.definitions[library.TRITON].impl("top_k_gating", _triton, _key)
+    library.definitions[library.TRITON].impl("top_k_gating_backward", _triton_backward, _key)

@@ -53,3 +53,31 @@ def test_no_spills(target, dtype, noisy, experts):
 def test_float64_compiles(target):
     info = compile_gating(target, "fp64", True, 22, compute="fp64")
     assert info.shared <= testing.SHARED_MEMORY[target]
+
+
+def compile_gradients(target, dtype, noisy, experts):
+    import triton.language as tl
+
+    from cl_kernels.gating import triton_backward
+
+    common = {"COMPUTE": tl.float32, "BLOCK_B": triton_backward.BLOCK_B, "BLOCK_D": triton_backward.BLOCK_D}
+    common |= {"BLOCK_E": triton_backward.block_of(experts), "stride_xd": 1}
+    sizes = {"B": "i32", "D": "i32:16", "E": "i32", "stride_xb": "i32:16"}
+    scratch = {"grad_logits_ptr": "*fp32", "grad_spread_ptr": "*fp32"}
+    inputs = {f"{name}_ptr": f"*{dtype}" for name in ("x", "w_gate", "w_noise", "noise", "grad_x")}
+    signature = inputs | scratch | sizes | {"grad_ptr": "*fp32", "gates_ptr": "*fp32", "expert_ids_ptr": "*i64"}
+    constexprs = common | {"K": 2, "NOISY": noisy}
+    yield testing.compile_for(
+        triton_backward.row_gradient_kernel, signature, constexprs, target, triton_backward.NUM_WARPS
+    )
+    weights = {f"{name}_ptr": f"*{dtype}" for name in ("x", "grad_gate", "grad_noise")}
+    yield testing.compile_for(
+        triton_backward.weight_gradient_kernel, weights | scratch | sizes, common, target, triton_backward.NUM_WARPS
+    )
+
+
+@pytest.mark.parametrize("target", testing.TARGETS)
+@pytest.mark.parametrize(("dtype", "experts"), [("bf16", 22), ("fp32", 64)])
+def test_gradients_do_not_spill(target, dtype, experts):
+    for info in compile_gradients(target, dtype, True, experts):
+        testing.assert_fits(info)

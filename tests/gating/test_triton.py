@@ -6,6 +6,12 @@ import gating_cases as cases
 import pytest
 import torch
 
+import cl_kernels as clk
+from cl_kernels import dispatch, library
+
+if dispatch.INTERPRETING:
+    from cl_kernels.gating import triton_backward
+
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
 
 
@@ -33,8 +39,54 @@ def test_gradients_equal_autograd():
     cases.check_gradients_equal_autograd("triton", torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("many_rows", [1, 1000])
+@pytest.mark.parametrize("shape", [(19, 70, 17, 5), (33, 9, 40, 40), (3, 5, 130, 2), (1, 1, 1, 1)], ids=str)
+def test_gradients_equal_float64(shape, many_rows, dtype, monkeypatch):
+    monkeypatch.setattr(triton_backward, "MANY_ROWS", many_rows)
+    rows, width, experts, k = shape
+    given = cases.inputs(rows, width, experts, True, dtype)
+    found = []
+    for tensors, backend in ((given, "triton"), ([t.double() for t in given], "reference")):
+        x, w_gate, w_noise, noise = tensors
+        leaves = [t.detach().clone().requires_grad_() for t in (x.T.contiguous().T, w_gate, w_noise)]
+        gates, _, _ = clk.top_k_gating(*leaves, k=k, noise=noise, backend=backend)
+        upstream = torch.arange(gates.numel(), dtype=gates.dtype).reshape(gates.shape).cos()
+        found.append(torch.autograd.grad((gates * upstream).sum(), leaves))
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == dtype
+        tolerance = 2e-5 if dtype == torch.float32 else 2e-3
+        torch.testing.assert_close(a.double(), b, atol=tolerance * b.abs().max().item(), rtol=tolerance)
+
+
+def test_backward_is_two_launches(monkeypatch):
+    launched = []
+
+    class Counted:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(triton_backward, name)
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("row_gradient_kernel", "weight_gradient_kernel"):
+        monkeypatch.setattr(triton_backward, name, Counted(name))
+    x, w_gate, w_noise, noise = cases.inputs(20, 40, 9)
+    leaves = [t.requires_grad_() for t in (x, w_gate, w_noise)]
+    gates, _, _ = clk.top_k_gating(*leaves, k=2, noise=noise, backend="triton")
+    gates.square().sum().backward()
+    assert launched == ["row_gradient_kernel", "weight_gradient_kernel"]
+
+
 def test_opcheck():
     cases.check_opcheck("triton")
+    x, w_gate, w_noise, noise = cases.inputs(5, 8, 6)
+    gates, ids, _ = clk.top_k_gating(x, w_gate, w_noise, k=2, noise=noise, backend="triton")
+    op = library.operator("top_k_gating_backward", "triton")
+    for needs in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(op, (torch.rand_like(gates), x, w_gate, w_noise, noise, gates, ids, *needs))
+    torch.library.opcheck(op, (torch.rand_like(gates), x, w_gate, None, None, gates, ids, True, True, False))
 
 
 def test_compiles_without_a_break():
