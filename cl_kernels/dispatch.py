@@ -58,7 +58,8 @@ def backends() -> dict[str, dict[str, str]]:
     """For every operation and backend, ``"available"`` or the reason why not.
 
     Returns:
-        ``{operation: {backend: status}}`` with the backends ``reference``, ``cpu``, ``triton`` and ``cuda``.
+        ``{operation: {backend: status}}`` with the backends ``reference``, ``cpu``, ``triton`` and ``cuda``. ``triton`` holds for
+        every dtype of an operation but float64 in ``feature_distill_kl``, which runs on the reference.
     """
     return {operation: {backend: _status(operation, backend) for backend in BACKENDS} for operation in OPERATIONS}
 

@@ -103,8 +103,8 @@ def feature_distill_kl(
     """Distillation from features, in both directions: ``rows · KD(Z_t, Z_s) + columns · KD(Z_tᵀ, Z_sᵀ)``.
 
     ``Z = logit_scale · f anchorsᵀ`` is (N, M) and never held: both directions come from tiles of it, which the gradient recomputes
-    from the log-sum-exps (the CPU kernel keeps up to 20 MiB of tiles inside the call instead). With weights ``w``, teachers ``k``
-    and ``p = softmax(Z / T)``::
+    from the log-sum-exps (the CPU kernel keeps up to 20 MiB of tiles inside the call instead, the Triton kernels up to 24 MiB of
+    the gradient of ``Z``). With weights ``w``, teachers ``k`` and ``p = softmax(Z / T)``::
 
         rows    · T² · 1/N Σ_n Σ_k Σ_m −w[k,n] p_t[k,n,m] log p_s[n,m]      softmax over m
         columns · T² · 1/M Σ_m Σ_k Σ_n −w[k,n] p_t[k,n,m] log p_s[n,m]      softmax over n
@@ -127,7 +127,8 @@ def feature_distill_kl(
         sample_weight: (N,) or (K, N), default 1; a constant, never differentiated.
         mask_diagonal: both logits ``Z[n, n]`` become -1e4: the relation among images, with ``anchors=student`` and
             ``teacher_anchors=teacher``.
-        backend: see :func:`cl_kernels.backends`; chosen by device when None.
+        backend: see :func:`cl_kernels.backends`; chosen by device when None. ``"triton"`` has no float64 products: such features
+            run on the reference on CUDA, with a warning.
 
     Returns:
         0-d tensor, float32 (float64 for float64 inputs). Differentiable in ``student``, ``anchors`` and a tensor

@@ -1,6 +1,8 @@
 """Distillation from logits in Triton: one read of both logits forward, one read and one write backward.
 
 A program takes ``SLICES`` slices and walks along their M entries in steps of ``STEP``, so the block stays small for any M.
+The gradient gets memory of its own, not the student's: the logits belong to the caller, whom other losses, a graph that is kept or
+the operation that made them may still need them, and an operation cannot see who does.
 """
 
 from __future__ import annotations

@@ -60,6 +60,31 @@ def test_more_rows_than_slots():
     cases.check_large_scale("triton", **LARGE)
 
 
+def test_number_of_launches(monkeypatch):
+    """Two launches forward; backward one, one per gradient of features, and one that finishes those of student and scale."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launches, launch = [], GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        launches.append(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    student, teacher, anchors, keywords = cases.features(6, 9, 4)
+    scale = torch.tensor(5.0)
+    for wanted, products in (([student], 1), ([student, scale], 1), ([anchors], 1), ([student, anchors, scale], 2)):
+        for leaf in (student, anchors, scale):
+            leaf.requires_grad_(any(leaf is other for other in wanted))
+        launches.clear()
+        loss = clk.feature_distill_kl(student, teacher, anchors, logit_scale=scale, backend="triton", **keywords)
+        assert launches == ["forward_kernel", "merge_kernel"]
+        launches.clear()
+        torch.autograd.grad(loss, wanted)
+        finish = [] if wanted[0] is anchors else ["finish_kernel"]
+        assert launches == ["gradient_kernel", *["product_kernel"] * products, *finish]
+
+
 def test_no_similarity_matrix(small_pieces):
     cases.check_memory("triton", 96, 768)
 
