@@ -7,7 +7,8 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,13 @@ class CompiledInfo:
     registers: int
     spills: int
     shared: int
-    opcodes: Counter[str]
+    code: bytes = field(repr=False)
+    """The cubin on NVIDIA, the assembly on AMD."""
+
+    @cached_property
+    def opcodes(self) -> Counter[str]:
+        """How often each instruction occurs. Disassembled when first asked for: that takes as long as ptxas itself."""
+        return Counter(_amd_opcodes(self.code) if self.target.startswith("gfx") else _nvidia_opcodes(self.code))
 
     def count(self, prefix: str) -> int:
         """Number of instructions whose opcode starts with ``prefix``: ``"LDG.E.128"``, ``"HGMMA"``, ``"v_mfma"``."""
@@ -97,40 +104,50 @@ def compile_for(
     return _read_amd(target, compiled) if target.startswith("gfx") else _read_nvidia(target, compiled)
 
 
-def _read_nvidia(target: str, compiled: Any) -> CompiledInfo:
+def _cuobjdump(option: str, cubin: bytes) -> str:
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        tool = knobs.nvidia.cuobjdump.path
-        usage = subprocess.run([tool, "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, option, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _read_nvidia(target: str, compiled: Any) -> CompiledInfo:
+    cubin = compiled.asm["cubin"]
+    usage = _cuobjdump("-res-usage", cubin)
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+    if not {"REG", "STACK", "LOCAL"} <= found.keys():
+        raise RuntimeError(f"cuobjdump shows no resource usage for {target}:\n{usage}")
+    return CompiledInfo(
+        target, int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"]), compiled.metadata.shared, cubin
+    )
+
+
+def _nvidia_opcodes(cubin: bytes) -> list[str]:
+    sass = _cuobjdump("-sass", cubin)
     opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", sass, re.MULTILINE)
-    if "REG" not in found or not opcodes:
-        raise RuntimeError(f"cuobjdump shows no machine code for {target}:\n{usage}")
-    spills = int(found.get("STACK", 0)) + int(found.get("LOCAL", 0))
-    return CompiledInfo(target, int(found["REG"]), spills, compiled.metadata.shared, Counter(opcodes))
+    if not opcodes:
+        raise RuntimeError(f"cuobjdump shows no machine code:\n{sass[:1000]}")
+    return opcodes
 
 
 def _read_amd(target: str, compiled: Any) -> CompiledInfo:
     text = compiled.asm["amdgcn"]
 
-    def field(name: str) -> int:
+    def number(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", text)
         if found is None:
             raise RuntimeError(f"the assembly for {target} has no field .{name}")
         return int(found[1])
 
-    opcodes = re.findall(r"^\s+([svdgb][a-z]*_\w+)", text, re.MULTILINE)
-    return CompiledInfo(
-        target,
-        registers=field("vgpr_count"),
-        spills=field("vgpr_spill_count") + field("sgpr_spill_count"),
-        shared=compiled.metadata.shared,
-        opcodes=Counter(opcodes),
-    )
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    return CompiledInfo(target, number("vgpr_count"), spills, compiled.metadata.shared, text.encode())
+
+
+def _amd_opcodes(assembly: bytes) -> list[str]:
+    return re.findall(r"^\s+([svdgb][a-z]*_\w+)", assembly.decode(), re.MULTILINE)
 
 
 def assert_fits(info: CompiledInfo) -> None:

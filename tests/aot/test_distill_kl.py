@@ -143,3 +143,12 @@ def test_merges(target):
 
     testing.assert_fits(compile_features("merge_kernel", target, "bf16", triton_launch.MERGE, kl=True))
     testing.assert_fits(compile_features("finish_kernel", target, "bf16", triton_launch.FINISH))
+
+
+def test_spills_are_seen():
+    """Twice the columns of the general variant: what the other tests assert can fail."""
+    config = {"BLOCK_N": 64, "BLOCK_M": 128, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
+    info = compile_features("gradient_kernel", "sm_80", "bf16", config, plain=False)
+    assert info.spills > 0
+    with pytest.raises(AssertionError, match="spilled"):
+        testing.assert_fits(info)
