@@ -1,6 +1,13 @@
-"""Distillation in both directions, from features to the student's gradient: ours against logits, soft-max and cross-entropy."""
+"""Distillation up to the student's gradient, from features in both directions and from logits in each: ours beside its peers.
+
+Peers: the published pattern (logits, soft-max, cross-entropy), torch.compile of it, the plain reference and, on a GPU where it is
+installed, Liger-Kernel's fused divergence, which computes one direction from logits.
+"""
 
 from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,7 +17,15 @@ import cl_kernels as clk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE, T = 100.0, 2.0
-SHAPES = {"64x1000x512": (64, 1000, 512), "64x15840x512": (64, 15840, 512)}  # images, captions, width
+SIZES = [(64, 1000), (64, 15840), (256, 10000), (64, 60000)]  # images, captions; width 512
+if DEVICE == "cuda":
+    SIZES.append((4096, 100000))
+LIGER = DEVICE == "cuda" and find_spec("liger_kernel") is not None
+
+
+def published_kl(student, teacher, dim=1):
+    log_p = F.log_softmax(student / T, dim)
+    return F.kl_div(log_p, F.softmax(teacher / T, dim), reduction="none").sum(dim).mean() * T**2
 
 
 def published_distillation(student, teacher, anchors):
@@ -21,24 +36,72 @@ def published_distillation(student, teacher, anchors):
     return kd(z_t, z_s) + kd(z_t.T, z_s.T)
 
 
-def reference(student, teacher, anchors):
-    return clk.feature_distill_kl(student, teacher, anchors, logit_scale=SCALE, temperature=T, backend="reference")
+@cache
+def _compiled(function):
+    return torch.compile(function, dynamic=False)
 
 
-def ours(student, teacher, anchors):
-    return clk.feature_distill_kl(student, teacher, anchors, logit_scale=SCALE, temperature=T)
+def compiled(*inputs, **options):
+    return _compiled(published_distillation if len(inputs) == 3 else published_kl)(*inputs, **options)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("implementation", [published_distillation, reference, ours], ids=lambda f: f.__name__)
-def bench_feature_distill_kl(measure, implementation, shape):
-    N, M, d = shape
+def reference(*inputs, **options):
+    return ours(*inputs, **options, backend="reference")
+
+
+def liger(student, teacher, dim=1):
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    if dim == 0:
+        student, teacher = student.T, teacher.T
+    return LigerKLDIVLoss()(F.log_softmax(student / T, 1), F.softmax(teacher / T, 1)) * T**2
+
+
+def ours(*inputs, **options):
+    if len(inputs) == 3:
+        return clk.feature_distill_kl(*inputs, logit_scale=SCALE, temperature=T, **options)
+    return clk.distill_kl(*inputs, temperature=T, target="kl", **options)
+
+
+def _step(function, inputs, options):
+    loss = function(*inputs, **options)
+    return [loss.detach(), *torch.autograd.grad(loss, inputs[:1])]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "{}x{}x512".format(*size))
+@pytest.mark.parametrize(
+    "implementation", [published_distillation, compiled, reference, ours], ids=lambda function: function.__name__
+)
+def bench_feature_distill_kl(measure, implementation, size):
+    (N, M), d = size, 512
     generator = torch.Generator().manual_seed(0)
     features = [F.normalize(torch.randn(rows, d, generator=generator), dim=-1).to(DEVICE) for rows in (N, N, M)]
     features[0].requires_grad_()
+    measure(
+        lambda: _step(implementation, features, {}),
+        _step(published_distillation, features, {}),
+        tolerance=1e-4,
+        flops=6 * N * M * d,  # two products for the logits, one for the gradient
+        floor_bytes=4 * (3 * N + M) * d,
+    )
 
-    def run(function=implementation):
-        loss = function(*features)
-        return [loss.detach(), *torch.autograd.grad(loss, features[:1])]
 
-    measure(run, run(published_distillation), tolerance=1e-4, flops=10 * N * M * d, floor_bytes=4 * (2 * N + M) * d * 2)
+@pytest.mark.parametrize("dim", [1, 0], ids=["rows", "columns"])
+@pytest.mark.parametrize("size", SIZES[:3], ids=lambda size: "{}x{}".format(*size))
+@pytest.mark.parametrize(
+    "implementation",
+    [published_kl, compiled, reference, *([liger] if LIGER else []), ours],
+    ids=lambda function: function.__name__,
+)
+def bench_distill_kl(measure, implementation, size, dim):
+    generator = torch.Generator().manual_seed(0)
+    logits = [(4 * torch.randn(size, generator=generator)).to(DEVICE) for _ in range(2)]
+    logits[0].requires_grad_()
+    options = {"dim": dim}
+    measure(
+        lambda: _step(implementation, logits, options),
+        _step(published_kl, logits, options),
+        tolerance=1e-4,
+        flops=0,
+        floor_bytes=4 * 5 * logits[0].numel(),  # both sides read twice, one gradient written
+    )

@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "common/convert.h"
 #include "common/gemm.h"
 #include "distill_kl/bounded.h"
 #include "distill_kl/power.h"
@@ -62,17 +63,10 @@ inline Rows<C> rows_of(const void* from, int64_t first, int64_t n, int64_t d, bo
   const int64_t line = whole<C>(d), stride = line + kLanes<C>;  // off the powers of two, whose rows would share cache sets
   for (int64_t i = 0; i < n; ++i, source += d) {
     C* row = to + i * stride;
-    for (int64_t j = 0; j < d; ++j) row[j] = load(source + j);
+    convert(source, d, row);
     for (int64_t j = d; j < line; ++j) row[j] = 0;
   }
   return {to, stride};
-}
-
-template <typename C, typename T>
-inline Vec<C> vector_at(const T* from) {
-  C values[kLanes<C>];
-  for (int i = 0; i < kLanes<C>; ++i) values[i] = load(from + i);
-  return load_vector(values);
 }
 
 // Rows [n0, n0 + n) of `from` times `factor` as panels: [panel][d][width], zeros beyond n.
@@ -88,13 +82,13 @@ inline void pack_rows(const void* from, int64_t n0, int64_t n, int64_t d, C fact
       const int64_t steps = d - k < W ? d - k : W;
       Vec<C> v[W] = {};
       if (rows == W && steps == W) {
-        for (int64_t i = 0; i < W; ++i) v[i] = vector_at<C>(source + (j + i) * d + k);
+        for (int64_t i = 0; i < W; ++i) v[i] = load_vector(source + (j + i) * d + k);
       } else {
         for (int64_t i = 0; i < rows; ++i) {
           for (int64_t s = 0; s < steps; ++s) v[i][s] = load(source + (j + i) * d + k + s);
         }
       }
-      transpose<C>(v);
+      transpose_square<C>(v);
       for (int64_t s = 0; s < steps; ++s) store_vector(out + (k + s) * width, v[s] * factor);
     }
   }

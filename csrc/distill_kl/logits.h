@@ -1,10 +1,10 @@
-// Distillation from logits, one instruction set: two reads of the logits forward, two reads and one write backward.
+// Distillation from any logits, one instruction set; bounded ones (logits_bounded.h) take a shorter way.
 //
 // inner == 1: a slice is contiguous, and every lane keeps the statistics of every kLanes-th element until the lanes are merged.
 // Otherwise lanes are neighbouring slices. Logits pass through buffers that hold them in the compute type, divided by T.
 #pragma once
 
-#include "distill_kl/cpu_kernels.h"
+#include "distill_kl/logits_bounded.h"
 #include "distill_kl/online.h"
 
 namespace clk {
@@ -72,6 +72,11 @@ inline void write_loss(const LogitsProblem& p, int64_t slice, C m_s, C sum_s, C 
 template <typename C>
 inline void forward_slice(const LogitsProblem& p, int64_t slice) {
   constexpr int W = kLanes<C>;
+  if (with_storage<C>(p, [&](auto t) {
+        return p.kl ? bounded_slice<C, decltype(t), true>(p, slice) : bounded_slice<C, decltype(t), false>(p, slice);
+      })) {
+    return;
+  }
   const C factor = static_cast<C>(1 / p.temperature);
   C zs[kBuffer], zt[kBuffer];
   StudentState<C> s = empty_student<C>();
@@ -98,6 +103,12 @@ template <typename C>
 inline void forward_block(const LogitsProblem& p, int64_t outer, int64_t inner, int64_t width) {
   constexpr int W = kLanes<C>, vectors = kInnerBlock / W;
   constexpr int64_t chunk = kBuffer / kInnerBlock;
+  if (with_storage<C>(p, [&](auto t) {
+        return p.kl ? bounded_forward_block<C, decltype(t), true>(p, outer, inner, width)
+                    : bounded_forward_block<C, decltype(t), false>(p, outer, inner, width);
+      })) {
+    return;
+  }
   const C factor = static_cast<C>(1 / p.temperature);
   C zs[kBuffer] = {}, zt[kBuffer] = {};
   StudentState<C> s[vectors];
@@ -137,9 +148,17 @@ inline void backward_slice(const LogitsProblem& p, int64_t slice) {
   const C inverse = static_cast<C>(1 / p.temperature);
   const C factor = static_cast<C>(p.temperature) * static_cast<const C*>(p.grad)[slice];
   const C *max_s = static_cast<const C*>(p.stats) + slice, *max_t = max_s + 2 * p.slices;
-  C zs[kBuffer] = {}, zt[kBuffer] = {};
+  const C of_student = softmax_factor<C>(p, slice, static_cast<const C*>(p.stats), static_cast<const C*>(p.stats) + p.slices);
+  const C of_teacher = softmax_factor<C>(p, slice, static_cast<const C*>(p.stats) + 2 * p.slices, static_cast<const C*>(p.stats) + 3 * p.slices);
+  C zs[kBuffer], zt[kBuffer];
   for (int64_t start = 0; start < p.M; start += kBuffer) {
     const int64_t n = p.M - start < kBuffer ? p.M - start : kBuffer;
+    if (with_storage<C>(p, [&](auto t) {
+          return bounded_gradient_chunk<C, decltype(t)>(p, slice, start, n, of_student, of_teacher);
+        })) {
+      continue;
+    }
+    for (int64_t i = n; i < kBuffer && i < n + kLanes<C>; ++i) zs[i] = zt[i] = 0;
     fetch(zs, p.student, slice * p.student.outer + start, n, inverse);
     fetch(zt, p.teacher, slice * p.teacher.outer + start, n, inverse);
     softmax<C>(zs, max_s, max_s + p.slices, n, 0);
@@ -154,11 +173,20 @@ inline void backward_block(const LogitsProblem& p, int64_t outer, int64_t inner,
   const C inverse = static_cast<C>(1 / p.temperature);
   const int64_t first = outer * p.inner + inner;
   C zs[kInnerBlock] = {}, zt[kInnerBlock] = {}, factor[kInnerBlock] = {}, stats[4 * kInnerBlock] = {};
+  C of_student[kInnerBlock], of_teacher[kInnerBlock];
   for (int64_t i = 0; i < width; ++i) {
     for (int s = 0; s < 4; ++s) stats[s * kInnerBlock + i] = static_cast<const C*>(p.stats)[s * p.slices + first + i];
     factor[i] = static_cast<C>(p.temperature) * static_cast<const C*>(p.grad)[first + i];
+    const C* all = static_cast<const C*>(p.stats);
+    of_student[i] = softmax_factor<C>(p, first + i, all, all + p.slices);
+    of_teacher[i] = softmax_factor<C>(p, first + i, all + 2 * p.slices, all + 3 * p.slices);
   }
   for (int64_t m = 0; m < p.M; ++m) {
+    if (width >= kLanes<C> && with_storage<C>(p, [&](auto t) {
+          return bounded_gradient_row<C, decltype(t)>(p, outer, inner, m, width, of_student, of_teacher);
+        })) {
+      continue;
+    }
     fetch(zs, p.student, outer * p.student.outer + m * p.student.step + inner, width, inverse);
     fetch(zt, p.teacher, outer * p.teacher.outer + m * p.teacher.step + inner, width, inverse);
     softmax<C>(zs, stats, stats + kInnerBlock, width, 1);

@@ -1,7 +1,5 @@
-// Powers of two and transposes on vectors, for the bounded kernels. Everything has internal linkage.
+// Powers of two on vectors, for the bounded kernels. Everything has internal linkage.
 #pragma once
-
-#include <utility>
 
 #include "common/vector.h"
 
@@ -70,44 +68,6 @@ struct Magnitude {
     return inside;
   }
 };
-
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define CLK_SHUFFLE 1
-#endif
-#endif
-
-// One step of a transpose by perfect shuffles: kLanes vectors in, their halves interleaved out.
-template <typename C, int... I>
-inline void interleave(const Vec<C>* in, Vec<C>* out, std::integer_sequence<int, I...>) {
-  constexpr int W = kLanes<C>;
-#if defined(CLK_SHUFFLE)
-#pragma GCC unroll 16
-  for (int i = 0; i < W / 2; ++i) {
-    out[2 * i] = __builtin_shufflevector(in[i], in[i + W / 2], (I % 2 ? W + I / 2 : I / 2)...);
-    out[2 * i + 1] = __builtin_shufflevector(in[i], in[i + W / 2], (I % 2 ? W + W / 2 + I / 2 : W / 2 + I / 2)...);
-  }
-#else
-  for (int i = 0; i < W / 2; ++i) {
-    for (int j = 0; j < W; ++j) {
-      out[2 * i][j] = in[i + j % 2 * (W / 2)][j / 2];
-      out[2 * i + 1][j] = in[i + j % 2 * (W / 2)][W / 2 + j / 2];
-    }
-  }
-#endif
-}
-
-// rows[i][j] becomes rows[j][i].
-template <typename C>
-inline void transpose(Vec<C>* rows) {
-  constexpr int W = kLanes<C>;
-  Vec<C> other[W];
-  constexpr auto lanes = std::make_integer_sequence<int, W>();
-  for (int done = 1; done < W; done *= 2) {
-    interleave<C>(rows, other, lanes);
-    for (int i = 0; i < W; ++i) rows[i] = other[i];
-  }
-}
 
 }  // namespace
 }  // namespace clk

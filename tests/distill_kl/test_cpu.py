@@ -98,12 +98,18 @@ def test_every_instruction_set(isa):
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
-def exponential(x):
-    """The kernels' exponential: with a zero teacher, temperature 1 and zero statistics the gradient is exp(student)."""
+def exponential(x, bounded=False):
+    """The kernels' exponential: with a zero teacher, temperature 1 and zero statistics the gradient is exp(student).
+
+    Unless bounded, every other logit is far out of bounds, so that the kernels for all logits run.
+    """
+    x = x if bounded else torch.stack([x, torch.full_like(x, -1e4)], -1).flatten()
     stats = torch.zeros(4, 1, 1)
-    teacher = torch.full_like(x, -cases.INFINITY)
+    stats[2] = cases.INFINITY
+    teacher = torch.zeros_like(x)
     operator = torch.ops.cl_kernels.distill_kl_backward
-    return operator(torch.ones(1, 1), x.reshape(1, -1, 1), teacher.reshape(1, -1, 1), stats, 1.0).flatten()
+    found = operator(torch.ones(1, 1), x.reshape(1, -1, 1), teacher.reshape(1, -1, 1), stats, 1.0).flatten()
+    return found if bounded else found[::2]
 
 
 def check_exponential():
@@ -117,10 +123,30 @@ def check_exponential():
     ends = torch.tensor([0.0, -cases.INFINITY, cases.INFINITY, float("nan"), -1e30, 1e30, -0.0])
     expected = torch.tensor([1.0, 0.0, cases.INFINITY, float("nan"), 0.0, cases.INFINITY, 1.0])
     torch.testing.assert_close(exponential(ends), expected, rtol=0, atol=0, equal_nan=True)
+    x = torch.cat([torch.linspace(-63, 63, 100_001), torch.randn(10_000)])
+    error = exponential(x, bounded=True).double() / x.double().exp() - 1
+    assert (error.abs() <= 1.2e-7 * (1 + x.abs())).all()  # that of rounding x / ln 2 to fp32
+    assert exponential(torch.zeros(5), bounded=True).tolist() == [1.0] * 5
 
 
 def test_exponential():
     check_exponential()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [1, 15, 16, 17, 33, 4097])
+def test_bounded_logits_of_every_length(M, dtype):
+    """Lengths around vectors and blocks in both directions, with one slice out of bounds among the others."""
+    for shape, dim in (((3, M), -1), ((2, 9, M), 1), ((5, 70, 3), 1)):
+        student, teacher = cases.logits(shape, dtype)
+        for spoilt in (False, True):
+            if spoilt:
+                student[(1,) * len(shape) if M > 1 else (1,) + (0,) * (len(shape) - 1)] = 300.0
+            options = {"temperature": 1.3, "dim": dim, "target": "kl", "reduction": "none"}
+            loss, gradient = cases.loss_and_gradient(student, teacher, backend="cpu", **options)
+            exact = cases.loss_and_gradient(student.double(), teacher.double(), backend="reference", **options)
+            cases.close(loss, exact[0], cases.tolerance(torch.float64 if dtype == torch.float64 else torch.float32))
+            cases.close(gradient, exact[1], cases.tolerance(dtype))
 
 
 def test_threads_do_not_change_a_bit():
