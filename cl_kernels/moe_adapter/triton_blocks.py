@@ -48,6 +48,7 @@ def shared_memory(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SMALL_SHARED_MEMORY)
 
 
+@functools.lru_cache(maxsize=1024)
 def blocks_for(
     dtype: torch.dtype,
     shape: tuple[int, int, int],

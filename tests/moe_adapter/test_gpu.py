@@ -24,7 +24,7 @@ CASES = {
     "wide bottleneck": (6, 130, 256, 200, 5, 2),
     "tokens": (3000, None, 512, 64, 22, 2),
     "many experts": (700, None, 128, 16, 256, 4),
-    "tiny": (2, 3, 1, 1, 1, 1),
+    "short samples": (40, 3, 24, 5, 3, 3),
 }
 
 

@@ -1,0 +1,78 @@
+"""Top-k gating on a GPU: values, no waiting for the device, CUDA graphs."""
+
+from __future__ import annotations
+
+import gating_cases as cases
+import pytest
+import torch
+
+import cl_kernels as clk
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [*cases.SHAPES, (64, 768, 22, 2), (5000, 512, 64, 4), (300, 64, 200, 3)]
+
+
+def inputs(shape, dtype):
+    rows, width, experts, _ = shape
+    return [t.cuda() for t in cases.inputs(rows, width, experts, True, dtype)]
+
+
+def gradients(given, k, backend):
+    x, w_gate, w_noise, noise = given
+    leaves = [t.detach().clone().requires_grad_() for t in (x, w_gate, w_noise)]
+    gates, ids, usage = clk.top_k_gating(*leaves, k=k, noise=noise, backend=backend)
+    upstream = torch.arange(gates.numel(), dtype=gates.dtype, device="cuda").reshape(gates.shape).cos()
+    return gates, ids, usage, torch.autograd.grad((gates * upstream).sum(), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_definition_in_float64(shape, dtype):
+    given = inputs(shape, dtype)
+    gates, ids, usage, found = gradients(given, shape[-1], "triton")
+    exact = gradients([t.double() for t in given], shape[-1], "reference")
+    # Logits closer than fp32 can tell may be chosen in another order: such rows are rare, and compared no further.
+    same = (ids == exact[1]).all(1)
+    assert same.sum() >= 0.999 * len(same)
+    assert usage.sum() == ids.numel()
+    assert torch.equal(usage, ids.flatten().bincount(minlength=shape[2]))
+    torch.testing.assert_close(gates[same].double(), exact[0][same], atol=1e-4, rtol=1e-4)
+    if same.all():
+        tolerance = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float64: 1e-10}[dtype]
+        for a, b in zip(found, exact[3], strict=True):
+            assert a.dtype == dtype
+            assert (a.double() - b).norm() <= tolerance * b.norm()
+
+
+def test_nothing_waits_for_the_device():
+    given = inputs((64, 768, 22, 2), torch.bfloat16)
+
+    def step():
+        gradients(given, 2, "triton")
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_graph_counts_anew_in_every_replay():
+    given = inputs((64, 768, 22, 2), torch.bfloat16)
+    expected = gradients(given, 2, "triton")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradients(given, 2, "triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients(given, 2, "triton")
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip((*found[:3], *found[3]), (*expected[:3], *expected[3]), strict=True):
+        assert torch.equal(a, b)
