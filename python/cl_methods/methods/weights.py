@@ -39,6 +39,29 @@ def move_towards(parameters: Sequence[tuple[str, Tensor]], target: Mapping[str, 
 
 
 @torch.no_grad()
+def move_between(
+    parameters: Sequence[tuple[str, Tensor]],
+    target: Mapping[str, Tensor],
+    weight: float,
+    other: Mapping[str, Tensor],
+    other_weight: float,
+) -> None:
+    """``θ ← θ + weight (θ_target − θ) + other_weight (θ_other − θ)`` in place, by one :func:`cl_kernels.blend_` call.
+
+    Args:
+        parameters: named tensors that change.
+        target, other: what they move to, by name.
+        weight, other_weight: shares of the two in the result.
+
+    Raises:
+        KeyError: one of the two lacks a name.
+    """
+    names = [name for name, _ in parameters]
+    given = [value.detach() for _, value in parameters]
+    clk.blend_(given, [target[n] for n in names], [other[n] for n in names], weight, other_weight)
+
+
+@torch.no_grad()
 def consolidation_value(parameters: Sequence[tuple[str, Tensor]], anchor: Mapping[str, Tensor]) -> Tensor:
     """``Σ ||θ − θ̄||²`` over every scalar: a scalar without gradient, for the log."""
     squares = [

@@ -14,7 +14,14 @@ from cl_methods.methods.base import Batch
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.reference_features import FrozenFeatures, random_texts
-from cl_methods.methods.weights import assign, consolidation_value, fold_consolidation_gradient, move_towards, snapshot
+from cl_methods.methods.weights import (
+    assign,
+    consolidation_value,
+    fold_consolidation_gradient,
+    move_between,
+    move_towards,
+    snapshot,
+)
 from cl_methods.methods.zscl_config import ZSCLConfig
 from cl_methods.scenarios.base import ImageSource, Reference, Task
 
@@ -223,10 +230,12 @@ class ZSCL(FineTune):
             self._pull(parameters)
         if config.ensemble != "none":
             self._snapshots += 1
-            ensemble = list(self._ensemble.items())
-            move_towards(ensemble, dict(parameters), 1 / (self._snapshots + 1))
+            ensemble, share = list(self._ensemble.items()), 1 / (self._snapshots + 1)
             if config.ensemble == "wise":
-                move_towards(ensemble, self._start, 1 - config.ensemble_wise_alpha)
+                alpha = config.ensemble_wise_alpha
+                move_between(ensemble, dict(parameters), alpha * share, self._start, 1 - alpha)
+            else:
+                move_towards(ensemble, dict(parameters), share)
 
     def _pull(self, parameters: list[tuple[str, nn.Parameter]]) -> None:
         towards = self.config.moving_average
