@@ -1,6 +1,7 @@
 """Continual-learning methods by name."""
 
 from cl_methods.methods.base import Batch, Method
+from cl_methods.methods.ewc import EWC
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.joint import Joint
 from cl_methods.methods.lwf import LwF
@@ -11,10 +12,11 @@ from cl_methods.methods.zero_shot import ZeroShot
 from cl_methods.methods.zscl import ZSCL
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (ZeroShot, FineTune, WiSEFT, LwF, LwFVR, ZSCL, MoEAdapters, Joint)
+    method.name: method for method in (ZeroShot, FineTune, WiSEFT, EWC, LwF, LwFVR, ZSCL, MoEAdapters, Joint)
 }
 
 __all__ = [
+    "EWC",
     "METHODS",
     "ZSCL",
     "Batch",

@@ -62,20 +62,31 @@ def move_between(
 
 
 @torch.no_grad()
-def consolidation_value(parameters: Sequence[tuple[str, Tensor]], anchor: Mapping[str, Tensor]) -> Tensor:
-    """``Σ ||θ − θ̄||²`` over every scalar: a scalar without gradient, for the log."""
-    squares = [
-        torch.stack(torch._foreach_norm(torch._foreach_sub(values, anchors))).square().sum()
-        for values, anchors in _buckets([(value.detach(), anchor[name]) for name, value in parameters])
-    ]
+def consolidation_value(
+    parameters: Sequence[tuple[str, Tensor]],
+    anchor: Mapping[str, Tensor],
+    importance: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """``Σ Ω (θ − θ̄)²`` over every scalar, Ω = 1 without ``importance``: a scalar without gradient, for the log."""
+    squares = []
+    for names, values, anchors in _buckets([(name, value.detach(), anchor[name]) for name, value in parameters]):
+        moved = torch._foreach_sub(values, anchors)
+        if importance is None:
+            squares.append(torch.stack(torch._foreach_norm(moved)).square().sum())
+        else:
+            weighted = torch._foreach_mul(moved, [importance[name] for name in names])
+            squares.append(torch.stack([(one * two).sum() for one, two in zip(weighted, moved, strict=True)]).sum())
     return torch.stack(squares).sum()
 
 
 @torch.no_grad()
 def fold_consolidation_gradient(
-    parameters: Sequence[tuple[str, nn.Parameter]], anchor: Mapping[str, Tensor], strength: float
+    parameters: Sequence[tuple[str, nn.Parameter]],
+    anchor: Mapping[str, Tensor],
+    strength: float,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """``∇ ← ∇ + 2 λ (θ − θ̄)``: the gradient of ``λ Σ ||θ − θ̄||²``, without building a graph for it.
+    """``∇ ← ∇ + 2 λ Ω (θ − θ̄)``: the gradient of ``λ Σ Ω (θ − θ̄)²``, without building a graph for it.
 
     Parameters without a gradient have not moved away from the anchor and are left alone. Temporary memory is bounded.
 
@@ -83,24 +94,30 @@ def fold_consolidation_gradient(
         parameters: named parameters after the backward pass.
         anchor: θ̄ by name.
         strength: λ.
+        importance: Ω by name, each in its parameter's shape; 1 when None.
     """
-    moved = [(value.grad, value.detach(), anchor[name]) for name, value in parameters if value.grad is not None]
-    gradients = iter(_buckets([(gradient, value) for gradient, value, _ in moved]))
-    for values, anchors in _buckets([(value, start) for _, value, start in moved]):
-        torch._foreach_add_(next(gradients)[0], torch._foreach_sub(values, anchors), alpha=2 * strength)
+    gradients = {name: value.grad for name, value in parameters if value.grad is not None}
+    moving = [(name, value.detach(), anchor[name]) for name, value in parameters if name in gradients]
+    for names, values, anchors in _buckets(moving):
+        pull = torch._foreach_sub(values, anchors)
+        if importance is not None:
+            torch._foreach_mul_(pull, [importance[name] for name in names])
+        torch._foreach_add_([gradients[name] for name in names], pull, alpha=2 * strength)
 
 
-def _buckets(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """The pairs in lists of at most about 16.8 million scalars; cuts depend on sizes only."""
+def _buckets(triples: Sequence[tuple[str, Tensor, Tensor]]) -> Iterator[tuple[list[str], list[Tensor], list[Tensor]]]:
+    """Names and pairs of tensors in lists of at most about 16.8 million scalars; cuts depend on sizes only."""
+    names: list[str] = []
     left: list[Tensor] = []
     right: list[Tensor] = []
     size = 0
-    for one, other in pairs:
+    for name, one, other in triples:
         if left and size + one.numel() > _BUCKET:
-            yield left, right
-            left, right, size = [], [], 0
+            yield names, left, right
+            names, left, right, size = [], [], [], 0
+        names.append(name)
         left.append(one)
         right.append(other)
         size += one.numel()
     if left:
-        yield left, right
+        yield names, left, right

@@ -1,0 +1,125 @@
+"""EWC: weights that earlier tasks depend on are held by springs as stiff as the dependence is strong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from cl_methods.backbone import Backbone
+from cl_methods.methods.base import Batch
+from cl_methods.methods.config import FULL_TUNING_TASK_LR, TrainConfig, check_field
+from cl_methods.methods.finetune import FineTune
+from cl_methods.methods.fisher import fisher_diagonal
+from cl_methods.methods.weights import consolidation_value, fold_consolidation_gradient, snapshot
+from cl_methods.scenarios.base import Reference, Task
+
+_FISHER = "ewc.fisher."
+
+
+@dataclass(frozen=True)
+class EWCConfig(TrainConfig):
+    """Settings of :class:`TrainConfig` and of the consolidation. No settings were published for CLIP on MTIL.
+
+    Attributes:
+        strength: λ of ``λ/2 Σ F (θ − θ_start)²``.
+        decay: factor on the Fisher information of earlier tasks when a new task's is added; 1 adds them all up.
+        fisher_samples: images of a task from which its Fisher information is estimated, one backward pass each.
+        fisher_labels: whether their labels are ``sampled`` from the model's answer or the ``true`` ones (empirical Fisher).
+    """
+
+    strength: float = 1000.0
+    decay: float = 1.0
+    fisher_samples: int = 512
+    fisher_labels: Literal["sampled", "true"] = "sampled"
+
+    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "mtil": {"task_lr": FULL_TUNING_TASK_LR},
+        "mini": {"lr": 5e-4, "iterations": 80, "warmup": 8, "fisher_samples": 200},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self, "fisher_labels", ("sampled", "true"))
+        if self.strength < 0:
+            raise ValueError(f"strength: expected a number >= 0, got {self.strength}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay: expected 0 <= value <= 1, got {self.decay}")
+        if self.fisher_samples < 1:
+            raise ValueError(f"fisher_samples: expected a number of images >= 1, got {self.fisher_samples}")
+
+
+class EWC(FineTune):
+    """``L = L_CE + λ/2 Σ F (θ − θ_start)²`` with the diagonal Fisher information F of all earlier tasks.
+
+    After each task ``F ← γ F + F_task``; the springs pull to the weights that the last task ended with, so that one F and no
+    further copy of the model is stored between tasks (online EWC). The first task is plain fine-tuning. The gradient of
+    the springs is added in closed form.
+
+    Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, equation 3; with one anchor
+    as in Schwarz et al., "Progress & Compress", ICML 2018, section 3.2 (Huszár, PNAS 2018, shows that one is right).
+    """
+
+    name: ClassVar[str] = "ewc"
+    Config: ClassVar[type[TrainConfig]] = EWCConfig
+    config: EWCConfig
+
+    def __init__(self, backbone: Backbone, config: EWCConfig, reference: Reference | None = None) -> None:
+        super().__init__(backbone, config, reference)
+        self.fisher: dict[str, Tensor] = {}
+        self._start: dict[str, Tensor] = {}
+
+    def before_task(self, index: int, task: Task) -> None:
+        """Note where the springs pull to."""
+        super().before_task(index, task)
+        self._start = snapshot(self.trainable()) if self.fisher else {}
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """``{"loss", "cross_entropy", "consolidation"}``, the last already times λ/2; its gradient comes in :meth:`before_step`."""
+        cross_entropy = super().loss(batch)["loss"]
+        if not self._start:
+            return {"loss": cross_entropy}
+        value = 0.5 * self.config.strength * consolidation_value(self.trainable(), self._start, self.fisher)
+        return {"loss": cross_entropy + value, "cross_entropy": cross_entropy, "consolidation": value}
+
+    def before_step(self, batch: Batch) -> None:
+        """Add the springs' gradient ``λ F (θ − θ_start)``."""
+        super().before_step(batch)
+        if self._start:
+            fold_consolidation_gradient(self.trainable(), self._start, 0.5 * self.config.strength, self.fisher)
+
+    def after_task(self, index: int, task: Task) -> None:
+        """Estimate the task's Fisher information and add it to that of the earlier ones."""
+        super().after_task(index, task)
+        assert self._texts is not None
+        config, self._start = self.config, {}
+        learnt = fisher_diagonal(
+            self.backbone,
+            self.trainable(),
+            task.train,
+            self._texts,
+            samples=config.fisher_samples,
+            labels=config.fisher_labels,
+        )
+        for name, value in self.fisher.items():
+            learnt[name].add_(value, alpha=config.decay)
+        self.fisher = learnt
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The model under its own names; under ``ewc.fisher.`` the Fisher information once a task has been learnt."""
+        return {**super().state_dict(), **{_FISHER + name: value for name, value in self.fisher.items()}}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore :meth:`state_dict`; a plain model state is one before the first task.
+
+        Raises:
+            RuntimeError: the Fisher information is not that of the trained parameters.
+        """
+        super().load_state_dict({name: value for name, value in state.items() if not name.startswith(_FISHER)})
+        stored = {name[len(_FISHER) :]: value for name, value in state.items() if name.startswith(_FISHER)}
+        shapes = {name: value.shape for name, value in self.trainable()}
+        if stored and {name: value.shape for name, value in stored.items()} != shapes:
+            raise RuntimeError("state: the Fisher information does not fit; was it stored with another backbone?")
+        self.fisher = {name: value.to(self.backbone.device, copy=True) for name, value in stored.items()}
