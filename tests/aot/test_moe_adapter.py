@@ -11,6 +11,7 @@ pytestmark = pytest.mark.aot
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SAMPLES = {"shape": (64, 197, 768), "rank": 64, "slots": 2, "gathered": False}  # ViT-B/16, as published: 128 rows
+LARGE = SAMPLES | {"shape": (64, 257, 1024)}  # ViT-L/14
 FEW = SAMPLES | {"shape": (8, 50, 768)}  # 64 rows
 WIDE = SAMPLES | {"slots": 3}  # more columns than registers hold
 TOKENS = {"shape": (12608, 1, 768), "rank": 64, "slots": 2, "gathered": True}
@@ -100,9 +101,9 @@ def test_row_kernels_fit(compile_case, case, target):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-@pytest.mark.parametrize("case", [FEW, FEW_TOKENS], ids=["samples", "tokens"])
+@pytest.mark.parametrize("case", [LARGE, FEW, FEW_TOKENS], ids=["large", "few", "few tokens"])
 @pytest.mark.parametrize("compile_case", [compile_forward, compile_input_gradient])
-def test_row_kernels_fit_with_smaller_tiles(compile_case, case, target):
+def test_row_kernels_fit_other_sizes(compile_case, case, target):
     testing.assert_fits(compile_case(target, "bf16", case))
 
 
@@ -126,6 +127,22 @@ def test_expert_gradient_fits(dtype, target):
     testing.assert_fits(info)
     if dtype == "bf16":
         assert info.count(PRODUCTS.get(target, "")) > 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_tiles_are_read_ahead_and_added_without_atomics(target):
+    """Asynchronous copies of 16 bytes bring in every tile: those a product waits for would show as ordinary loads."""
+    tiles = {  # 16-byte copies of a stage's tiles, by each of 256 threads
+        compile_forward: 4 + 4 + 4 + 4,  # x, down weights; up weights, residual
+        compile_input_gradient: 4 + 4 + 4,  # grad, up weights; down weights
+    }
+    for compile_case, copies in tiles.items():
+        info = compile_case(target, "bf16", SAMPLES)
+        assert info.count("LDGSTS.E.BYPASS.128") >= 3 * copies
+        assert info.count("ATOM") == info.count("RED.") == 0
+    info = compile_expert_gradient(target, "bf16")
+    assert info.count("LDGSTS.E.BYPASS.128") >= 2 * (4 + 4 + 2 + 2)  # x, grad; hidden, its gradient
+    assert info.count("ATOM") == info.count("RED.") == 0
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
