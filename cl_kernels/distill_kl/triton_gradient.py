@@ -133,7 +133,7 @@ def gradient_kernel(
     tl.store(at, g.to(out_ptr.dtype.element_ty), mask=n_real[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["piece"])
 def product_kernel(
     g_ptr,  # [N, width]
     f_ptr,  # [columns, D] (student's gradient: the anchors) or [N, D] (anchors' gradient: the student)

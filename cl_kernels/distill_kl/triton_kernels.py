@@ -17,6 +17,9 @@ from cl_kernels.distill_kl.reference import compute_dtype
 BLOCK = 4096
 """Most entries that a program holds of each side; more spills."""
 
+PROGRAMS = 1024
+"""Programs that fill the largest GPU."""
+
 
 @triton.jit
 def _origin(maximum):
@@ -35,6 +38,12 @@ def _positions(outer, inner, INNER: tl.constexpr, SLICES: tl.constexpr):
         o = tl.program_id(0) * SLICES + lane
         i = tl.zeros((SLICES,), tl.int32)
     return o.to(tl.int64), i, (o < outer) & (i < inner)
+
+
+@triton.jit
+def _load(slices, step, stride, mask, other, inverse_temperature, COMPUTE: tl.constexpr):
+    """Logits over temperature, [SLICES, STEP], of the slices that start at ``slices``."""
+    return tl.load(slices[:, None] + step * stride, mask=mask, other=other).to(COMPUTE) * inverse_temperature
 
 
 @triton.jit
@@ -74,11 +83,9 @@ def forward_kernel(
     for start in range(0, M, STEP):
         m = start + tl.arange(0, STEP)
         mask = real[:, None] & (m < M)[None, :]
-        at = m.to(tl.int64)[None, :]
-        z_s = tl.load(student[:, None] + at * student_step, mask=mask, other=float("-inf")).to(COMPUTE)
-        z_t = tl.load(teacher[:, None] + at * teacher_step, mask=mask, other=float("-inf")).to(COMPUTE)
-        z_s *= inverse_temperature  # [SLICES, STEP]
-        z_t *= inverse_temperature
+        step = m.to(tl.int64)[None, :]
+        z_s = _load(student, step, student_step, mask, float("-inf"), inverse_temperature, COMPUTE)
+        z_t = _load(teacher, step, teacher_step, mask, float("-inf"), inverse_temperature, COMPUTE)
         new_s = tl.maximum(max_s, tl.max(z_s, 1))
         new_t = tl.maximum(max_t, tl.max(z_t, 1))
         from_s, from_t = _origin(new_s), _origin(new_t)
@@ -125,12 +132,13 @@ def backward_kernel(
     teacher_inner,
     inverse_temperature,
     factor,
+    chunk,  # entries of a program, a multiple of STEP
     INNER: tl.constexpr,
     COMPUTE: tl.constexpr,
     SLICES: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """``factor · grad · (p_s − p_t)``, element by element. Grid as in the forward kernel."""
+    """``factor · grad · (p_s − p_t)``, element by element. Grid as in the forward kernel, times chunks of the M entries."""
     o, i, real = _positions(outer, inner, INNER, SLICES)
     student = student_ptr + o * student_outer + i * student_inner
     teacher = teacher_ptr + o * teacher_outer + i * teacher_inner
@@ -140,12 +148,13 @@ def backward_kernel(
     log_s = tl.load(stats_ptr + slices + at, mask=real, other=0.0)
     max_t = tl.load(stats_ptr + 2 * slices + at, mask=real, other=0.0)
     log_t = tl.load(stats_ptr + 3 * slices + at, mask=real, other=0.0)
-    for start in range(0, M, STEP):
+    begin = tl.program_id(2) * chunk
+    for start in range(begin, tl.minimum(begin + chunk, M), STEP):
         m = start + tl.arange(0, STEP)
         mask = real[:, None] & (m < M)[None, :]
         step = m.to(tl.int64)[None, :]
-        z_s = tl.load(student[:, None] + step * student_step, mask=mask, other=0.0).to(COMPUTE) * inverse_temperature
-        z_t = tl.load(teacher[:, None] + step * teacher_step, mask=mask, other=0.0).to(COMPUTE) * inverse_temperature
+        z_s = _load(student, step, student_step, mask, 0.0, inverse_temperature, COMPUTE)
+        z_t = _load(teacher, step, teacher_step, mask, 0.0, inverse_temperature, COMPUTE)
         p_s = tl.exp((z_s - max_s[:, None]) - log_s[:, None])
         p_t = tl.exp((z_t - max_t[:, None]) - log_t[:, None])
         out = out_ptr + (o[:, None] * M + step) * inner + i[:, None]
@@ -208,6 +217,12 @@ def distill_kl_backward(grad: Tensor, student: Tensor, teacher: Tensor, stats: T
             1.0,
         )
     grid, arguments, config = _arguments(student, teacher, temperature)
+    # Few slices would leave most of a GPU idle; every entry stands alone here, so their entries are divided, too.
+    steps = triton.cdiv(student.shape[1], config["STEP"])
+    chunks = min(steps, max(1, PROGRAMS // (grid[0] * grid[1])))
+    chunk = triton.cdiv(steps, chunks) * config["STEP"]
     with torch.cuda.device_of(student):
-        backward_kernel[grid](grad, student, teacher, stats, out, *arguments, factor, **config)
+        backward_kernel[*grid, triton.cdiv(student.shape[1], chunk)](
+            grad, student, teacher, stats, out, *arguments, factor, chunk, **config
+        )
     return out

@@ -17,6 +17,9 @@ SCRATCH = 24 << 20
 """Bytes of a piece of the logits' gradient together with its anchors: half of an H100's second-level cache, so that the product
 finds both there. It bounds the memory of the backward pass (but for 128 columns of the logits, where N is larger than 10^5)."""
 
+WIDEST = 1 << 20
+"""Columns of a piece at the most: a grid has no more than 65,535 blocks of them."""
+
 MERGE = {"ROW_BLOCK": 16, "ROW_STEP": 64, "COLUMN_BLOCK": 256, "COLUMN_STEP": 4}
 FINISH = {"BLOCK": 256, "STEP": 16}
 
@@ -230,7 +233,7 @@ def feature_distill_kl_backward(
     unit = max(abs(row_factor), abs(column_factor)) or 1.0
     outer = unit * temperature
     block = p.config["BLOCK_M"]
-    pieces = triton.cdiv(M, max(1, SCRATCH // ((N + D) * size * block)) * block)
+    pieces = triton.cdiv(M, max(1, min(WIDEST, SCRATCH // ((N + D) * size)) // block) * block)
     width = triton.cdiv(triton.cdiv(M, pieces), block) * block
     g, finished = p.empty(N, width, dtype=student.dtype), p.empty(dtype=torch.int32)
     rest = {"EVEN": D % 128 == 0, "PRECISION": _precision()}
