@@ -34,7 +34,7 @@ def compile_logits(name, target, dtype, M, inner):
     types = dict.fromkeys(("loss_ptr", "stats_ptr", "grad_ptr"), "*fp32")
     types |= dict.fromkeys(("student_ptr", "teacher_ptr", "out_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("inverse_temperature", "factor"), "fp32")
-    types |= dict.fromkeys(("M", "student_outer", "teacher_outer"), "i32:16")
+    types |= dict.fromkeys(("M", "student_outer", "teacher_outer", "chunk"), "i32:16")
     signature = {a: types.get(a, "i32") for a in kernel.arg_names if a not in constexprs}
     return testing.compile_for(kernel, signature, constexprs, target, num_warps=warps)
 
@@ -95,14 +95,20 @@ def test_logits(name, M, inner, dtype, target):
 
 
 @pytest.mark.parametrize("target", testing.TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", TILES)
-def test_tiles(name, dtype, target):
-    info = compile_tiles(name, target, dtype)
+def test_tiles(name, target):
+    info = compile_tiles(name, target)
     testing.assert_fits(info)
     products = {"sm_80": "HMMA.16816", "sm_90": "HGMMA.64x128x16", "gfx942": "v_mfma"}
-    if dtype == "bf16" and target in products:
+    if target in products:
         assert info.count(products[target]) > 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_120", "gfx942"])
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_in_fp32(name, target):
+    """Exact fp32 products use no matrix unit of NVIDIA, so that its targets differ in nothing but the generation of ptxas."""
+    testing.assert_fits(compile_tiles(name, target, "fp32"))
 
 
 @pytest.mark.parametrize("target", testing.TARGETS)
@@ -116,13 +122,20 @@ def test_tiles_in_general(name, target):
 @pytest.mark.parametrize("name", TILES)
 def test_narrow_tiles(name, target):
     testing.assert_fits(compile_tiles(name, target, large=False))
-    testing.assert_fits(compile_tiles(name, target, N=16))
+    if name == "forward_kernel":  # which needs more registers
+        testing.assert_fits(compile_tiles(name, target, N=16))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("name", TILES)
 def test_tiles_in_tf32(name, target):
     testing.assert_fits(compile_tiles(name, target, "fp32", precision="tf32"))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_in_tf32(transposed, target):
+    testing.assert_fits(compile_product(target, "fp32", 64, transposed, precision="tf32"))
 
 
 @pytest.mark.parametrize("target", testing.TARGETS)
