@@ -41,7 +41,9 @@ void expert_gradients(const Problem& problem, const Pairs& pairs, const Tensor& 
       }
     }
   }
-  const int64_t columns = CLK_CALL(gradient_columns, problem.type, problem.width, static_cast<int64_t>(used.size()));
+  // Narrow tasks read the bottleneck again and again; with few experts they are what keeps all threads busy. No sum depends on it.
+  const int64_t tasks = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t columns = CLK_CALL(gradient_columns, problem.type, problem.width, static_cast<int64_t>(used.size()), tasks);
   const int64_t blocks = (problem.width + columns - 1) / columns;
   const int64_t bytes = CLK_CALL(gradient_scratch, problem);
   torch::stable::parallel_for(0, static_cast<int64_t>(used.size()) * blocks, 1, [&](int64_t begin, int64_t end) {

@@ -10,6 +10,13 @@ namespace {
 constexpr int64_t kShortSample = 4;
 constexpr int64_t kGrainWork = 1 << 20;  // multiply-adds that are worth a thread
 
+// Choices of experts over all slots, ids out of range as one expert more; at most a large number.
+int64_t combinations(const Shape& s) {
+  int64_t keys = 1;
+  for (int64_t j = 0; j < s.slots && keys < (int64_t{1} << 31); ++j) keys *= s.experts + 1;
+  return keys;
+}
+
 }  // namespace
 
 Shape check_arguments(const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const Tensor& down_weight,
@@ -125,37 +132,67 @@ Tiles::Tiles(const Shape& s, const int64_t* ids) : shape_(s), gathered_(s.length
     passes_ = {0, s.batch * tiles_per_sample_};
     return;
   }
-  const int64_t total = s.batch * s.length;
-  order_.resize(static_cast<size_t>(std::max<int64_t>(s.slots, 1) * total));
-  passes_ = {0};
-  for (int64_t j = 0; j < std::max<int64_t>(s.slots, 1); ++j) {
-    // Without a single slot, one pass of tiles without an expert still passes the residual on.
-    const auto bucket = [&](int64_t sample) {
-      const int64_t id = s.slots ? ids[sample * s.slots + j] : -1;
-      return static_cast<size_t>(id >= 0 && id < s.experts ? id : s.experts);
-    };
-    std::vector<int64_t> begin(static_cast<size_t>(s.experts) + 2);
-    for (int64_t i = 0; i < total; ++i) ++begin[bucket(i / s.length) + 1];
-    for (size_t e = 1; e < begin.size(); ++e) begin[e] += begin[e - 1];
-    int64_t* order = order_.data() + j * total;
-    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-    for (int64_t i = 0; i < total; ++i) order[next[bucket(i / s.length)]++] = i;
-    for (int64_t e = 0; e <= s.experts; ++e) {
-      const int64_t last = begin[static_cast<size_t>(e) + 1];
-      for (int64_t i = begin[static_cast<size_t>(e)]; i < last; i += rows) {
-        const int64_t end = std::min(i + rows, last);
-        tiles_.push_back({end - i, 0, 0, order + i, j, e < s.experts ? e : -1, j == 0, j + 1 >= s.slots, std::min(rows, total - end)});
-      }
-    }
-    passes_.push_back(static_cast<int64_t>(tiles_.size()));
+  const int64_t slots = std::max<int64_t>(s.slots, 1);  // without a single slot, one pass still hands the residual on
+  Grouping apart;
+  for (int64_t j = 0; j < slots; ++j) apart.append(s, ids, j, std::min(j + 1, s.slots), rows);
+  // Groups by the experts of all slots read and write every row once. They are smaller, and leave more tiles unfinished.
+  std::optional<Grouping> together;
+  if (s.slots > 1 && combinations(s) <= s.batch) {
+    together.emplace();
+    together->append(s, ids, 0, s.slots, rows);
   }
+  grouping_ = together && 8 * s.slots * together->tiles() <= 9 * apart.tiles() ? std::move(*together) : std::move(apart);
+  passes_ = grouping_.passes;
+}
+
+void Grouping::append(const Shape& s, const int64_t* ids, int64_t first_slot, int64_t end_slot, int64_t rows) {
+  const int64_t total = s.batch * s.length;
+  int64_t keys = 1;
+  for (int64_t j = first_slot; j < end_slot; ++j) keys *= s.experts + 1;
+  const auto key_of = [&](int64_t sample) {
+    int64_t key = 0;
+    for (int64_t j = first_slot; j < end_slot; ++j) {
+      const int64_t id = ids[sample * s.slots + j];
+      key = key * (s.experts + 1) + (id >= 0 && id < s.experts ? id : s.experts);
+    }
+    return static_cast<size_t>(key);
+  };
+  std::vector<int64_t> begin(static_cast<size_t>(keys) + 1);
+  for (int64_t b = 0; b < s.batch; ++b) begin[key_of(b) + 1] += s.length;
+  for (size_t key = 1; key < begin.size(); ++key) begin[key] += begin[key - 1];
+  const size_t start = order.size();
+  order.resize(start + static_cast<size_t>(total));
+  std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+  for (int64_t b = 0; b < s.batch; ++b) {
+    int64_t& position = next[key_of(b)];
+    for (int64_t l = 0; l < s.length; ++l) order[start + static_cast<size_t>(position++)] = b * s.length + l;
+  }
+  for (size_t key = 0; key + 1 < begin.size(); ++key) {
+    for (int64_t i = begin[key]; i < begin[key + 1]; i += rows) {
+      const int64_t end = std::min(i + rows, begin[key + 1]);
+      Tile tile{};
+      tile.rows = end - i;
+      tile.first = static_cast<int64_t>(start) + i;
+      tile.first_slot = first_slot;
+      tile.end_slot = end_slot;
+      tile.opens = first_slot == 0;
+      tile.closes = end_slot == s.slots;
+      tile.following = std::min(rows, total - end);
+      entries.push_back(tile);
+    }
+  }
+  passes.push_back(tiles());
 }
 
 Tile Tiles::tile(int64_t i) const {
-  if (gathered_) return tiles_[static_cast<size_t>(i)];
+  if (gathered_) {
+    Tile tile = grouping_.entries[static_cast<size_t>(i)];
+    tile.gathered = grouping_.order.data() + tile.first;
+    return tile;
+  }
   const int64_t sample = i / tiles_per_sample_, t = i % tiles_per_sample_;
   const int64_t first = shape_.length * t / tiles_per_sample_;
-  return {shape_.length * (t + 1) / tiles_per_sample_ - first, sample, first, nullptr, 0, 0, true, true, 0};
+  return {shape_.length * (t + 1) / tiles_per_sample_ - first, sample, first, nullptr, 0, shape_.slots, true, true, 0};
 }
 
 }  // namespace moe

@@ -4,6 +4,8 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "common/tensor.h"
@@ -57,12 +59,23 @@ class PackedWeights {
   int64_t step_, ld_;
 };
 
+// Rows that choose the same experts in some slots, one run of slots after another, cut into tiles.
+struct Grouping {
+  std::vector<int64_t> order;       // linear token indices, group after group
+  std::vector<Tile> entries;        // `first` is where the rows start in `order`
+  std::vector<int64_t> passes = {0};  // first tile of every run of slots, and the end
+
+  // Groups all rows by their experts in the slots from first_slot to end_slot.
+  void append(const Shape& shape, const int64_t* expert_ids, int64_t first_slot, int64_t end_slot, int64_t rows);
+  int64_t tiles() const { return static_cast<int64_t>(entries.size()); }
+};
+
 // Calls `run(tile, scratch)` for all tiles, in parallel; for tokens routed one by one, slot after slot.
 class Tiles {
  public:
   Tiles(const Shape& shape, const int64_t* expert_ids);
   // Whether rows are visited once per slot, so that 16-bit results need `sums` between the visits.
-  bool revisits() const { return gathered_ && shape_.slots > 1; }
+  bool revisits() const { return passes_.size() > 2; }
 
   template <typename Run>
   void for_each(const Problem& problem, Run run) const {
@@ -82,8 +95,7 @@ class Tiles {
   Shape shape_;
   bool gathered_;
   int64_t tiles_per_sample_ = 0, grain_ = 1;
-  std::vector<int64_t> order_;   // (k, B L): linear token indices by expert, for every slot
-  std::vector<Tile> tiles_;      // of gathered rows
+  Grouping grouping_;            // of gathered rows
   std::vector<int64_t> passes_;  // first tile of every pass, and the end
 };
 

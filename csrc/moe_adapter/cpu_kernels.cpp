@@ -44,9 +44,9 @@ int64_t tile_scratch(const Problem& problem) {
   return problem.type == Element::f64 ? measure<double, Scratch>(problem) : measure<float, Scratch>(problem);
 }
 
-int64_t gradient_columns(Element type, int64_t width, int64_t experts) {
+int64_t gradient_columns(Element type, int64_t width, int64_t experts, int64_t tasks) {
   const int64_t panel = type == Element::f64 ? panel_width<double>(width) : panel_width<float>(width);
-  const int64_t wanted = (experts * width / kTasks + panel - 1) / panel * panel;
+  const int64_t wanted = (experts * width / tasks + panel - 1) / panel * panel;
   return wanted < panel ? panel : wanted < kGradientColumns ? wanted : kGradientColumns;
 }
 

@@ -50,13 +50,13 @@ struct Backward : Problem {
   void* grad_pre;      // (B, k, L, R) compute type, gradient before the ReLU; or null
 };
 
-// Rows that are handled together: consecutive tokens of one sample, which uses all its slots at once; or, with `gathered`, linear
-// token indices b L + l that have the same expert in `slot`, whose contributions come one slot after another.
+// Rows that are handled together: consecutive tokens of one sample; or, with `gathered`, linear token indices b L + l. All have the same
+// experts in the slots from first_slot to end_slot, which contribute together.
 struct Tile {
   int64_t rows;
   int64_t sample, first;
   const int64_t* gathered;
-  int64_t slot, expert;
+  int64_t first_slot, end_slot;
   bool opens, closes;  // whether this is the first, the last contribution to these rows
   int64_t following;   // gathered rows of the next tile, whose indices come after those of this one
 };
@@ -80,7 +80,8 @@ struct ExpertGradients : Problem {
   int64_t tile_scratch(const Problem& problem);                                                                        \
   void forward_tile(const Forward& op, const Tile& tile, void* scratch);                                               \
   void backward_tile(const Backward& op, const Tile& tile, void* scratch);                                             \
-  int64_t gradient_columns(Element type, int64_t width, int64_t experts);                                              \
+  /* Columns of D per task, so that there are about `tasks` or as many as is sensible. */                             \
+  int64_t gradient_columns(Element type, int64_t width, int64_t experts, int64_t tasks);                               \
   int64_t gradient_scratch(const Problem& problem);                                                                    \
   void gradient_block(const ExpertGradients& op, int64_t first_column, int64_t columns, void* scratch);                \
   }

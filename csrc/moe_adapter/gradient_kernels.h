@@ -18,7 +18,6 @@ namespace {
 constexpr int64_t kChunk = 112;            // tokens at most whose products are formed together
 constexpr int64_t kWholeSample = 32;       // samples from this length on are cut into chunks of their own
 constexpr int64_t kGradientColumns = 256;  // of D at most, per task
-constexpr int64_t kTasks = 64;             // wanted at least, so that few experts keep many threads busy
 
 template <typename C>
 struct GradientScratch {

@@ -79,17 +79,18 @@ void multiply(int64_t rows, Matrix<C> a, const Weights& weights, int64_t expert,
   }
 }
 
-// Σ a·b with sixteen running sums, added up in a fixed order.
+// Σ a·b with four vectors of running sums, added up in a fixed order.
 template <typename C, typename T>
 C dot(const C* a, const T* b, int64_t n) {
-  C lanes[16] = {};
+  constexpr int64_t W = kLanes<C>;
+  Vec<C> sums[4] = {};
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    for (int u = 0; u < 16; ++u) lanes[u] += a[i + u] * static_cast<C>(load(b + i + u));
+  for (; i + 4 * W <= n; i += 4 * W) {
+    for (int u = 0; u < 4; ++u) sums[u] += load_vector(a + i + u * W) * load_vector(b + i + u * W);
   }
-  for (int u = 0; i < n; ++i, ++u) lanes[u] += a[i] * static_cast<C>(load(b + i));
-  C total = 0;
-  for (int u = 0; u < 16; ++u) total += lanes[u];
+  for (; i + W <= n; i += W) sums[0] += load_vector(a + i) * load_vector(b + i);
+  C total = sum_lanes<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < n; ++i) total += a[i] * static_cast<C>(load(b + i));
   return total;
 }
 
@@ -98,7 +99,6 @@ template <typename T, typename C>
 struct RowEnd {
   const C* line;   // the product
   const C* bias;   // per column, or null
-  C weight;        // of the bias
   const T* before; // the residual or what is there already, or null
   const C* sum;    // what is there already, in compute type, or null
   C* next_sum;     // where the result goes in compute type, or null: to target
@@ -111,7 +111,7 @@ void end_row(const RowEnd<T, C>& r, int64_t columns) {
   int64_t j = 0;
   for (; j + W <= columns; j += W) {
     Vec<C> total = load_vector(r.line + j);
-    if (r.bias) total += r.weight * load_vector(r.bias + j);
+    if (r.bias) total += load_vector(r.bias + j);
     if (r.before) total += load_vector(r.before + j);
     if (r.sum) total += load_vector(r.sum + j);
     if (r.next_sum) {
@@ -122,7 +122,7 @@ void end_row(const RowEnd<T, C>& r, int64_t columns) {
   }
   for (; j < columns; ++j) {
     C total = r.line[j];
-    if (r.bias) total += r.weight * r.bias[j];
+    if (r.bias) total += r.bias[j];
     if (r.before) total += static_cast<C>(load(r.before + j));
     if (r.sum) total += r.sum[j];
     if (r.next_sum) {
@@ -131,6 +131,15 @@ void end_row(const RowEnd<T, C>& r, int64_t columns) {
       store(r.target + j, total);
     }
   }
+}
+
+// sum += weight · row
+template <typename C, typename T>
+void add_scaled(C weight, const T* row, int64_t n, C* sum) {
+  constexpr int64_t W = kLanes<C>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store_vector(sum + i, load_vector(sum + i) + weight * load_vector(row + i));
+  for (; i < n; ++i) sum[i] += weight * static_cast<C>(load(row + i));
 }
 
 template <int WRITE, typename T>
@@ -173,22 +182,18 @@ void write_rows(const Problem& p, const Tile& t, const Rows& rows, const Scratch
     if (active == 0) {
       for (int64_t i = 0; i < rows.n * width; ++i) s.panel[i] = C(0);
     }
-    // Rows of one sample share their gates: their biases are added up once. Gathered rows have one expert and gates of their own.
-    if (bias) {
-      for (int64_t j = 0; j < columns; ++j) s.bias[j] = C(0);
-      for (int64_t a = 0; a < active; ++a) {
-        const C w = t.gathered ? C(1) : s.weight[a * kTileRows];
-        const T* b = bias + s.expert[a] * p.width + start;
-        for (int64_t j = 0; j < columns; ++j) s.bias[j] += w * static_cast<C>(load(b + j));
-      }
-    }
     for (int64_t i = 0; i < rows.n; ++i) {
+      if (bias && (i == 0 || t.gathered)) {  // rows of one sample share their gates
+        for (int64_t j = 0; j < columns; ++j) s.bias[j] = C(0);
+        for (int64_t a = 0; a < active; ++a) {
+          add_scaled(s.weight[a * kTileRows + i], bias + s.expert[a] * p.width + start, columns, s.bias);
+        }
+      }
       C* sum = sums ? sums + (rows.sample[i] * p.length + rows.token[i]) * p.width + start : nullptr;
       RowEnd<T, C> row{};
       row.line = s.panel + i * width;
       row.target = rows.in<T>(out, i) + start;
       row.bias = bias && active ? s.bias : nullptr;
-      row.weight = t.gathered ? s.weight[i] : C(1);
       if (t.opens && residual.data) row.before = rows.in<const T>(residual, i) + start;
       if (!t.opens && !sum) row.before = row.target;
       if (!t.opens) row.sum = sum;
@@ -199,10 +204,9 @@ void write_rows(const Problem& p, const Tile& t, const Rows& rows, const Scratch
 }
 
 template <typename Body>
-void for_each_slot(const Problem& p, const Tile& t, Body body) {
-  const int64_t begin = t.gathered ? t.slot : 0, end = t.gathered ? t.slot + 1 : p.slots;
-  for (int64_t j = begin; j < end; ++j) {
-    const int64_t e = t.gathered ? t.expert : p.expert_ids[t.sample * p.slots + j];
+void for_each_slot(const Problem& p, const Tile& t, const Rows& rows, Body body) {
+  for (int64_t j = t.first_slot; j < t.end_slot; ++j) {
+    const int64_t e = p.expert_ids[rows.sample[0] * p.slots + j];
     body(j, e, e >= 0 && e < p.experts);
   }
 }
@@ -220,7 +224,7 @@ void forward(const Forward& op, const Tile& t, void* memory) {
   const C grown = static_cast<C>(1.0 / (1.0 - op.dropout_p));
   const float p = static_cast<float>(op.dropout_p);
   int64_t active = 0;
-  for_each_slot(op, t, [&](int64_t j, int64_t e, bool valid) {
+  for_each_slot(op, t, rows, [&](int64_t j, int64_t e, bool valid) {
     if (!valid) {
       for (int64_t i = 0; hidden && i < rows.n; ++i) {
         T* saved = hidden + rows.index(op, i, j) * op.rank;
@@ -268,7 +272,7 @@ void backward(const Backward& op, const Tile& t, void* memory) {
   C* grad_pre = static_cast<C*>(op.grad_pre);
   const C scale = static_cast<C>(op.scale), grown = static_cast<C>(1.0 / (1.0 - op.dropout_p));
   int64_t active = 0;
-  for_each_slot(op, t, [&](int64_t j, int64_t e, bool valid) {
+  for_each_slot(op, t, rows, [&](int64_t j, int64_t e, bool valid) {
     if (!valid) {
       for (int64_t i = 0; gate_terms && i < rows.n; ++i) gate_terms[rows.index(op, i, j)] = C(0);
       return;

@@ -37,6 +37,7 @@ SHAPES = [
     (1, 1, 1, 1, 1, 1),
     (2, 230, 64, 64, 3, 2),  # several chunks of a sample, weights and rows used where they lie
     (9, 21, 64, 13, 2, 1),  # chunks that span samples
+    (300, None, 40, 20, 2, 2),  # tokens grouped by both experts at once
 ]
 
 
@@ -60,6 +61,15 @@ def test_ids_out_of_range_contribute_nothing(length):
     found = outputs(case, "cpu")
     assert found["gates"][2].tolist() == [0.0, 0.0]
     torch.testing.assert_close(found["out"][2], case.tensors["residual"][2])
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_tokens_with_ids_out_of_range_beside_many_others(slots):
+    case = make(400, None, 20, 6, 2, slots)
+    case.tensors["expert_ids"][::7, 0] = 2
+    case.tensors["expert_ids"][3::11] = -1
+    assert_matches_reference(case, "cpu")
+    assert outputs(case, "cpu")["gates"][::7, 0].abs().max() == 0
 
 
 @pytest.mark.parametrize("length", [9, None])
