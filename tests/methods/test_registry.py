@@ -28,7 +28,8 @@ def test_contract(name: str, tasks: list[Task], reference: Reference) -> None:
     assert not scores.requires_grad
     plain = METHODS["zero_shot"](build_backbone(), METHODS["zero_shot"].Config())
     assert torch.equal(scores, plain.logits(images, tasks[0]))
-    if method.trains:
+    assert method.steps(tasks[0]) == (0 if not method.trains else 1 if method.closed_form else config.iterations + 1)
+    if method.trains and not method.closed_form:
         assert method.learning_rate(tasks[0]) == config.lr
 
 

@@ -8,7 +8,7 @@ from fakes import tiny_scenario, to_float, to_noisy_float
 
 from cl_methods.datasets.loading import evaluation_batches
 from cl_methods.scenarios.base import DataError, ImageSource
-from cl_methods.training.data import TrainingSteps, stream_indices, training_batches
+from cl_methods.training.data import TrainingSteps, one_pass, stream_indices, training_batches
 
 CPU = torch.device("cpu")
 
@@ -92,6 +92,34 @@ def test_every_image_of_a_batch_is_read_once():
     source.reads.clear()
     list(evaluation_batches(source, to_float, batch_size=8, device=CPU))
     assert source.reads == list(range(20))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_reads_every_image_once_in_an_order_of_its_own(workers):
+    task = tiny_scenario().tasks[0]
+
+    def read_pass(start=0, **changes):
+        settings = {"task_index": 1, "seed": 3, "batch_size": 8, "transform": to_float, "device": CPU, **changes}
+        return list(one_pass(task, start_step=start, workers=workers, **settings))
+
+    whole = read_pass()
+    assert [(batch.step, len(batch.labels)) for batch in whole] == [(0, 8), (1, 8), (2, 4)]
+    images = torch.cat([batch.images for batch in whole]).flatten(1)
+    stored = to_float(task.train.images).flatten(1)
+    assert sorted(map(tuple, images.tolist())) == sorted(map(tuple, stored.tolist()))
+    assert not torch.equal(images, stored)
+    for later, same_step in zip(read_pass(start=1), whole[1:], strict=True):
+        assert later.step == same_step.step
+        assert torch.equal(later.images, same_step.images)
+        assert torch.equal(later.labels, same_step.labels)
+    for change in ({"seed": 4}, {"task_index": 2}):
+        assert not torch.equal(torch.cat([batch.images for batch in read_pass(**change)]).flatten(1), images)
+
+
+def test_a_task_without_images_is_named():
+    task = tiny_scenario(train=0).tasks[0]
+    with pytest.raises(DataError, match="task task0 has no training images"):
+        next(one_pass(task, task_index=0, seed=0, batch_size=8, transform=to_float, device=CPU))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -8,6 +8,7 @@ import re
 import signal
 
 import pytest
+from fakes import ClosedFormMethod
 from rich.console import Console
 
 from cl_methods.commands.run import _StopOnInterrupt
@@ -27,6 +28,15 @@ def test_plain_lines(tiny_run, tmp_path):
     assert lines[-1].startswith("after task2: ")
 
 
+def test_plain_lines_of_a_method_in_closed_form(tiny_run, tmp_path):
+    stream = io.StringIO()
+    tiny_run(tmp_path / "run", method=ClosedFormMethod, progress=PlainProgress(stream, interval=0))
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "tiny_closed_form on tiny: 3 tasks, one pass over each task's images"
+    assert re.match(r"task 1/3 task0: step 1/3, \d+ samples/s, \d\d:\d\d left", lines[2])
+    assert sum("step" in line for line in lines) == 9
+
+
 def test_bars_on_a_terminal(tiny_run, tmp_path):
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=120)
@@ -39,7 +49,7 @@ def test_bars_on_a_terminal(tiny_run, tmp_path):
 
 
 def test_pace_knows_what_is_left():
-    pace = Pace(tasks=2, steps_per_task=10)
+    pace = Pace(steps=[10, 10])
     assert pace.seconds_left() is None
     pace.row(3.0)
     for _ in range(5):

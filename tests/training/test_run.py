@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from fakes import ReferenceMethod, TinyConfig, TinyMethod, tiny_scenario
+from fakes import ClosedFormMethod, ReferenceMethod, TinyConfig, TinyMethod, tiny_scenario
 
 from cl_methods.evaluation import mtil_metrics
 from cl_methods.training.checkpoints import CheckpointOptions, RunDirectory, RunDirectoryError, TrainingProgress
@@ -101,6 +101,20 @@ def test_stopped_anywhere_and_resumed_gives_the_same_result(tiny_run, tmp_path, 
             tiny_run(output, progress=StopAt(2), resume=True, **options)
         resumed = tiny_run(output, resume=True, **options)
         assert without_times(resumed) == whole, f"stopped at event {event}"
+
+
+def test_a_method_in_closed_form_sees_every_image_once_and_can_be_resumed_anywhere(tiny_run, tmp_path):
+    options = {"method": ClosedFormMethod, "checkpoint": CheckpointOptions(every=1)}
+    whole = without_times(tiny_run(tmp_path / "whole", **options))
+    assert whole["train"]["samples"] == 3 * 20
+    assert whole["train"]["trainable_parameters"] == 0
+    assert whole["accuracy"][-1][-1] > whole["zero_shot"][-1]
+    for event in (1, 5, 6, 7, 9, 13, 20):
+        output = tmp_path / f"event{event}"
+        with pytest.raises(InterruptedError):
+            tiny_run(output, progress=StopAt(event), **options)
+        resumed = without_times(tiny_run(output, resume=True, **options))
+        assert resumed == whole, f"stopped at event {event}"
 
 
 def test_resuming_refuses_other_settings_and_other_data(tiny_run, tmp_path):

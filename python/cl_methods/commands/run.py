@@ -111,8 +111,12 @@ def _print_plan(config: RunConfig, output: Path) -> None:
     console.print(table)
     method = METHODS[config.method]
     if method.trains:
-        steps, sessions = settings.iterations + 1, 1 if method.joint else len(scenario.tasks)
-        console.print(f"{sessions} x {steps} optimiser steps of {settings.batch_size} images, model {config.model}")
+        sessions, batch = 1 if method.joint else len(scenario.tasks), f"of {settings.batch_size} images"
+        plan = (
+            f"passes in batches {batch}" if method.closed_form else f"{settings.iterations + 1} optimiser steps {batch}"
+        )
+        times = "" if method.closed_form else "x "
+        console.print(f"{sessions} {times}{plan}, model {config.model}")
     images = sum(len(getattr(task, config.evaluation.split)) for task in scenario.tasks)
     rows = 1 + (0 if not method.trains else 1 if method.joint else len(scenario.tasks))
     console.print(f"{rows} evaluations of {images:,} {config.evaluation.split} images")

@@ -38,6 +38,7 @@ class Method(ABC):
     """A continual-learning method over one backbone; the training loop calls the hooks below in this order.
 
     ``before_task`` → every step: ``loss`` → backward → ``before_step`` → optimiser → ``after_step`` → ``after_task``.
+    A method in closed form has no optimiser: ``before_task`` → every batch of one pass: ``learn`` → ``after_task``.
     An override of a hook calls the base class's. Random numbers come from torch's global generators, which the loop seeds
     per step, so a resumed run repeats them.
 
@@ -46,7 +47,9 @@ class Method(ABC):
         uses_reference: batches carry reference images, drawn from :meth:`reference_source`.
         trains: False for methods that only evaluate.
         config: has ``lr``, ``task_lr``, ``iterations``, ``warmup``, ``batch_size`` and, if ``uses_reference``, may have
-            ``reference_batch_size`` (default: ``batch_size``).
+            ``reference_batch_size`` (default: ``batch_size``). A method in closed form needs ``batch_size`` alone.
+        closed_form: every image of a task is looked at once, through the evaluation transform, in an order drawn from seed
+            and task, and :meth:`learn` replaces the optimiser steps.
         joint: trained once on all tasks together (an upper bound, not continual): ``before_task`` and ``after_task``
             are called for the first task only, every batch names its task, and step t draws from task ``t mod T``.
     """
@@ -54,6 +57,7 @@ class Method(ABC):
     name: ClassVar[str]
     uses_reference: bool = False
     trains: ClassVar[bool] = True
+    closed_form: ClassVar[bool] = False
     joint: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone, config: Any, reference: Reference | None = None) -> None:
@@ -63,6 +67,14 @@ class Method(ABC):
     def before_task(self, index: int, task: Task) -> None:
         """Prepare for training on ``task``, the ``index``-th (0-based) of the sequence."""
         self.forget_classifiers()
+
+    def steps(self, task: Task) -> int:
+        """Batches from which ``task`` is learnt: optimiser steps, or those of one pass over its images in closed form."""
+        if not self.trains:
+            return 0
+        if self.closed_form:
+            return -(-len(task.train) // self.config.batch_size)
+        return self.config.iterations + 1
 
     def learning_rate(self, task: Task) -> float:
         """Peak learning rate of ``task``: the configuration's ``task_lr`` by task name, else its ``lr``."""
@@ -88,6 +100,14 @@ class Method(ABC):
     @abstractmethod
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Scalar terms of the loss; ``"loss"`` is the one to differentiate, the rest is for the log."""
+
+    def learn(self, batch: Batch) -> None:
+        """Take in one batch of the only pass over the task; called for methods in closed form instead of :meth:`loss`.
+
+        Raises:
+            NotImplementedError: the method has no closed form.
+        """
+        raise NotImplementedError(f"{self.name} learns by optimiser steps; closed_form is False")
 
     def before_step(self, batch: Batch) -> None:
         """Between backward and the optimiser step: the place for gradients that have a closed form."""

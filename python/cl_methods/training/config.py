@@ -30,7 +30,7 @@ class RunConfig:
         device: `cpu`, `cuda`, `cuda:1` …; `auto` takes a GPU if there is one.
         workers: data-loading processes; the number changes the speed and nothing else.
         limit_tasks: learn and evaluate only the first tasks.
-        limit_iterations: shorten the training of every task.
+        limit_iterations: shorten the training of every task; methods without optimiser steps are not affected.
         data: where the scenario's data is and how it is split.
         evaluation: label space, split and batch size.
         checkpoint: when checkpoints are written.

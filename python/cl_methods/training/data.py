@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cl_methods.datasets.loading import Transform, load_items
+from cl_methods.datasets.loading import Transform, evaluation_batches, load_items
 from cl_methods.methods.base import Batch
-from cl_methods.scenarios.base import DataError, ImageSource, Task
+from cl_methods.scenarios.base import DataError, ImageSource, Subset, Task
 from cl_methods.seeding import derive_seed
 
 
@@ -119,6 +119,40 @@ def training_batches(
         indices = data.pop("reference_indices", None)  # stay on the host, where caches look them up without waiting
         tensors = {name: value.to(device, non_blocking=True) for name, value in data.items() if name != "step"}
         yield Batch(**tensors, step=step, reference_indices=indices, task=steps.tasks[step % len(steps.tasks)])
+
+
+def one_pass(
+    task: Task,
+    *,
+    task_index: int,
+    seed: int,
+    batch_size: int,
+    transform: Transform,
+    start_step: int = 0,
+    device: torch.device,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Every training image of ``task`` once, shuffled; the last batch may be smaller.
+
+    Args:
+        task: whose images are read.
+        task_index, seed: all that the order depends on.
+        batch_size: images per batch.
+        transform: of the images.
+        start_step: first batch, for resuming; batches do not depend on it.
+        device, workers: see :func:`training_batches`.
+
+    Raises:
+        DataError: the task has no training images, or one cannot be read.
+    """
+    count = len(task.train)
+    if count == 0:
+        raise DataError(f"task {task.name} has no training images")
+    order = stream_indices(count, 0, count, seed, "order", task_index)
+    rest = Subset(task.train, order[start_step * batch_size :])
+    batches = evaluation_batches(rest, transform, batch_size=batch_size, device=device, workers=workers)
+    for step, (images, labels) in enumerate(batches, start_step):
+        yield Batch(images, labels, step, task=task)
 
 
 def _seed_augmentation(seed: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cl_methods.methods.base import Batch, Method
 from cl_methods.scenarios.base import Task
 from cl_methods.seeding import derive_seed, seed_everything, step_seed
-from cl_methods.training.data import TrainingSteps, training_batches
+from cl_methods.training.data import TrainingSteps, one_pass, training_batches
 from cl_methods.training.schedule import warmup_cosine
 
 _CHECK_EVERY = 16
@@ -63,21 +63,22 @@ class LossLog:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the loop tells its caller after each optimiser step.
+    """What the loop tells its caller after each optimiser step, or after each batch of a method in closed form.
 
     Attributes:
         step: 0-based step that has just been done.
-        lr: its learning rate.
+        lr: its learning rate; 0 in closed form.
         samples: images of the task in its batch.
-        log: loss terms; ``log.values()`` reads them, waits for the device and raises if a loss was not finite.
-        optimizer: the optimiser, for checkpoints.
+        log: loss terms; ``log.values()`` reads them, waits for the device and raises if a loss was not finite. Empty in
+            closed form.
+        optimizer: the optimiser, for checkpoints; None in closed form.
     """
 
     step: int
     lr: float
     samples: int
     log: LossLog
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
 
 
 def train_on_batches(
@@ -140,6 +141,24 @@ def train_on_batches(
     return optimizer
 
 
+def learn_from_batches(
+    method: Method,
+    batches: Iterable[Batch],
+    *,
+    seed: int,
+    task_index: int,
+    on_step: Callable[[StepReport], None] | None = None,
+    task_name: str | None = None,
+) -> None:
+    """Give every batch of a pass to a method in closed form; the arguments are those of :func:`train_on_batches`."""
+    log = LossLog(task_name if task_name is not None else f"number {task_index}")
+    for batch in batches:
+        seed_everything(step_seed(seed, task_index, batch.step))
+        method.learn(batch)
+        if on_step is not None:
+            on_step(StepReport(batch.step, 0.0, len(batch.labels), log, None))
+
+
 def _next_batch(stream: Iterator[Batch], step: int, iterations: int) -> Batch:
     batch = next(stream, None)
     if batch is None:
@@ -173,7 +192,7 @@ def train_task(
     on_start: Callable[[], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> None:
-    """Train ``method`` on task ``index``: ``before_task``, all optimiser steps, ``after_task``.
+    """Train ``method`` on task ``index``: ``before_task``, all optimiser steps (or one pass), ``after_task``.
 
     Random numbers in the hooks are seeded from (seed, task) as well, so nothing depends on what ran before.
 
@@ -197,11 +216,43 @@ def train_task(
     optimizer, start_step = None, 0
     if continuation is not None:
         method.load_state_dict(continuation.method_state)
-        optimizer = method.optimizer()
-        optimizer.load_state_dict(continuation.optimizer_state)
         start_step = continuation.start_step
+        if not method.closed_form:
+            optimizer = method.optimizer()
+            optimizer.load_state_dict(continuation.optimizer_state)
     if on_start is not None:
         on_start()
+    if method.closed_form:
+        batches = one_pass(
+            task,
+            task_index=index,
+            seed=seed,
+            batch_size=config.batch_size,
+            transform=method.backbone.eval_transform,
+            start_step=start_step,
+            device=method.backbone.device,
+            workers=workers,
+        )
+        learn_from_batches(method, batches, seed=seed, task_index=index, on_step=on_step, task_name=task.name)
+    else:
+        _optimise(method, index, tasks, start_step, optimizer, seed=seed, workers=workers, on_step=on_step)
+    seed_everything(derive_seed(seed, "after task", index))
+    method.after_task(index, task)
+
+
+def _optimise(
+    method: Method,
+    index: int,
+    tasks: Sequence[Task],
+    start_step: int,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    seed: int,
+    workers: int,
+    on_step: Callable[[StepReport], None] | None,
+) -> None:
+    """The optimiser steps of a task from ``start_step`` on."""
+    task, config = tasks[index], method.config
     steps = TrainingSteps(
         tasks if method.joint else [task],
         method.reference_source(task) if method.uses_reference else None,
@@ -231,5 +282,3 @@ def train_task(
         on_step=on_step,
         task_name="all tasks" if method.joint else task.name,
     )
-    seed_everything(derive_seed(seed, "after task", index))
-    method.after_task(index, task)

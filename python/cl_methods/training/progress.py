@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from types import TracebackType
 from typing import TextIO
 
@@ -15,14 +17,14 @@ from cl_methods.training.loop import StepReport
 
 
 class Pace:
-    """Rates of a run, for samples per second and the time left.
+    """Rates of a run whose tasks have ``steps`` optimiser steps (or batches), for samples per second and the time left.
 
     The time left counts optimiser steps at their mean duration and evaluations at theirs; both are unknown (None) until
     the first of them is done.
     """
 
-    def __init__(self, tasks: int, steps_per_task: int) -> None:
-        self.steps_left, self.rows_left = tasks * steps_per_task, 1 + (tasks if steps_per_task else 0)
+    def __init__(self, steps: Sequence[int]) -> None:
+        self.steps_left, self.rows_left = sum(steps), 1 + len(steps)
         self.steps = self.samples = self.rows = 0
         self.step_seconds = self.row_seconds = 0.0
 
@@ -63,18 +65,22 @@ class RunProgress(AbstractContextManager["RunProgress"]):
     """What a run reports to: the silent base, which only keeps the pace."""
 
     def __init__(self) -> None:
-        self.pace = Pace(0, 0)
+        self.pace = Pace([])
         self._clock = 0.0
         self._task, self._steps = "", 0
+        self._started = [0]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
 
-    def run_started(self, method: str, scenario: str, tasks: int, steps_per_task: int) -> None:
-        """``tasks`` times ``steps_per_task`` optimiser steps are ahead (0 steps: only one evaluation)."""
-        self.pace = Pace(tasks, steps_per_task)
+    def run_started(
+        self, method: str, scenario: str, tasks: int, steps: Sequence[int], *, closed_form: bool = False
+    ) -> None:
+        """Of ``tasks`` tasks those with an entry in ``steps`` are learnt, in so many steps; none: only one evaluation."""
+        self.pace = Pace(steps)
+        self._started = list(accumulate(steps, initial=0))
 
     def task_started(self, name: str, number: int, tasks: int, steps: int, done: int) -> None:
         """Training of a task starts, after ``done`` of its ``steps`` steps."""
@@ -111,10 +117,12 @@ class PlainProgress(RunProgress):
         super().__init__()
         self.stream, self.interval, self._printed = stream or sys.stdout, interval, 0.0
 
-    def run_started(self, method: str, scenario: str, tasks: int, steps_per_task: int) -> None:
+    def run_started(
+        self, method: str, scenario: str, tasks: int, steps: Sequence[int], *, closed_form: bool = False
+    ) -> None:
         """See the base class."""
-        super().run_started(method, scenario, tasks, steps_per_task)
-        self.note(f"{method} on {scenario}: {tasks} tasks, {steps_per_task} optimiser steps each")
+        super().run_started(method, scenario, tasks, steps, closed_form=closed_form)
+        self.note(f"{method} on {scenario}: {tasks} tasks, {describe_steps(steps, closed_form)}")
 
     def task_started(self, name: str, number: int, tasks: int, steps: int, done: int) -> None:
         """See the base class."""
@@ -130,7 +138,7 @@ class PlainProgress(RunProgress):
             self._printed = now
             left = format_seconds(self.pace.seconds_left())
             self.note(
-                f"{self._label}: step {report.step + 1}/{self._steps}, {describe_terms(report)}, "
+                f"{self._label}: step {report.step + 1}/{self._steps}, {describe_terms(report, ', ')}"
                 f"{self.pace.samples_per_second:.0f} samples/s, {left} left"
             )
 
@@ -162,11 +170,14 @@ class RichProgress(RunProgress):
         self._part = self.bars.add_task("", total=None, info="", visible=False)
         self._read, self._terms = 0.0, ""
 
-    def run_started(self, method: str, scenario: str, tasks: int, steps_per_task: int) -> None:
+    def run_started(
+        self, method: str, scenario: str, tasks: int, steps: Sequence[int], *, closed_form: bool = False
+    ) -> None:
         """See the base class."""
-        super().run_started(method, scenario, tasks, steps_per_task)
-        self.console.print(f"[bold]{method}[/] on [bold]{scenario}[/]: {tasks} tasks, {steps_per_task} steps each")
-        self.bars.update(self._whole, total=tasks * steps_per_task or None)
+        super().run_started(method, scenario, tasks, steps, closed_form=closed_form)
+        plan = describe_steps(steps, closed_form)
+        self.console.print(f"[bold]{method}[/] on [bold]{scenario}[/]: {tasks} tasks, {plan}")
+        self.bars.update(self._whole, total=sum(steps) or None)
         self.bars.start()
 
     def task_started(self, name: str, number: int, tasks: int, steps: int, done: int) -> None:
@@ -174,7 +185,7 @@ class RichProgress(RunProgress):
         super().task_started(name, number, tasks, steps, done)
         self._read = 0.0
         description = f"task {number}/{tasks} {name}"
-        self.bars.update(self._whole, completed=(number - 1) * steps + done)
+        self.bars.update(self._whole, completed=self._started[number - 1] + done)
         self.bars.reset(self._part, total=steps, completed=done, description=description, visible=True, info="")
 
     def step(self, report: StepReport) -> None:
@@ -182,9 +193,9 @@ class RichProgress(RunProgress):
         super().step(report)
         now = time.perf_counter()
         if now - self._read > 0.2:  # reading the loss waits for the device
-            self._read, self._terms = now, describe_terms(report)
+            self._read, self._terms = now, describe_terms(report, "  ")
         rate, rest = self.pace.samples_per_second, self.pace.seconds_left(self._steps - report.step - 1)
-        info = f"{self._terms}  {rate:.0f} samples/s  {format_seconds(rest)} left"
+        info = f"{self._terms}{rate:.0f} samples/s  {format_seconds(rest)} left"
         self.bars.update(self._part, advance=1, info=info)
         self.bars.update(self._whole, advance=1, info=f"{format_seconds(self.pace.seconds_left())} left")
 
@@ -219,11 +230,20 @@ def progress_for(stream: TextIO | None = None) -> RunProgress:
     return RichProgress() if stream.isatty() else PlainProgress(stream)
 
 
-def describe_terms(report: StepReport) -> str:
-    """``loss 1.234 (image 0.5, text 0.7)``."""
+def describe_steps(steps: Sequence[int], closed_form: bool) -> str:
+    """``81 optimiser steps each``, or what a method does instead."""
+    if closed_form:
+        return "one pass over each task's images"
+    return f"{max(steps, default=0)} optimiser steps each"
+
+
+def describe_terms(report: StepReport, separator: str = "") -> str:
+    """``loss 1.234 (image 0.5, text 0.7)`` and the separator; nothing where there is no loss."""
     terms = report.log.values()
+    if not terms:
+        return ""
     parts = ", ".join(f"{name} {value:.3f}" for name, value in terms.items() if name != "loss")
-    return f"loss {terms['loss']:.3f}" + (f" ({parts})" if parts else "")
+    return f"loss {terms['loss']:.3f}" + (f" ({parts})" if parts else "") + separator
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -117,15 +117,21 @@ class Run:
             return finished
         tasks, trains = self.scenario.tasks, self.method.trains
         sessions = ([0] if self.method.joint else list(range(len(tasks)))) if trains else []
-        steps = self.method.config.iterations + 1 if trains else 0
-        self.reporter.run_started(self.method.name, self.config.scenario, len(sessions) or len(tasks), steps)
+        steps = [self.method.steps(tasks[index]) for index in sessions]
+        self.reporter.run_started(
+            self.method.name,
+            self.config.scenario,
+            len(sessions) or len(tasks),
+            steps,
+            closed_form=self.method.closed_form,
+        )
         latest = self._restore(steps)
         if self.rows.zero_shot is None:
             self._evaluate(0)
         for index in sessions:
             done = latest is not None and (index < latest.task or (index == latest.task and latest.step is None))
             if not done:
-                self._train(index, len(sessions), steps, latest if latest and latest.task == index else None)
+                self._train(index, len(sessions), steps[index], latest if latest and latest.task == index else None)
             if len(self.rows.accuracy) <= index:
                 self._evaluate(index + 1)
         result = run_result(
@@ -163,7 +169,7 @@ class Run:
                 f"resuming in another environment; results may differ in the last bits: {'; '.join(moved)}"
             )
 
-    def _restore(self, steps: int) -> Checkpoint | None:
+    def _restore(self, steps: list[int]) -> Checkpoint | None:
         """Load the newest checkpoint, or for one inside a task what came before that task."""
         checkpoints = self.directory.found()
         if not checkpoints:
@@ -174,7 +180,7 @@ class Run:
         if finished:
             self.method.load_state_dict(finished[-1].method_state())
         rows = len(self.rows.accuracy) + (self.rows.zero_shot is not None)
-        self.reporter.pace.skip((latest.task + (latest.step is None)) * steps + (latest.step or 0), rows)
+        self.reporter.pace.skip(sum(steps[: latest.task + (latest.step is None)]) + (latest.step or 0), rows)
         where = "after" if latest.step is None else f"at step {latest.step} of"
         self.reporter.note(f"resuming {where} task {self.scenario.tasks[latest.task].name}")
         return latest
@@ -209,7 +215,7 @@ class Run:
             if self._stop or (every and done % every == 0 and done < steps):
                 report.log.check()  # never store weights that a loss has already shown to be broken
                 count_time()
-                self._save(index, done, report.optimizer.state_dict())
+                self._save(index, done, report.optimizer.state_dict() if report.optimizer is not None else None)
             if self._stop:
                 raise StoppedError(f"stopped after step {done} of task {name}; continue with --resume")
 
