@@ -4,15 +4,18 @@ from cl_methods.methods.base import Batch, Method
 from cl_methods.methods.ewc import EWC
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.joint import Joint
+from cl_methods.methods.loranpac import LoRanPAC
 from cl_methods.methods.lwf import LwF
 from cl_methods.methods.lwf_vr import LwFVR
 from cl_methods.methods.moe_adapters import MoEAdapters
+from cl_methods.methods.ranpac import RanPAC
 from cl_methods.methods.wise_ft import WiSEFT
 from cl_methods.methods.zero_shot import ZeroShot
 from cl_methods.methods.zscl import ZSCL
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (ZeroShot, FineTune, WiSEFT, EWC, LwF, LwFVR, ZSCL, MoEAdapters, Joint)
+    method.name: method
+    for method in (ZeroShot, FineTune, WiSEFT, EWC, LwF, LwFVR, ZSCL, MoEAdapters, RanPAC, LoRanPAC, Joint)
 }
 
 __all__ = [
@@ -22,10 +25,12 @@ __all__ = [
     "Batch",
     "FineTune",
     "Joint",
+    "LoRanPAC",
     "LwF",
     "LwFVR",
     "Method",
     "MoEAdapters",
+    "RanPAC",
     "WiSEFT",
     "ZeroShot",
 ]
