@@ -71,6 +71,7 @@ def check_resuming(build: Callable[[], Method], tasks: Sequence[Task], batches: 
         if resumed:
             middle, moments, method = state(method), optimizer.state_dict(), build()
             method.load_state_dict(between)
+            method.recall(tasks[:1])
             method.before_task(1, tasks[1])
             method.load_state_dict(middle)
             optimizer = method.optimizer()

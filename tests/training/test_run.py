@@ -117,6 +117,22 @@ def test_a_method_in_closed_form_sees_every_image_once_and_can_be_resumed_anywhe
         assert resumed == whole, f"stopped at event {event}"
 
 
+def test_a_resumed_method_is_told_which_tasks_it_has_learnt(tiny_run, tmp_path):
+    recalled = []
+
+    class Recalling(TinyMethod):
+        name = "recalling"
+
+        def recall(self, tasks):
+            recalled.append([task.name for task in tasks])
+
+    for event in (3, 12, 28):  # before training, after the first task, in the third
+        with pytest.raises(InterruptedError):
+            tiny_run(tmp_path / f"event{event}", method=Recalling, progress=StopAt(event))
+        tiny_run(tmp_path / f"event{event}", method=Recalling, resume=True)
+    assert recalled == [["task0"], ["task0", "task1"]]
+
+
 def test_resuming_refuses_other_settings_and_other_data(tiny_run, tmp_path):
     with pytest.raises(InterruptedError):
         tiny_run(tmp_path / "run", progress=StopAt(5))

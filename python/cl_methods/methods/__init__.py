@@ -3,19 +3,35 @@
 from cl_methods.methods.base import Batch, Method
 from cl_methods.methods.ewc import EWC
 from cl_methods.methods.finetune import FineTune
+from cl_methods.methods.icarl import ICaRL
 from cl_methods.methods.joint import Joint
 from cl_methods.methods.loranpac import LoRanPAC
 from cl_methods.methods.lwf import LwF
 from cl_methods.methods.lwf_vr import LwFVR
 from cl_methods.methods.moe_adapters import MoEAdapters
 from cl_methods.methods.ranpac import RanPAC
+from cl_methods.methods.replay import Replay
 from cl_methods.methods.wise_ft import WiSEFT
 from cl_methods.methods.zero_shot import ZeroShot
 from cl_methods.methods.zscl import ZSCL
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (ZeroShot, FineTune, WiSEFT, EWC, LwF, LwFVR, ZSCL, MoEAdapters, RanPAC, LoRanPAC, Joint)
+    for method in (
+        ZeroShot,
+        FineTune,
+        WiSEFT,
+        EWC,
+        LwF,
+        LwFVR,
+        Replay,
+        ICaRL,
+        ZSCL,
+        MoEAdapters,
+        RanPAC,
+        LoRanPAC,
+        Joint,
+    )
 }
 
 __all__ = [
@@ -24,6 +40,7 @@ __all__ = [
     "ZSCL",
     "Batch",
     "FineTune",
+    "ICaRL",
     "Joint",
     "LoRanPAC",
     "LwF",
@@ -31,6 +48,7 @@ __all__ = [
     "Method",
     "MoEAdapters",
     "RanPAC",
+    "Replay",
     "WiSEFT",
     "ZeroShot",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -149,6 +150,12 @@ class Method(ABC):
         return self.backbone.trim_texts(
             self.backbone.tokenize([prompt(task.templates[0], name) for name in task.class_names])
         )
+
+    def recall(self, tasks: Sequence[Task]) -> None:  # noqa: B027
+        """``tasks`` have been learnt, in this order, by the state that was just loaded.
+
+        A method that keeps examples stores which ones they are; this is how it gets at the images again after a restart.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor that a later task or an evaluation needs; also valid in the middle of a task."""

@@ -59,7 +59,11 @@ class FineTune(Method):
         """
         if texts is None:
             raise RuntimeError(f"{self.name}: call before_task before the first step")
-        logits = self.backbone.logit_scale.detach() * features @ self.backbone.encode_texts(texts, trimmed=True).T
+        return self.classification(features, labels, self.backbone.encode_texts(texts, trimmed=True))
+
+    def classification(self, features: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+        """The same for text features ``classes`` (C, d) that are there already."""
+        logits = self.backbone.logit_scale.detach() * features @ classes.T
         return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
 
     def after_task(self, index: int, task: Task) -> None:

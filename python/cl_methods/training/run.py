@@ -179,6 +179,7 @@ class Run:
         finished = [checkpoint for checkpoint in checkpoints if checkpoint.step is None]
         if finished:
             self.method.load_state_dict(finished[-1].method_state())
+            self.method.recall(self.scenario.tasks[: finished[-1].task + 1])
         rows = len(self.rows.accuracy) + (self.rows.zero_shot is not None)
         self.reporter.pace.skip(sum(steps[: latest.task + (latest.step is None)]) + (latest.step or 0), rows)
         where = "after" if latest.step is None else f"at step {latest.step} of"
