@@ -220,6 +220,15 @@ def test_tasks_share_classes_of_the_same_name(name: str, tasks: list[Task]) -> N
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_class_without_images_gets_a_head_of_zeros(name: str, tasks: list[Task]) -> None:
+    method = build(name)
+    learn(method, 0, replace(tasks[0], class_names=("ant", "bee", "cat", "fox")))
+    assert not method.stored("weight")[3].any()
+    assert method.stored("weight")[:3].any(dim=1).all()
+    assert method.logits(stack(tasks[0].test), tasks[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("interrupted", [0, 1])
 def test_resuming_inside_a_task_changes_no_bit(name: str, interrupted: int, tasks: list[Task]) -> None:
     whole, method = build(name), build(name)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cl_methods.methods.random_features import RandomFeatureConfig, RandomFeatureMethod
 
@@ -76,7 +77,8 @@ class LoRanPAC(RandomFeatureMethod):
             prototypes[:, : old.shape[1]] = old
         for some, wanted in zip(features.split(config.block), labels.split(config.block), strict=True):
             rows = self.lift(some)
-            prototypes.index_add_(1, wanted, rows.T)
+            present, places = wanted.unique(return_inverse=True)
+            prototypes[:, present] += rows.T @ F.one_hot(places, len(present)).to(rows.dtype)
             seen += len(rows)
             rank = min(round(seen * (1 - config.truncated)), round(width * (1 - config.truncated)), config.rank)
             vectors, values = update_svd(vectors, values, rows, max(rank, 1))

@@ -58,11 +58,14 @@ class RanPAC(RandomFeatureMethod):
 
     def fit(self, features: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
         """Add the task to G and Q, choose λ, solve. See :meth:`RandomFeatureMethod.fit`."""
-        targets = F.one_hot(labels, classes).float()
+        present, places = labels.unique(return_inverse=True)
+        targets = F.one_hot(places, len(present)).float()  # other classes would add columns of zeros, which fit exactly
         smallest, largest = self.config.ridge_exponents
         ridges = [10.0**exponent for exponent in range(smallest, largest + 1)]
         ridge = choose_ridge(self.lift, features, targets, ridges, self.config.held_out)
-        gram, prototypes = normal_equations(self.lift, features, targets)
+        gram, sums = normal_equations(self.lift, features, targets)
+        prototypes = sums.new_zeros(len(sums), classes)
+        prototypes[:, present] = sums
         before, old = self.stored("gram"), self.stored("prototypes")
         if before is not None and old is not None:
             gram += before
