@@ -52,6 +52,12 @@ def encode_source(backbone: Backbone, source: ImageSource, batch_size: int = 128
     return torch.cat([backbone.encode_images(images) for images, _ in batches])
 
 
+def herded(backbone: Backbone, task: Task) -> Selection:
+    """Selection by :func:`herding` on the normalised features of the task's training images, all encoded now."""
+    features = encode_source(backbone, task.train)
+    return lambda rows, count: rows[herding(features[rows.to(features.device)], count)]
+
+
 class Exemplars(ImageSource):
     """The images of a memory as one source, task after task.
 

@@ -13,7 +13,7 @@ import cl_kernels as clk
 from cl_methods.backbone import Backbone
 from cl_methods.methods.base import Batch
 from cl_methods.methods.config import TrainConfig, check_field
-from cl_methods.methods.exemplars import encode_source
+from cl_methods.methods.exemplars import Selection, encode_source, herded
 from cl_methods.methods.reference_features import FrozenFeatures
 from cl_methods.methods.replay import MemoryConfig, Replay
 from cl_methods.scenarios.base import Reference, Subset, Task
@@ -116,6 +116,10 @@ class ICaRL(Replay):
         self.means = [
             self._class_means(known, rows) for known, rows in zip(self.memory.tasks, self.memory.indices, strict=True)
         ]
+
+    def selection(self, task: Task) -> Selection:
+        """Herding."""
+        return herded(self.backbone, task)
 
     def _class_means(self, task: Task, rows: Tensor) -> Tensor:
         """Normalised means (C, d) of the exemplars' normalised features; zero for a class without images."""

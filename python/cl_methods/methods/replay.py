@@ -12,7 +12,7 @@ from torch import Tensor
 from cl_methods.backbone import Backbone, prompt
 from cl_methods.methods.base import Batch
 from cl_methods.methods.config import FULL_TUNING_TASK_LR, TrainConfig, check_field
-from cl_methods.methods.exemplars import ExemplarMemory, Exemplars, Selection, encode_source, herding
+from cl_methods.methods.exemplars import ExemplarMemory, Exemplars, Selection, herded
 from cl_methods.methods.finetune import FineTune
 from cl_methods.scenarios.base import ImageSource, Reference, Task
 
@@ -161,10 +161,10 @@ class Replay(FineTune):
 
     def selection(self, task: Task) -> Selection:
         """How images of ``task`` are chosen for the memory."""
-        if getattr(self.config, "selection", "herding") == "random":
-            return lambda rows, count: rows[torch.randperm(len(rows))[:count]]
-        features = encode_source(self.backbone, task.train)
-        return lambda rows, count: rows[herding(features[rows.to(features.device)], count)]
+        assert isinstance(self.config, ReplayConfig)
+        if self.config.selection == "herding":
+            return herded(self.backbone, task)
+        return lambda rows, count: rows[torch.randperm(len(rows))[:count]]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model under its own names; under ``memory.`` the indices of each task's images."""
