@@ -104,10 +104,10 @@ def test_tiles(name, target):
         assert info.count(products[target]) > 0
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_120", "gfx942"])
+@pytest.mark.parametrize("target", testing.TARGETS)
 @pytest.mark.parametrize("name", TILES)
 def test_tiles_in_fp32(name, target):
-    """Exact fp32 products use no matrix unit of NVIDIA, so that its targets differ in nothing but the generation of ptxas."""
+    """Exact fp32 products use no matrix unit of NVIDIA."""
     testing.assert_fits(compile_tiles(name, target, "fp32"))
 
 
