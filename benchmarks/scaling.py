@@ -164,9 +164,11 @@ def _line(points: list[dict[str, float]]) -> str:
 
 
 def draw(operation: str, curves: dict[str, list[dict[str, float]]], where: str) -> Figure:
-    """One panel per dimension, both axes logarithmic, the ratio written above ours."""
-    figure = Figure(figsize=(3.1 * len(curves), 3.0), layout="constrained")
-    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    """One panel per dimension, both axes logarithmic, the ratio written below ours."""
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(3.3 * columns, 2.6 * rows + 0.3), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for panel, (dimension, points) in zip(panels, curves.items(), strict=True):
         values = [p["value"] for p in points]
         for key, color, label in (("peer", "#999999", PEERS[operation]), ("ours", "#0072B2", "cl_kernels")):
@@ -177,9 +179,14 @@ def draw(operation: str, curves: dict[str, list[dict[str, float]]], where: str) 
             panel.annotate(f"{ratio:.1f}x", (p["value"], 1e3 * p["ours"]), (0, -11), textcoords="offset points",
                            ha="center", fontsize=7, color=color)  # fmt: skip
         panel.set(xscale="log", yscale="log", xlabel=dimension)
+        panel.set_xticks(
+            values, [f"{value:,}" for value in values], fontsize=7, rotation=30 if max(values) > 999 else 0
+        )
+        panel.minorticks_off()
         panel.margins(x=0.1, y=0.15)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("milliseconds")
+    for panel in panels[::columns]:
+        panel.set_ylabel("milliseconds")
     panels[0].legend(frameon=False, fontsize=7, loc="upper left")
     centre = ", ".join(f"{name} {value:,}" for name, value in SWEEPS[operation][0].items())
     figure.suptitle(f"{operation}: {centre}   ({where})", fontsize=9, x=0.01, ha="left")
