@@ -30,7 +30,7 @@ inline Vec<float> power_of_two(Vec<float> x) {
   p = p * r + 0.24022652208805084f;
   p = p * r + 0.6931472420692444f;
   p = p * r + 1.0f;
-  IntVec<float> n, bits;
+  Vec<uint32_t> n, bits;  // unsigned: out of range, where nobody uses the result, the sum wraps
   std::memcpy(&n, &shifted, sizeof(n));
   std::memcpy(&bits, &p, sizeof(bits));
   bits += n << 23;
