@@ -29,12 +29,12 @@ def config_file(tmp_path):
 def test_defaults_are_those_of_method_and_scenario():
     config = settings()
     assert (config.scenario, config.model, config.pretrained, config.seed) == ("mini", "mini", None, 0)
-    assert config.settings == METHODS[config.method].Config.for_scenario("mini")
+    assert config.settings == METHODS[config.method].default_config("mini")
     zscl = settings("--method", "zscl")
-    assert zscl.settings == METHODS["zscl"].Config.for_scenario("mini")
+    assert zscl.settings == METHODS["zscl"].default_config("mini")
     folders = settings("--scenario", "folders", "--method=zscl")
     assert (folders.model, folders.pretrained) == ("ViT-B-16-quickgelu", "openai")
-    assert folders.settings == METHODS["zscl"].Config.for_scenario("folders")
+    assert folders.settings == METHODS["zscl"].default_config("folders")
 
 
 def test_options_override_the_file_and_the_file_overrides_defaults(config_file):
@@ -42,7 +42,7 @@ def test_options_override_the_file_and_the_file_overrides_defaults(config_file):
     config = settings("--config", path, "--method.lr", "3e-4", "--workers", "0")
     assert (config.method, config.settings.lr, config.settings.iterations) == ("finetune", 3e-4, 7)
     assert (config.seed, config.workers) == (4, 0)
-    assert config.settings.warmup == METHODS["finetune"].Config.for_scenario("mini").warmup
+    assert config.settings.warmup == METHODS["finetune"].default_config("mini").warmup
 
 
 def test_sections_of_a_method_are_overridden_key_by_key(config_file):
@@ -64,7 +64,7 @@ def test_exponents_without_a_dot_are_numbers(config_file):
 def test_naming_another_method_resets_to_its_defaults(config_file):
     path = config_file({"method": {"name": "finetune", "lr": 0.25}, "seed": 4})
     config = settings("--config", path, "--method", "zscl")
-    assert config.settings == METHODS["zscl"].Config.for_scenario("mini")
+    assert config.settings == METHODS["zscl"].default_config("mini")
     assert config.seed == 4
 
 

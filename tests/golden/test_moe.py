@@ -120,7 +120,7 @@ def mixture() -> tuple[Method, dict[str, Tensor], dict[str, Any], dict[str, Tens
             scale=meta["scale"],
             dropout=0.0,
             gating_noise=False,
-            ddas=METHODS["moe_adapters"].Config.for_scenario("mini").ddas,
+            ddas=METHODS["moe_adapters"].default_config("mini").ddas,
         ),
     )
     method.detector = None

@@ -164,4 +164,4 @@ def test_a_foreign_state_is_refused(tasks: list[Task], batches: Batches) -> None
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**settings)
-    assert METHODS["ewc"].Config.for_scenario("mtil").task_lr["Aircraft"] == 5e-5
+    assert METHODS["ewc"].default_config("mtil").task_lr["Aircraft"] == 5e-5

@@ -112,10 +112,10 @@ def test_resuming_in_the_middle_of_a_task(
 
 
 def test_published_settings() -> None:
-    published = METHODS["wise_ft"].Config.for_scenario("mtil")
+    published = METHODS["wise_ft"].default_config("mtil")
     assert (published.alpha, published.towards, published.lr, published.task_lr["MNIST"]) == (0.8, "start", 1e-5, 5e-5)
     for name in ("lwf", "lwf_vr"):
-        config = METHODS[name].Config.for_scenario("mtil")
+        config = METHODS[name].default_config("mtil")
         assert (config.temperature, config.iterations, config.image_loss, config.text_loss) == (2.0, 1000, True, True)
         assert (config.as_zscl().consolidation, config.as_zscl().ensemble) == (0.0, "none")
         assert not config.aliased_teacher

@@ -18,9 +18,9 @@ from cl_methods.scenarios.base import Reference, Task
 def test_contract(name: str, tasks: list[Task], reference: Reference) -> None:
     method_type = METHODS[name]
     assert method_type.name == name
-    config = method_type.Config.for_scenario("mini")
+    config = method_type.default_config("mini")
     assert isinstance(config, method_type.Config)
-    method_type.Config.for_scenario("a scenario nobody knows")
+    method_type.default_config("a scenario nobody knows")
     method = method_type(build_backbone(), config, reference)
     images = torch.stack([transform(tasks[0].test.image(index)) for index in range(4)])
     scores = method.logits(images, tasks[0])
@@ -75,5 +75,5 @@ def test_settings_are_checked() -> None:
             TrainConfig(**{name: value})
     with pytest.raises(ValueError, match="task_lr: expected a number > 0 for 'x', got -1"):
         TrainConfig(task_lr={"x": -1})
-    published = METHODS["moe_adapters"].Config.for_scenario("mtil_few_shot")
+    published = METHODS["moe_adapters"].default_config("mtil_few_shot")
     assert published.task_lr["Food101"] == 1e-2

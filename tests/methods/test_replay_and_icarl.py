@@ -15,7 +15,7 @@ import cl_kernels as clk
 from cl_methods.methods import METHODS, Batch
 from cl_methods.methods.exemplars import ExemplarMemory, Exemplars, encode_source, herding
 from cl_methods.scenarios.base import Task
-from cl_methods.training.loop import Continuation, train_task
+from cl_methods.training.task import Continuation, TaskTraining
 
 
 def build(name: str, **settings: Any) -> Any:
@@ -26,7 +26,7 @@ def build(name: str, **settings: Any) -> Any:
 def learnt(name: str, tasks: list[Task], **settings: Any) -> Any:
     """A method after the first of the tasks, through the training loop itself."""
     method = build(name, **settings)
-    train_task(method, 0, tasks)
+    TaskTraining(method, 0, tasks).execute()
     return method
 
 
@@ -114,8 +114,8 @@ def test_the_first_task_is_fine_tuning(name: str, tasks: list[Task]) -> None:
         build(name),
         METHODS["finetune"](build_backbone(), METHODS["finetune"].Config(**SHORT, batch_size=6)),
     )
-    train_task(method, 0, tasks)
-    train_task(plain, 0, tasks)
+    TaskTraining(method, 0, tasks).execute()
+    TaskTraining(plain, 0, tasks).execute()
     for (key, value), (_, other) in zip(method.trainable(), plain.trainable(), strict=True):
         assert torch.equal(value, other), key
     assert len(method.memory) == 12
@@ -148,7 +148,7 @@ def third(tasks: list[Task]) -> list[Task]:
 def test_replayed_images_compete_among_the_classes_of_their_task(tasks: list[Task]) -> None:
     tasks = third(tasks)
     method = learnt("replay", tasks, replay_weight=0.5)
-    train_task(method, 1, tasks)
+    TaskTraining(method, 1, tasks).execute()
     method.before_task(2, tasks[2])
     batch = memory_batch(method, tasks[2], [0, 11, 3, 7, 8])
     source = method.reference_source(tasks[2])
@@ -166,7 +166,7 @@ def test_replayed_images_compete_among_the_classes_of_their_task(tasks: list[Tas
 def test_icarl_distils_the_classes_of_earlier_tasks(tasks: list[Task]) -> None:
     tasks = third(tasks)
     method = learnt("icarl", tasks, distillation_weight=0.7)
-    train_task(method, 1, tasks)
+    TaskTraining(method, 1, tasks).execute()
     teacher = method.backbone.frozen_copy()
     method.before_task(2, tasks[2])
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_interrupted_and_continued(name: str, tasks: list[Task]) -> None:
     whole = learnt(name, tasks)
     between = state(whole)
     assert sum(value.numel() for key, value in between.items() if key.startswith("memory.")) == 12
-    train_task(whole, 1, tasks)
+    TaskTraining(whole, 1, tasks).execute()
 
     def resumed() -> Any:
         method = build(name)
@@ -255,15 +255,15 @@ def test_interrupted_and_continued(name: str, tasks: list[Task]) -> None:
             raise InterruptedHereError
 
     with pytest.raises(InterruptedHereError):
-        train_task(stopped, 1, tasks, on_step=stop)
+        TaskTraining(stopped, 1, tasks, on_step=stop).execute()
     continued = resumed()
-    train_task(continued, 1, tasks, continuation=kept[0])
+    TaskTraining(continued, 1, tasks, continuation=kept[0]).execute()
     ends = [state(whole), state(continued)]
     assert ends[0].keys() == ends[1].keys()
     for key, value in ends[0].items():
         assert torch.equal(value, ends[1][key]), key
     with pytest.raises(RuntimeError, match="call load_state_dict and recall first"):
-        train_task(build(name), 1, tasks)
+        TaskTraining(build(name), 1, tasks).execute()
 
 
 @pytest.mark.parametrize(
@@ -280,4 +280,4 @@ def test_interrupted_and_continued(name: str, tasks: list[Task]) -> None:
 def test_settings_are_checked(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(name, **settings)
-    assert METHODS[name].Config.for_scenario("mtil").memory == 10_000
+    assert METHODS[name].default_config("mtil").memory == 10_000

@@ -24,6 +24,9 @@ class TinyConfig:
     reference_batch_size: int = 4
     task_lr: dict[str, float] = field(default_factory=dict)
 
+    def task_iterations(self, images: int) -> int:
+        return self.iterations
+
 
 def to_float(image: Tensor) -> Tensor:
     """Evaluation transform: [-1, 1]."""

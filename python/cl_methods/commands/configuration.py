@@ -108,7 +108,7 @@ def validated(method: str, scenario: str, given: Mapping[str, Any]) -> RunConfig
         ConfigurationError: all unknown keys (with the closest known one) and all values of the wrong type at once.
     """
     settings_type: Any = getattr(METHODS[method], "Config")  # noqa: B009 (each method nests its own)
-    settings = settings_type.for_scenario(scenario)
+    settings = METHODS[method].default_config(scenario)
     model, pretrained = DEFAULT_MODELS.get(scenario, ("ViT-B-16-quickgelu", "openai"))
     default = RunConfig(method=method, settings=settings, scenario=scenario, model=model, pretrained=pretrained)
     if "model" in given and "pretrained" not in given:

@@ -11,7 +11,49 @@ import torch
 from torch import Tensor, nn
 
 from cl_methods.backbone import Backbone, prompt
+from cl_methods.methods.settings import build_settings, scenario_settings
 from cl_methods.scenarios.base import ImageSource, Reference, Task
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What to know of a method before choosing it, in short phrases; ``clk methods`` lists them.
+
+    Attributes:
+        source: the publication.
+        trains: which parameters change.
+        carries: what is stored between tasks, besides what trains.
+        test_time: what a prediction depends on besides the image and the label space.
+    """
+
+    source: str
+    trains: str
+    carries: str
+    test_time: str = "nothing"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive optimiser steps of one task, with an optimiser and a schedule of their own.
+
+    Attributes:
+        name: for logs and for the method to tell its stages apart.
+        iterations: T; the stage has T + 1 steps, the last at learning rate zero.
+        lr: peak learning rate.
+        warmup: warm-up steps.
+        batch_size: images per step.
+    """
+
+    name: str
+    iterations: int
+    lr: float
+    warmup: int
+    batch_size: int
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the stage."""
+        return self.iterations + 1
 
 
 @dataclass(frozen=True)
@@ -19,12 +61,13 @@ class Batch:
     """One optimiser step's data, already transformed and on the device.
 
     Attributes:
-        images: (B, 3, H, W) of the current task, training transform.
+        images: (B, 3, H, W) of :meth:`Method.training_images`, training transform.
         labels: (B,) int64.
         reference_images: (B_ref, 3, H, W), evaluation transform; None unless the method asks for them.
         step: 0-based optimiser step within the task.
         reference_indices: (B_ref,) int64 positions in the reference source, on the CPU, by which frozen features are cached.
         task: the task that the images and labels come from; None where it can only be the current one.
+        indices: (B,) int64 positions of the images in their source, on the CPU, by which frozen features are cached.
     """
 
     images: Tensor
@@ -33,18 +76,22 @@ class Batch:
     reference_images: Tensor | None = None
     reference_indices: Tensor | None = None
     task: Task | None = None
+    indices: Tensor | None = None
 
 
 class Method(ABC):
     """A continual-learning method over one backbone; the training loop calls the hooks below in this order.
 
-    ``before_task`` → every step: ``loss`` → backward → ``before_step`` → optimiser → ``after_step`` → ``after_task``.
+    ``before_task`` → every stage: ``before_stage`` → every step: ``loss`` → backward → ``before_step`` → optimiser →
+    ``after_step`` → ``after_task``. Most methods have one stage.
     A method in closed form has no optimiser: ``before_task`` → every batch of one pass: ``learn`` → ``after_task``.
     An override of a hook calls the base class's. Random numbers come from torch's global generators, which the loop seeds
     per step, so a resumed run repeats them.
 
     Attributes:
-        name: by which the command line and the reports know the method.
+        name: by which the command line, its file of settings and the reports know the method.
+        facts: what to know before choosing it.
+        Config: dataclass of its settings; the defaults are the published ones for full-shot MTIL where there are any.
         uses_reference: batches carry reference images, drawn from :meth:`reference_source`.
         trains: False for methods that only evaluate.
         config: has ``lr``, ``task_lr``, ``iterations``, ``warmup``, ``batch_size`` and, if ``uses_reference``, may have
@@ -53,9 +100,12 @@ class Method(ABC):
             and task, and :meth:`learn` replaces the optimiser steps.
         joint: trained once on all tasks together (an upper bound, not continual): ``before_task`` and ``after_task``
             are called for the first task only, every batch names its task, and step t draws from task ``t mod T``.
+        stage: the present stage of the present task; None outside of training.
     """
 
     name: ClassVar[str]
+    facts: ClassVar[Facts]
+    Config: ClassVar[type]
     uses_reference: bool = False
     trains: ClassVar[bool] = True
     closed_form: ClassVar[bool] = False
@@ -63,11 +113,38 @@ class Method(ABC):
 
     def __init__(self, backbone: Backbone, config: Any, reference: Reference | None = None) -> None:
         self.backbone, self.config, self.reference = backbone, config, reference
+        self.stage: Stage | None = None
         self._classifiers: dict[tuple[str, ...], Tensor] = {}
+
+    @classmethod
+    def default_config(cls, scenario: str) -> Any:
+        """Settings for ``scenario`` from the method's file in ``cl_methods/configs``; those of ``Config`` where it says nothing.
+
+        Raises:
+            ValueError: the file holds a setting that does not exist or has a wrong value.
+        """
+        return build_settings(cls.Config, scenario_settings(cls.name, scenario))
 
     def before_task(self, index: int, task: Task) -> None:
         """Prepare for training on ``task``, the ``index``-th (0-based) of the sequence."""
         self.forget_classifiers()
+
+    def stages(self, task: Task) -> tuple[Stage, ...]:
+        """Optimiser stages of ``task``, known from the configuration and the task alone; by default one, ``"train"``."""
+        config = self.config
+        iterations = config.task_iterations(len(task.train))
+        return (Stage("train", iterations, self.learning_rate(task), config.warmup, config.batch_size),)
+
+    def before_stage(self, stage: Stage) -> None:  # noqa: B027
+        """``stage`` begins: decide what trains and from which images.
+
+        Not called when a run is resumed in the middle of the stage, so whatever is decided here belongs into
+        :meth:`state_dict`; :attr:`stage` is set either way.
+        """
+
+    def training_images(self, task: Task) -> ImageSource:
+        """Images from which ``Batch.images`` and ``Batch.labels`` of the present stage are drawn: those of ``task``."""
+        return task.train
 
     def steps(self, task: Task) -> int:
         """Batches from which ``task`` is learnt: optimiser steps, or those of one pass over its images in closed form."""
@@ -75,7 +152,7 @@ class Method(ABC):
             return 0
         if self.closed_form:
             return -(-len(task.train) // self.config.batch_size)
-        return self.config.iterations + 1
+        return sum(stage.steps for stage in self.stages(task))
 
     def learning_rate(self, task: Task) -> float:
         """Peak learning rate of ``task``: the configuration's ``task_lr`` by task name, else its ``lr``."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from cl_methods.backbone import Backbone
-from cl_methods.methods.base import Batch
-from cl_methods.methods.config import FULL_TUNING_TASK_LR, TrainConfig, check_field
+from cl_methods.methods.base import Batch, Facts
+from cl_methods.methods.config import TrainConfig, check_field
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.fisher import fisher_diagonal
 from cl_methods.methods.weights import consolidation_value, fold_consolidation_gradient, snapshot
@@ -35,11 +34,6 @@ class EWCConfig(TrainConfig):
     fisher_samples: int = 512
     fisher_labels: Literal["sampled", "true"] = "sampled"
 
-    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "mtil": {"task_lr": FULL_TUNING_TASK_LR},
-        "mini": {"lr": 5e-4, "iterations": 80, "warmup": 8, "fisher_samples": 200},
-    }
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_field(self, "fisher_labels", ("sampled", "true"))
@@ -63,6 +57,11 @@ class EWC(FineTune):
     """
 
     name: ClassVar[str] = "ewc"
+    facts: ClassVar[Facts] = Facts(
+        source="Kirkpatrick et al., PNAS 2017",
+        trains="all of CLIP but the logit scale",
+        carries="one importance per weight",
+    )
     Config: ClassVar[type[TrainConfig]] = EWCConfig
     config: EWCConfig
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_methods.methods.base import Batch, Method
-from cl_methods.methods.config import FULL_TUNING_TASK_LR, TrainConfig
+from cl_methods.methods.base import Batch, Facts, Method
+from cl_methods.methods.config import TrainConfig
 from cl_methods.scenarios.base import Task
 
 
 @dataclass(frozen=True)
 class FineTuneConfig(TrainConfig):
     """Settings of :class:`TrainConfig`; the published MTIL values by default."""
-
-    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "mtil": {"task_lr": FULL_TUNING_TASK_LR},
-        "mini": {"lr": 5e-4, "iterations": 80, "warmup": 8},
-    }
 
 
 class FineTune(Method):
@@ -32,6 +26,11 @@ class FineTune(Method):
     """
 
     name: ClassVar[str] = "finetune"
+    facts: ClassVar[Facts] = Facts(
+        source="baseline of Zheng et al., ICCV 2023",
+        trains="all of CLIP but the logit scale",
+        carries="nothing",
+    )
 
     Config: ClassVar[type[TrainConfig]] = FineTuneConfig
     _texts: Tensor | None = None

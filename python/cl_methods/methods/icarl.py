@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import cl_kernels as clk
 from cl_methods.backbone import Backbone
-from cl_methods.methods.base import Batch
+from cl_methods.methods.base import Batch, Facts
 from cl_methods.methods.config import TrainConfig, check_field
 from cl_methods.methods.exemplars import Selection, encode_source, herded
 from cl_methods.methods.reference_features import FrozenFeatures
@@ -62,6 +62,11 @@ class ICaRL(Replay):
     """
 
     name: ClassVar[str] = "icarl"
+    facts: ClassVar[Facts] = Facts(
+        source="Rebuffi et al., CVPR 2017",
+        trains="all of CLIP but the logit scale",
+        carries="images of earlier tasks, one mean per class",
+    )
     Config: ClassVar[type[TrainConfig]] = ICaRLConfig
     config: ICaRLConfig
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from cl_methods.methods.base import Batch
+from cl_methods.methods.base import Batch, Facts
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.finetune import FineTune
 from cl_methods.scenarios.base import Task
@@ -20,9 +19,10 @@ class JointConfig(TrainConfig):
 
     iterations: int = 11000
 
-    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "mini": {"lr": 5e-4, "iterations": 560, "warmup": 56},
-    }
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs is not None:
+            raise ValueError(f"epochs: joint training counts iterations over all tasks together, got {self.epochs}")
 
 
 class Joint(FineTune):
@@ -32,6 +32,11 @@ class Joint(FineTune):
     """
 
     name: ClassVar[str] = "joint"
+    facts: ClassVar[Facts] = Facts(
+        source="upper bound",
+        trains="all of CLIP but the logit scale",
+        carries="everything: not continual",
+    )
     joint: ClassVar[bool] = True
 
     Config: ClassVar[type[TrainConfig]] = JointConfig

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_methods.methods.base import Facts
 from cl_methods.methods.random_features import RandomFeatureConfig, RandomFeatureMethod
 
 
@@ -28,11 +28,6 @@ class LoRanPACConfig(RandomFeatureConfig):
     rank: int = 10000
     truncated: float = 0.25
     block: int = 10000
-
-    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "mini": {"width": 2000, "rank": 1000},
-        "folders": {"width": 10000, "rank": 2000, "block": 2000},
-    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +55,11 @@ class LoRanPAC(RandomFeatureMethod):
     """
 
     name: ClassVar[str] = "loranpac"
+    facts: ClassVar[Facts] = Facts(
+        source="Peng et al., ICLR 2025",
+        trains="one linear head, in closed form",
+        carries="a truncated factorisation, class sums",
+    )
     Config: ClassVar[type[RandomFeatureConfig]] = LoRanPACConfig
     config: LoRanPACConfig
     stores: ClassVar[tuple[str, ...]] = ("vectors", "values", "prototypes", "images")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from cl_methods.backbone import Backbone
-from cl_methods.methods.base import Batch
-from cl_methods.methods.config import FULL_TUNING_TASK_LR, TrainConfig
+from cl_methods.methods.base import Batch, Facts
+from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.zscl import ZSCL
 from cl_methods.methods.zscl_config import ZSCLConfig
 from cl_methods.scenarios.base import Reference
@@ -37,10 +36,6 @@ class LwFConfig(TrainConfig):
     temperature: float = 2.0
     aliased_teacher: bool = False
 
-    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "mtil": {"task_lr": FULL_TUNING_TASK_LR},
-        "mini": {"lr": 5e-4, "iterations": 80, "warmup": 8},
-    }
     preset: ClassVar[str] = "lwf"
 
     def __post_init__(self) -> None:
@@ -68,6 +63,11 @@ class LwF(ZSCL):
     """
 
     name: ClassVar[str] = "lwf"
+    facts: ClassVar[Facts] = Facts(
+        source="Li and Hoiem, TPAMI 2017",
+        trains="all of CLIP but the logit scale",
+        carries="nothing",
+    )
     Config: ClassVar[type[TrainConfig]] = LwFConfig
 
     def __init__(self, backbone: Backbone, config: LwFConfig, reference: Reference | None = None) -> None:

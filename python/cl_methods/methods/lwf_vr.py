@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from cl_methods.methods.base import Facts
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.lwf import LwF, LwFConfig
 from cl_methods.methods.reference_features import random_texts
@@ -44,6 +45,11 @@ class LwFVR(LwF):
     """
 
     name: ClassVar[str] = "lwf_vr"
+    facts: ClassVar[Facts] = Facts(
+        source="Ding et al., arXiv 2022",
+        trains="all of CLIP but the logit scale",
+        carries="nothing",
+    )
     Config: ClassVar[type[TrainConfig]] = LwFVRConfig
     settings: LwFVRConfig
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +12,11 @@ from torch.nn import functional as F
 
 from cl_methods.adapters import MountedAdapters
 from cl_methods.backbone import Backbone
-from cl_methods.methods.base import Batch, Method
-from cl_methods.methods.config import ADAPTER_TASK_LR, ADAPTER_TASK_LR_FEW_SHOT, TrainConfig, check_field
+from cl_methods.methods.base import Batch, Facts, Method
+from cl_methods.methods.config import TrainConfig, check_field
 from cl_methods.methods.ddas import DDAS, DDASConfig
 from cl_methods.methods.expert_adamw import ExpertAdamW
 from cl_methods.scenarios.base import Reference, Task
-
-BACKBONE_DDAS = DDASConfig(
-    features="backbone",
-    code=64,
-    iterations=401,
-    generic_iterations=1501,
-    decay_epochs=20,
-    augment=False,
-    threshold=2.0,
-    relative=True,
-)
-"""Detector that needs no AlexNet weights."""
 
 
 @dataclass(frozen=True)
@@ -63,28 +50,6 @@ class MoEAdaptersConfig(TrainConfig):
     detection: Literal["ddas", "none"] = "ddas"
     ddas: DDASConfig = field(default_factory=DDASConfig)
 
-    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "mtil": {"task_lr": ADAPTER_TASK_LR},
-        "mtil_few_shot": {"task_lr": ADAPTER_TASK_LR_FEW_SHOT, "iterations": 500, "ddas": DDASConfig(threshold=0.06)},
-        "cil": {
-            "warmup": 30,
-            "batch_size": 128,
-            "label_smoothing": 0.0,
-            "experts": 2,
-            "routers": "shared",
-            "freeze": 0,
-            "detection": "none",
-        },
-        "mini": {
-            "lr": 3e-3,
-            "iterations": 160,
-            "warmup": 16,
-            "scale": 1.0,
-            "ddas": BACKBONE_DDAS,
-        },
-        "folders": {"ddas": BACKBONE_DDAS},
-    }
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_field(self, "routers", ("task", "shared"))
@@ -117,6 +82,12 @@ class MoEAdapters(Method):
     """
 
     name: ClassVar[str] = "moe_adapters"
+    facts: ClassVar[Facts] = Facts(
+        source="Yu et al., CVPR 2024",
+        trains="experts and one router per block",
+        carries="routers, one autoencoder per task",
+        test_time="a detector's guess of the task",
+    )
     Config: ClassVar[type[TrainConfig]] = MoEAdaptersConfig
     config: MoEAdaptersConfig
 

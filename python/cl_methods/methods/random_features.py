@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +27,6 @@ class RandomFeatureConfig:
 
     width: int = 10000
     batch_size: int = 64
-
-    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-
-    @classmethod
-    def for_scenario(cls, name: str) -> Self:
-        """The values for the scenario ``name``; the published ones where nothing else is known."""
-        return cls(**cls.scenario_defaults.get(name, {}))
 
     def __post_init__(self) -> None:
         for name in ("width", "batch_size"):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_methods.methods.base import Facts
 from cl_methods.methods.config import check_fraction
 from cl_methods.methods.random_features import RandomFeatureConfig, RandomFeatureMethod
 
@@ -27,8 +28,6 @@ class RanPACConfig(RandomFeatureConfig):
 
     ridge_exponents: tuple[int, int] = (-8, 8)
     held_out: float = 0.2
-
-    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mini": {"width": 2000}}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +51,11 @@ class RanPAC(RandomFeatureMethod):
     """
 
     name: ClassVar[str] = "ranpac"
+    facts: ClassVar[Facts] = Facts(
+        source="McDonnell et al., NeurIPS 2023",
+        trains="one linear head, in closed form",
+        carries="a Gram matrix, class sums",
+    )
     Config: ClassVar[type[RandomFeatureConfig]] = RanPACConfig
     config: RanPACConfig
     stores: ClassVar[tuple[str, ...]] = ("gram", "prototypes", "ridge")

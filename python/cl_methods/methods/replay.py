@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from cl_methods.backbone import Backbone, prompt
-from cl_methods.methods.base import Batch
-from cl_methods.methods.config import FULL_TUNING_TASK_LR, TrainConfig, check_field
+from cl_methods.methods.base import Batch, Facts
+from cl_methods.methods.config import TrainConfig, check_field
 from cl_methods.methods.exemplars import ExemplarMemory, Exemplars, Selection, herded
 from cl_methods.methods.finetune import FineTune
 from cl_methods.scenarios.base import ImageSource, Reference, Task
@@ -32,11 +32,6 @@ class MemoryConfig(TrainConfig):
     memory: int = 10_000
     reference_batch_size: int = 64
     replay_weight: float = 1.0
-
-    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "mtil": {"task_lr": FULL_TUNING_TASK_LR},
-        "mini": {"lr": 5e-4, "iterations": 80, "warmup": 8, "memory": 400},
-    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +69,11 @@ class Replay(FineTune):
     """
 
     name: ClassVar[str] = "replay"
+    facts: ClassVar[Facts] = Facts(
+        source="baseline",
+        trains="all of CLIP but the logit scale",
+        carries="images of earlier tasks",
+    )
     uses_reference = True
     Config: ClassVar[type[TrainConfig]] = ReplayConfig
     config: MemoryConfig

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from cl_methods.backbone import Backbone
-from cl_methods.methods.config import FULL_TUNING_TASK_LR, TrainConfig
+from cl_methods.methods.base import Facts
+from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.zscl import ZSCL
 from cl_methods.methods.zscl_config import ZSCLConfig
 from cl_methods.scenarios.base import Reference
@@ -25,11 +25,6 @@ class WiSEFTConfig(TrainConfig):
 
     alpha: float = 0.5
     towards: Literal["zero_shot", "start"] = "zero_shot"
-
-    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "mtil": {"task_lr": FULL_TUNING_TASK_LR, "alpha": 0.8, "towards": "start"},
-        "mini": {"lr": 5e-4, "iterations": 80, "warmup": 8},
-    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +44,11 @@ class WiSEFT(ZSCL):
     """
 
     name: ClassVar[str] = "wise_ft"
+    facts: ClassVar[Facts] = Facts(
+        source="Wortsman et al., CVPR 2022",
+        trains="all of CLIP but the logit scale",
+        carries="nothing",
+    )
     Config: ClassVar[type[TrainConfig]] = WiSEFTConfig
 
     def __init__(self, backbone: Backbone, config: WiSEFTConfig, reference: Reference | None = None) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from cl_methods.methods.base import Batch, Method
+from cl_methods.methods.base import Batch, Facts, Method
 
 
 class ZeroShot(Method):
@@ -17,16 +17,16 @@ class ZeroShot(Method):
     """
 
     name: ClassVar[str] = "zero_shot"
+    facts: ClassVar[Facts] = Facts(
+        source="Radford et al., ICML 2021",
+        trains="nothing",
+        carries="nothing",
+    )
     trains: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Config:
         """Nothing to set: there is no training."""
-
-        @classmethod
-        def for_scenario(cls, name: str) -> Self:
-            """The same for every scenario."""
-            return cls()
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """No parameter."""

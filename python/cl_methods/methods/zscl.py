@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import cl_kernels as clk
 from cl_methods.backbone import Backbone
-from cl_methods.methods.base import Batch
+from cl_methods.methods.base import Batch, Facts
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.reference_features import FrozenFeatures, random_texts
@@ -43,6 +43,11 @@ class ZSCL(FineTune):
     """
 
     name: ClassVar[str] = "zscl"
+    facts: ClassVar[Facts] = Facts(
+        source="Zheng et al., ICCV 2023",
+        trains="all of CLIP but the logit scale",
+        carries="features of the zero-shot model on a reference set",
+    )
     Config: ClassVar[type[TrainConfig]] = ZSCLConfig
     config: ZSCLConfig
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
-from cl_methods.methods.config import FULL_TUNING_TASK_LR, TrainConfig, check_field, check_fraction
+from cl_methods.methods.config import TrainConfig, check_field, check_fraction
+from cl_methods.methods.settings import scenario_settings
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,6 @@ class ZSCLConfig(TrainConfig):
     wise_merge: Literal["none", "start", "zero_shot"] = "none"
     wise_merge_alpha: float = 0.8
 
-    scenario_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "mtil": {"task_lr": FULL_TUNING_TASK_LR},
-        "mini": {
-            "lr": 5e-4,
-            "iterations": 80,
-            "warmup": 8,
-            "average_every": 8,
-            "consolidation": 0.02,
-            "text_tower_loss": True,
-        },
-    }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "zscl": {},
         "zscl_star": {"consolidation": 0.0},
@@ -118,7 +108,7 @@ class ZSCLConfig(TrainConfig):
         """
         if name not in cls.presets:
             raise ValueError(f"name: expected one of {', '.join(cls.presets)}, got {name!r}")
-        return cls(**{**cls.scenario_defaults.get(scenario, {}), **cls.presets[name], **changes})
+        return cls(**{**scenario_settings("zscl", scenario), **cls.presets[name], **changes})
 
     @classmethod
     def relative(cls, name: str, config: TrainConfig, **changes: Any) -> Self:

@@ -60,11 +60,17 @@ class RunConfig:
                 raise ValueError(f"{name}: expected a number >= 1, got {value}")
 
     def effective_settings(self) -> Any:
-        """The method's settings after ``limit_iterations``."""
-        if self.limit_iterations is None or not hasattr(self.settings, "iterations"):
+        """The method's settings after ``limit_iterations``, which bounds every stage's ``iterations`` or ``…_iterations``."""
+        if self.limit_iterations is None:
             return self.settings
-        iterations = min(self.settings.iterations, self.limit_iterations)
-        return dataclasses.replace(self.settings, iterations=iterations, warmup=min(self.settings.warmup, iterations))
+        names = [entry.name for entry in dataclasses.fields(self.settings)]
+        lengths = [name for name in names if name == "iterations" or name.endswith("_iterations")]
+        changes: dict[str, Any] = {name: min(getattr(self.settings, name), self.limit_iterations) for name in lengths}
+        if "warmup" in names:
+            changes["warmup"] = min(self.settings.warmup, changes["iterations"])
+        if "epochs" in names:
+            changes["epochs"] = None
+        return dataclasses.replace(self.settings, **changes)
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, for YAML and JSON: the method's settings stand beside its name under ``method``."""

@@ -45,11 +45,14 @@ def _permutation(count: int, seed: int) -> Tensor:
 
 
 class TrainingSteps(Dataset):
-    """The data of every optimiser step of one task; item t is step t, complete.
+    """The data of every optimiser step of one stage of one task; item t is step t of the task, complete.
 
     Args:
         tasks: the current task; or all of them for joint training, of which step t takes number ``t mod T``.
         reference: unlabelled images, or None.
+        images: for each of ``tasks`` where its images and labels come from; its training images when None.
+        stage: number of the stage within the task; later stages draw other orders than the first.
+        first_step: the stage's first step within the task.
         task_index, seed: with the step, all that order and augmentation depend on.
         batch_size, reference_batch_size: images per step.
         train_transform, eval_transform: for the task's images and for the reference images.
@@ -66,8 +69,14 @@ class TrainingSteps(Dataset):
         reference_batch_size: int,
         train_transform: Transform,
         eval_transform: Transform,
+        images: Sequence[ImageSource] | None = None,
+        stage: int = 0,
+        first_step: int = 0,
     ) -> None:
         self.tasks, self.reference = tuple(tasks), reference
+        self.sources = tuple(images) if images is not None else tuple(task.train for task in tasks)
+        self.order = ("order",) if stage == 0 else ("order of stage", stage)
+        self.first_step = first_step
         self.task_index, self.seed = task_index, seed
         self.batch_size, self.reference_batch_size = batch_size, reference_batch_size
         self.train_transform, self.eval_transform = train_transform, eval_transform
@@ -80,16 +89,19 @@ class TrainingSteps(Dataset):
             return error
 
     def _read(self, step: int) -> dict[str, Tensor]:
-        turn, position = divmod(step, len(self.tasks))
-        source = self.tasks[position].train
+        turn, position = divmod(step - self.first_step, len(self.tasks))
+        source = self.sources[position]
+        if len(source) == 0:
+            raise DataError(f"task {self.tasks[position].name} has no training images")
         indices = stream_indices(
-            len(source), turn * self.batch_size, self.batch_size, self.seed, "order", self.task_index + position
+            len(source), turn * self.batch_size, self.batch_size, self.seed, *self.order, self.task_index + position
         )
         images = []
         for place, index in enumerate(indices.tolist()):
             _seed_augmentation(derive_seed(self.seed, "augmentation", self.task_index, step, place))
             images.append(self.train_transform(source.image(index)))
-        data = {"images": torch.stack(images), "labels": source.labels[indices], "step": torch.tensor(step)}
+        data = {"images": torch.stack(images), "labels": source.labels[indices], "indices": indices}
+        data["step"] = torch.tensor(step)
         if self.reference is not None:
             size = self.reference_batch_size
             chosen = stream_indices(len(self.reference), step * size, size, self.seed, "reference", self.task_index)
@@ -107,7 +119,7 @@ def training_batches(
 
     Args:
         steps: what each step reads.
-        start_step, iterations: first and last step.
+        start_step, iterations: first and last step, counted within the task.
         device: where the batches go.
         workers: processes that read ahead; 0 reads in this one. The number changes nothing but the speed.
 
@@ -116,9 +128,18 @@ def training_batches(
     """
     for data in load_items(steps, range(start_step, iterations + 1), device, workers):
         step = int(data["step"])
-        indices = data.pop("reference_indices", None)  # stay on the host, where caches look them up without waiting
-        tensors = {name: value.to(device, non_blocking=True) for name, value in data.items() if name != "step"}
-        yield Batch(**tensors, step=step, reference_indices=indices, task=steps.tasks[step % len(steps.tasks)])
+        task = steps.tasks[(step - steps.first_step) % len(steps.tasks)]
+        # indices stay on the host, where caches look them up without waiting
+        on_device = {name: value.to(device, non_blocking=True) for name, value in data.items() if "images" in name}
+        labels = data["labels"].to(device, non_blocking=True)
+        yield Batch(
+            **on_device,
+            labels=labels,
+            step=step,
+            reference_indices=data.get("reference_indices"),
+            task=task,
+            indices=data["indices"],
+        )
 
 
 def one_pass(
@@ -152,7 +173,8 @@ def one_pass(
     rest = Subset(task.train, order[start_step * batch_size :])
     batches = evaluation_batches(rest, transform, batch_size=batch_size, device=device, workers=workers)
     for step, (images, labels) in enumerate(batches, start_step):
-        yield Batch(images, labels, step, task=task)
+        indices = order[step * batch_size : (step + 1) * batch_size]
+        yield Batch(images, labels, step, task=task, indices=indices)
 
 
 def _seed_augmentation(seed: int) -> None:

@@ -1,18 +1,15 @@
-"""The training loop: hooks of a method around the optimiser steps of one task."""
+"""The training loop: hooks of a method around the optimiser steps of one stage, or around one pass in closed form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cl_methods.methods.base import Batch, Method
-from cl_methods.scenarios.base import Task
-from cl_methods.seeding import derive_seed, seed_everything, step_seed
-from cl_methods.training.data import TrainingSteps, one_pass, training_batches
+from cl_methods.seeding import seed_everything, step_seed
 from cl_methods.training.schedule import warmup_cosine
 
 _CHECK_EVERY = 16
@@ -91,22 +88,24 @@ def train_on_batches(
     seed: int,
     task_index: int,
     start_step: int = 0,
+    first_step: int = 0,
     optimizer: torch.optim.Optimizer | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     task_name: str | None = None,
 ) -> torch.optim.Optimizer:
-    """Do optimiser steps ``start_step … iterations`` (``iterations + 1`` of them in a whole task) on the given batches.
+    """Do optimiser steps ``start_step … first_step + iterations`` of one stage on the given batches.
 
     Each step: seed the global generators from (seed, task, step), set the learning rate of
     :func:`~cl_methods.training.schedule.warmup_cosine`, ``loss``, backward, ``before_step``, optimiser, ``after_step``.
-    ``before_task`` and ``after_task`` are the caller's.
+    ``before_task``, ``before_stage`` and ``after_task`` are the caller's.
 
     Args:
         method: prepared with ``before_task``.
         batches: batches of steps ``start_step``, ``start_step + 1``, …; may be longer than needed.
         iterations, warmup, lr: the schedule; a parameter group with a key ``lr_scale`` has its rate multiplied by it.
         seed, task_index: with the step, all that random numbers depend on.
-        start_step: first step, for resuming.
+        start_step: first step to do, counted within the task; larger than ``first_step`` when resuming.
+        first_step: the stage's first step within the task.
         optimizer: to continue with; ``method.optimizer()`` when None.
         on_step: called after each step.
         task_name: for messages; the task's number when None.
@@ -122,10 +121,10 @@ def train_on_batches(
         optimizer = method.optimizer()
     log = LossLog(task_name if task_name is not None else f"number {task_index}")
     stream = iter(batches)
-    for step in range(start_step, iterations + 1):
-        batch = _next_batch(stream, step, iterations)
+    for step in range(max(start_step, first_step), first_step + iterations + 1):
+        batch = _next_batch(stream, step, first_step + iterations)
         seed_everything(step_seed(seed, task_index, step))
-        rate = warmup_cosine(lr, step, iterations, warmup)
+        rate = warmup_cosine(lr, step - first_step, iterations, warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         optimizer.zero_grad(set_to_none=True)
@@ -164,121 +163,3 @@ def _next_batch(stream: Iterator[Batch], step: int, iterations: int) -> Batch:
     if batch is None:
         raise ValueError(f"batches: ended before step {step}; steps up to {iterations} were expected")
     return batch
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """The middle of a task, as a checkpoint holds it.
-
-    Attributes:
-        start_step: first step that has not been done.
-        method_state: :meth:`Method.state_dict` at that moment.
-        optimizer_state: the optimiser's ``state_dict``.
-    """
-
-    start_step: int
-    method_state: dict[str, Tensor]
-    optimizer_state: dict[str, Any]
-
-
-def train_task(
-    method: Method,
-    index: int,
-    tasks: Sequence[Task],
-    *,
-    seed: int = 0,
-    workers: int = 0,
-    continuation: Continuation | None = None,
-    on_start: Callable[[], None] | None = None,
-    on_step: Callable[[StepReport], None] | None = None,
-) -> None:
-    """Train ``method`` on task ``index``: ``before_task``, all optimiser steps (or one pass), ``after_task``.
-
-    Random numbers in the hooks are seeded from (seed, task) as well, so nothing depends on what ran before.
-
-    Args:
-        method: carrying what earlier tasks left.
-        index: 0-based position of the task in ``tasks``; 0 for joint training.
-        tasks: the whole sequence.
-        seed: of the run.
-        workers: data-loading processes.
-        continuation: to continue in the middle of the task; ``method`` is then in the state before the task.
-        on_start: called after ``before_task``, when the trainable parameters are known.
-        on_step: called after each step.
-
-    Raises:
-        NonFiniteLossError: see :func:`train_on_batches`.
-        DataError: an image cannot be read.
-    """
-    task, config = tasks[index], method.config
-    seed_everything(derive_seed(seed, "before task", index))
-    method.before_task(index, task)
-    optimizer, start_step = None, 0
-    if continuation is not None:
-        method.load_state_dict(continuation.method_state)
-        start_step = continuation.start_step
-        if not method.closed_form:
-            optimizer = method.optimizer()
-            optimizer.load_state_dict(continuation.optimizer_state)
-    if on_start is not None:
-        on_start()
-    if method.closed_form:
-        batches = one_pass(
-            task,
-            task_index=index,
-            seed=seed,
-            batch_size=config.batch_size,
-            transform=method.backbone.eval_transform,
-            start_step=start_step,
-            device=method.backbone.device,
-            workers=workers,
-        )
-        learn_from_batches(method, batches, seed=seed, task_index=index, on_step=on_step, task_name=task.name)
-    else:
-        _optimise(method, index, tasks, start_step, optimizer, seed=seed, workers=workers, on_step=on_step)
-    seed_everything(derive_seed(seed, "after task", index))
-    method.after_task(index, task)
-
-
-def _optimise(
-    method: Method,
-    index: int,
-    tasks: Sequence[Task],
-    start_step: int,
-    optimizer: torch.optim.Optimizer | None,
-    *,
-    seed: int,
-    workers: int,
-    on_step: Callable[[StepReport], None] | None,
-) -> None:
-    """The optimiser steps of a task from ``start_step`` on."""
-    task, config = tasks[index], method.config
-    steps = TrainingSteps(
-        tasks if method.joint else [task],
-        method.reference_source(task) if method.uses_reference else None,
-        task_index=index,
-        seed=seed,
-        batch_size=config.batch_size,
-        reference_batch_size=getattr(config, "reference_batch_size", config.batch_size),
-        train_transform=method.backbone.train_transform,
-        eval_transform=method.backbone.eval_transform,
-    )
-    train_on_batches(
-        method,
-        training_batches(
-            steps,
-            start_step=start_step,
-            iterations=config.iterations,
-            device=method.backbone.device,
-            workers=workers,
-        ),
-        iterations=config.iterations,
-        warmup=config.warmup,
-        lr=method.learning_rate(task),
-        seed=seed,
-        task_index=index,
-        start_step=start_step,
-        optimizer=optimizer,
-        on_step=on_step,
-        task_name="all tasks" if method.joint else task.name,
-    )

@@ -21,9 +21,10 @@ from cl_methods.seeding import derive_seed, seed_everything
 from cl_methods.training.checkpoints import Checkpoint, RunDirectory, RunDirectoryError, TrainingProgress
 from cl_methods.training.config import RunConfig, differences
 from cl_methods.training.environment import choose_device, describe_environment
-from cl_methods.training.loop import Continuation, StepReport, train_task
+from cl_methods.training.loop import StepReport
 from cl_methods.training.progress import RunProgress
 from cl_methods.training.result import run_result
+from cl_methods.training.task import Continuation, TaskTraining
 
 
 class StoppedError(RuntimeError):
@@ -220,7 +221,7 @@ class Run:
             if self._stop:
                 raise StoppedError(f"stopped after step {done} of task {name}; continue with --resume")
 
-        train_task(
+        training = TaskTraining(
             method,
             index,
             self.scenario.tasks,
@@ -230,6 +231,7 @@ class Run:
             on_start=on_start,
             on_step=on_step,
         )
+        training.execute()
         count_time()
         self._save(index, None, None)
 
