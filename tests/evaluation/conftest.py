@@ -50,4 +50,5 @@ def write_result(tmp_path):
         (folder / "result.json").write_text(json.dumps(result))
         return folder
 
+    write.folder = tmp_path
     return write

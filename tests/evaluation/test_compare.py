@@ -42,7 +42,18 @@ def test_chance_zero_shot_and_joint_stand_beside_the_methods(write_result):
     table = summary_table(board)
     assert row_of(table, "chance")[2:5] == ["20.0", "15.0", "15.0"]
     assert row_of(table, "zero-shot")[2:5] == ["60.0", "55.0", "55.0"]
-    assert row_of(table, "joint (bound)")[2:] == ["–", "76.2", "87.5", "–"]
+    assert row_of(table, "joint (bound)")[2:] == ["–", "76.2", "87.5", "–", "–"]
+
+
+def test_calibration_errors_stand_in_a_column_of_their_own(write_result):
+    for seed, error in ((0, 4.0), (1, 6.0)):
+        rows = [[10.0, 12.0], [3.0, 5.0], [error, error]]
+        write_result(f"zscl{seed}", seed=seed, calibration_error=error, calibration_error_per_row=rows)
+    (board,), _ = boards_of(*(write_result.folder.glob("zscl*")))
+    table = summary_table(board)
+    assert table.columns[-1] == "ECE"
+    assert row_of(table, "finetune")[-1] == "5.0 ± 1.4"
+    assert row_of(table, "zero-shot")[-1] == "11.0"
     assert [row[0] for row in table.rows] == ["chance", "zero-shot", "finetune", "joint (bound)"]
 
 

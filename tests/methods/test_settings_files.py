@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_clip import build_backbone
 
-from cl_methods.evaluation.accuracy import EvaluationOptions, LabelSpace, accuracy_row
+from cl_methods.evaluation.accuracy import EvaluationOptions, LabelSpace, measure_row
 from cl_methods.methods import METHODS
 from cl_methods.methods.settings import FILES, build_settings, scenario_settings
 from cl_methods.scenarios.base import Reference, Task
@@ -55,9 +55,9 @@ def test_default_settings_run(name: str, protocol: str, tasks: list[Task], refer
     if method.trains:
         for index in [0] if method.joint else range(len(tasks)):
             TaskTraining(method, index, tasks).execute()
-    row = accuracy_row(method, tasks, len(tasks), EvaluationOptions(label_space=PROTOCOLS[protocol]))
+    row = measure_row(method, tasks, len(tasks), EvaluationOptions(label_space=PROTOCOLS[protocol]))
     assert len(row) == 2
-    assert all(0 <= value <= 100 for value in row)
+    assert all(0 <= value <= 100 for entry in row for value in (entry.accuracy, entry.calibration_error))
 
 
 SMALL: dict[str, Any] = {"width": 40, "rank": 20, "batch_size": 6, "memory": 12, "fisher_samples": 4}

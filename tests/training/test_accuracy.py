@@ -6,7 +6,8 @@ import pytest
 import torch
 from fakes import TinyConfig, TinyMethod, tiny_backbone
 
-from cl_methods.evaluation.accuracy import EvaluationOptions, accuracy, accuracy_row, competing_tasks, guessing
+from cl_methods.evaluation.accuracy import EvaluationOptions, competing_tasks, guessing, measure, measure_row
+from cl_methods.evaluation.uncertainty import expected_calibration_error
 from cl_methods.scenarios.base import Task, TensorImages
 
 
@@ -45,19 +46,37 @@ def tasks() -> list[Task]:
 
 
 def test_counts_images_whose_best_class_is_the_right_one(method, tasks):
-    assert accuracy(method, tasks[0], tasks[:1], EvaluationOptions()) == pytest.approx(80.0)
-    assert accuracy(method, tasks[0], tasks[:1], EvaluationOptions(batch_size=2)) == pytest.approx(80.0)
-    assert accuracy(method, tasks[1], tasks[1:2], EvaluationOptions()) == 100.0
+    assert measure(method, tasks[0], tasks[:1], EvaluationOptions()).accuracy == pytest.approx(80.0)
+    assert measure(method, tasks[0], tasks[:1], EvaluationOptions(batch_size=2)).accuracy == pytest.approx(80.0)
+    assert measure(method, tasks[1], tasks[1:2], EvaluationOptions()).accuracy == 100.0
 
 
 def test_more_classes_make_it_harder(method, tasks):
     # 13 is nearer to cow (12) than to cat (10); of the farm's images 10 is a cat, and 11 a tie that the first class wins
-    assert accuracy(method, tasks[0], tasks[:2], EvaluationOptions()) == pytest.approx(60.0)
-    assert accuracy(method, tasks[1], tasks[:2], EvaluationOptions()) == pytest.approx(50.0)
+    assert measure(method, tasks[0], tasks[:2], EvaluationOptions()).accuracy == pytest.approx(60.0)
+    assert measure(method, tasks[1], tasks[:2], EvaluationOptions()).accuracy == pytest.approx(50.0)
 
 
 def test_a_class_of_the_same_name_in_another_task_counts_as_right(method, tasks):
-    assert accuracy(method, tasks[2], tasks, EvaluationOptions()) == 100.0
+    assert measure(method, tasks[2], tasks, EvaluationOptions()).accuracy == 100.0
+
+
+def test_calibration_is_that_of_all_images_together(method, tasks):
+    # scores are minus distances; among cat 10, dog 20 and cow 12, pig 30 the image 13 is taken for a cow
+    scores = -(torch.tensor([10.0, 13, 20, 19, 11])[:, None] - torch.tensor([10.0, 20, 12, 30])).abs()
+    expected = 100 * expected_calibration_error(scores, torch.tensor([0, 0, 1, 1, 1]))
+    for size in (1, 2, 5):
+        found = measure(method, tasks[0], tasks[:2], EvaluationOptions(batch_size=size)).calibration_error
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_probabilities_of_classes_of_the_same_name_are_added(method, tasks):
+    scores = -(torch.tensor([20.0, 10])[:, None] - torch.tensor([10.0, 20, 12, 30, 20, 10])).abs()
+    merged = scores.double().softmax(1)[:, [0, 1, 2, 3]]
+    merged[:, [1, 0]] += scores.double().softmax(1)[:, [4, 5]]
+    expected = 100 * expected_calibration_error(merged, torch.tensor([1, 0]), probabilities=True)
+    found = measure(method, tasks[2], tasks, EvaluationOptions()).calibration_error
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_label_spaces(tasks):
@@ -79,18 +98,19 @@ def test_a_row_prepares_the_method_once(method, tasks):
     prepared = []
     method.before_evaluation = lambda: prepared.append(True)
     seen = []
-    row = accuracy_row(method, tasks, 1, EvaluationOptions(label_space="seen"), on_task=lambda *item: seen.append(item))
+    row = measure_row(method, tasks, 1, EvaluationOptions(label_space="seen"), on_task=lambda *item: seen.append(item))
     assert prepared == [True]
-    assert row == pytest.approx([80.0, 50.0, 100.0])
-    assert seen == list(enumerate(row))
+    accuracies = [entry.accuracy for entry in row]
+    assert accuracies == pytest.approx([80.0, 50.0, 100.0])
+    assert seen == list(enumerate(accuracies))
 
 
 def test_what_cannot_be_evaluated_is_named(method, tasks):
     with pytest.raises(ValueError, match=r"evaluation\.split: task pets has no validation images"):
-        accuracy(method, tasks[0], tasks[:1], EvaluationOptions(split="validation"))
+        measure(method, tasks[0], tasks[:1], EvaluationOptions(split="validation"))
     method.values["cat"] = float("nan")
     with pytest.raises(ValueError, match="logits of tiny on pets: some are NaN"):
-        accuracy(method, tasks[0], tasks[:1], EvaluationOptions())
+        measure(method, tasks[0], tasks[:1], EvaluationOptions())
     method.logits = lambda images, task: torch.zeros(len(images), 7)
     with pytest.raises(ValueError, match=r"expected \(5, 2\), got \(5, 7\)"):
-        accuracy(method, tasks[0], tasks[:1], EvaluationOptions())
+        measure(method, tasks[0], tasks[:1], EvaluationOptions())

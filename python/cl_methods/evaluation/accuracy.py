@@ -1,4 +1,4 @@
-"""Accuracy of a method on a task, within a chosen label space."""
+"""Accuracy and calibration of a method on a task, within a chosen label space."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_methods.datasets.loading import evaluation_batches
+from cl_methods.evaluation.uncertainty import calibration_error
 from cl_methods.methods.base import Method
 from cl_methods.scenarios.base import Task
 
@@ -55,13 +56,26 @@ def guessing(tasks: Sequence[Task], index: int, label_space: LabelSpace) -> floa
     return 100.0 / len({name for task in competing for name in task.class_names})
 
 
-@torch.no_grad()
-def accuracy(
-    method: Method, task: Task, candidates: Sequence[Task], options: EvaluationOptions, workers: int = 0
-) -> float:
-    """Percentage of images whose highest score belongs to a class with the right name.
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on one task.
 
-    Classes of the same name in several tasks count as one class.
+    Attributes:
+        accuracy: percentage of images whose highest score belongs to a class with the right name.
+        calibration_error: expected calibration error of the soft-max of the scores, in percent.
+    """
+
+    accuracy: float
+    calibration_error: float
+
+
+@torch.no_grad()
+def measure(
+    method: Method, task: Task, candidates: Sequence[Task], options: EvaluationOptions, workers: int = 0
+) -> Measured:
+    """Classify every image of a task among the classes of the candidates.
+
+    Classes of the same name in several tasks count as one class, whose probability is the sum of theirs.
 
     Args:
         method: after ``before_evaluation``.
@@ -69,9 +83,6 @@ def accuracy(
         candidates: tasks whose classes compete, ``task`` among them.
         options: split and batch size.
         workers: data-loading processes.
-
-    Returns:
-        Percent, from 0 to 100.
 
     Raises:
         ValueError: the split is empty, or the scores have the wrong shape or are NaN.
@@ -84,43 +95,48 @@ def accuracy(
     device = method.backbone.device
     predicted_class = torch.tensor([numbers[name] for name in names], device=device)
     true_class = torch.tensor([numbers[name] for name in task.class_names], device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    confidence, correct = [], []
     invalid = torch.zeros((), dtype=torch.bool, device=device)
     for images, labels in evaluation_batches(
         source, method.backbone.eval_transform, batch_size=options.batch_size, device=device, workers=workers
     ):
         scores = torch.cat([_scores(method, images, candidate) for candidate in candidates], dim=1)
         invalid |= scores.isnan().any()
-        correct += (predicted_class[scores.argmax(dim=1)] == true_class[labels]).sum()
+        predicted = predicted_class[scores.argmax(dim=1)]
+        correct.append(predicted == true_class[labels])
+        classes = scores.new_zeros(len(scores), len(numbers), dtype=torch.float64)
+        classes.index_add_(1, predicted_class, scores.double().softmax(dim=1))
+        confidence.append(classes.gather(1, predicted[:, None]).squeeze(1))
     if invalid:
         raise ValueError(f"logits of {method.name} on {task.name}: some are NaN; the weights have diverged")
-    return 100.0 * int(correct) / len(source)
+    right = torch.cat(correct)
+    return Measured(100.0 * int(right.sum()) / len(source), 100.0 * calibration_error(torch.cat(confidence), right))
 
 
-def accuracy_row(
+def measure_row(
     method: Method,
     tasks: Sequence[Task],
     learnt: int,
     options: EvaluationOptions,
     workers: int = 0,
     on_task: Callable[[int, float], None] | None = None,
-) -> list[float]:
-    """Accuracies on all tasks with the method as it is: one row of the matrix, in percent.
+) -> list[Measured]:
+    """Every task with the method as it is: one row of the matrix.
 
     Args:
         method: the method after ``learnt`` tasks.
         tasks: the whole sequence.
         learnt: number of tasks learnt; 0 for the zero-shot row.
-        options, workers: see :func:`accuracy`.
+        options, workers: see :func:`measure`.
         on_task: called with the task's position and its accuracy.
     """
     method.before_evaluation()
     row = []
     for index, task in enumerate(tasks):
         candidates = competing_tasks(tasks, index, learnt, options.label_space)
-        row.append(accuracy(method, task, candidates, options, workers))
+        row.append(measure(method, task, candidates, options, workers))
         if on_task is not None:
-            on_task(index, row[-1])
+            on_task(index, row[-1].accuracy)
     return row
 
 

@@ -100,7 +100,8 @@ def _write_picture(path: Path, figure: Figure) -> str:
 def _footnote(notes: list[str]) -> str:
     text = (
         "\nPercent; mean ± sample standard deviation over seeds. Transfer, Average and Last as in ZSCL (ICCV 2023), "
-        "Transfer without the first task. Forgetting: drop from the best accuracy since a task was learnt.\n"
+        "Transfer without the first task. Forgetting: drop from the best accuracy since a task was learnt. "
+        "ECE: expected calibration error after the last task, mean over tasks.\n"
     )
     return text + "".join(f"\nNote: {note}\n" for note in notes)
 

@@ -18,7 +18,7 @@ REQUIRED = (
     "method", "scenario", "seed", "tasks", "zero_shot", "accuracy", "transfer", "average", "last", "forgetting", "train",
     "environment", "config",
 )  # fmt: skip
-METRICS = ("transfer", "average", "last", "forgetting")
+METRICS = ("transfer", "average", "last", "forgetting", "calibration_error")
 
 
 class ResultError(ValueError):
@@ -48,8 +48,8 @@ class Group:
         return self.results[0].get("continual", True)
 
     def values(self, metric: str) -> np.ndarray:
-        """(seeds,) of one of :data:`METRICS`; empty if it is not defined."""
-        return np.array([result[metric] for result in self.results if result[metric] is not None], dtype=float)
+        """(seeds,) of one of :data:`METRICS`; empty if it is not defined, or was not when the runs were made."""
+        return np.array([result[metric] for result in self.results if result.get(metric) is not None], dtype=float)
 
     def curves(self) -> np.ndarray:
         """(seeds, T + 1, T) accuracies: the zero-shot row, then one row after each task."""
@@ -72,6 +72,7 @@ class Board:
         conditions: model, label space and split, for headings.
         chance: (T,) accuracy of guessing in percent.
         zero_shot: (T,) accuracy of the model before any training.
+        zero_shot_calibration: (1,) its mean calibration error; empty if it was not measured.
         groups: continual methods first, joint training last.
     """
 
@@ -81,6 +82,7 @@ class Board:
     conditions: dict[str, Any]
     chance: list[float] | None
     zero_shot: list[float]
+    zero_shot_calibration: np.ndarray
     groups: list[Group] = field(default_factory=list)
 
     @property
@@ -182,6 +184,7 @@ def arrange(results: Sequence[dict[str, Any]]) -> tuple[list[Board], list[str]]:
             conditions=_conditions(first),
             chance=first.get("chance"),
             zero_shot=np.mean([member["zero_shot"] for member in members], axis=0).tolist(),
+            zero_shot_calibration=_zero_shot_calibration(members),
         )
         board.groups, repeated = _groups(members)
         notes += repeated
@@ -206,6 +209,11 @@ def published(scenario: str, order: str) -> list[Published]:
         Published(*key, values.get("transfer"), values.get("average"), values.get("last"))
         for key, values in rows.items()
     ]
+
+
+def _zero_shot_calibration(results: Sequence[dict[str, Any]]) -> np.ndarray:
+    rows = [result["calibration_error_per_row"][0] for result in results if "calibration_error_per_row" in result]
+    return np.array([np.mean(rows)] if rows else [])
 
 
 def _conditions(result: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from rich import box
 from rich.table import Table as RichTable
 
-from cl_methods.evaluation.results import Board, published
+from cl_methods.evaluation.results import METRICS, Board, published
 
 ABSENT = "–"
 
@@ -76,15 +76,15 @@ def matrix_table(result: dict[str, Any]) -> TextTable:
 
 
 def summary_table(board: Board) -> TextTable:
-    """Transfer, Average, Last and forgetting of every group, with chance, zero-shot, joint bound and published numbers."""
+    """What every group reached, with chance, zero-shot, joint bound and published numbers."""
     rows = []
     if board.chance is not None:
-        rows.append(["chance", "", *_flat_summary(board.chance), ABSENT])
-    rows.append(["zero-shot", "", *_flat_summary(board.zero_shot), "0.0"])
+        rows.append(["chance", "", *_flat_summary(board.chance), ABSENT, ABSENT])
+    rows.append(["zero-shot", "", *_flat_summary(board.zero_shot), "0.0", spread(board.zero_shot_calibration)])
     first = len(rows)
     for group in board.compared():
         label = group.label if group.continual else f"{group.label} (bound)"
-        values = [spread(group.values(metric)) for metric in ("transfer", "average", "last", "forgetting")]
+        values = [spread(group.values(metric)) for metric in METRICS]
         rows.append([label, str(len(group.results)), *values])
     continual = sum(group.continual for group in board.compared())
     best = frozenset(_best(rows[first : first + continual], first))
@@ -92,8 +92,9 @@ def summary_table(board: Board) -> TextTable:
     for entry in published(board.scenario, board.order):
         printed = [ABSENT if value is None else f"{value:.1f}" for value in (entry.transfer, entry.average, entry.last)]
         split = "" if entry.split == "zscl" else f", {entry.split} splits"
-        rows.append([f"{entry.method} (published, {entry.source}{split})", "", *printed, ABSENT])
-    return TextTable(board.title, ["method", "seeds", "Transfer", "Average", "Last", "Forgetting"], rows, breaks, best)
+        rows.append([f"{entry.method} (published, {entry.source}{split})", "", *printed, ABSENT, ABSENT])
+    columns = ["method", "seeds", "Transfer", "Average", "Last", "Forgetting", "ECE"]
+    return TextTable(board.title, columns, rows, breaks, best)
 
 
 def cost_table(board: Board) -> TextTable:

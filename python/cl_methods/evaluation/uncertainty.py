@@ -52,10 +52,21 @@ def expected_calibration_error(scores: Tensor, labels: Tensor, bins: int = 15, *
             "scores: expected probabilities that are >= 0 and sum to 1 in each row; or set probabilities=False"
         )
     confidence, predicted = exact.max(dim=1)
-    correct = (predicted == labels.to(predicted.device)).double()
+    return calibration_error(confidence, predicted == labels.to(predicted.device), bins)
+
+
+def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """:func:`expected_calibration_error` of what is left of the scores: each image's confidence, and whether it was right.
+
+    Args:
+        confidence: (N,) in [0, 1], N >= 1.
+        correct: (N,) bool.
+        bins: number of bins.
+    """
+    confidence = confidence.double()
     places = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
-    gaps = exact.new_zeros(bins).index_add_(0, places, correct - confidence)
-    return float(gaps.abs().sum() / len(exact))
+    gaps = confidence.new_zeros(bins).index_add_(0, places, correct.double() - confidence)
+    return float(gaps.abs().sum() / len(confidence))
 
 
 def novelty_detection(known: Tensor, novel: Tensor, kind: Uncertainty = "energy") -> dict[str, float]:

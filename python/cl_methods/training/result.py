@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from cl_methods.evaluation.accuracy import guessing
@@ -18,6 +19,7 @@ def run_result(
     joint: bool,
     zero_shot: list[float],
     rows: list[list[float]],
+    calibration_rows: list[list[float]],
     evaluation_seconds: list[float],
     training: TrainingProgress,
     peak_memory: int,
@@ -33,6 +35,7 @@ def run_result(
         joint: trained on all tasks at once.
         zero_shot: (T,) percent, before any training.
         rows: accuracy rows in percent: T of them, or one for joint training, or none if nothing was trained.
+        calibration_rows: expected calibration errors in percent, the zero-shot row first.
         evaluation_seconds, training, peak_memory: costs.
         description: the content of ``run.json``.
     """
@@ -55,6 +58,8 @@ def run_result(
         "average": metrics["average"],
         "last": metrics["last"],
         "forgetting": None if joint else forgetting(matrix),
+        "calibration_error": fmean(calibration_rows[-1]),
+        "calibration_error_per_row": calibration_rows,
         "transfer_per_task": None if joint else metrics["transfer_per_task"],
         "average_per_task": metrics["average_per_task"],
         "last_per_task": metrics["last_per_task"],

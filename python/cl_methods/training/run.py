@@ -13,7 +13,7 @@ import torch
 
 from cl_kernels.profile import peak_memory_bytes, start_peak_memory
 from cl_methods.backbone import load_backbone
-from cl_methods.evaluation.accuracy import accuracy_row
+from cl_methods.evaluation.accuracy import measure_row
 from cl_methods.methods import METHODS, Method
 from cl_methods.scenarios import load as load_scenario
 from cl_methods.scenarios.base import Scenario
@@ -33,16 +33,18 @@ class StoppedError(RuntimeError):
 
 @dataclass
 class Rows:
-    """Accuracies so far, in percent.
+    """Accuracies and calibration errors so far, in percent.
 
     Attributes:
         zero_shot: (T,) before any training; None until measured.
         accuracy: rows after each task learnt so far.
+        calibration_error: rows of expected calibration errors, the zero-shot one first.
         seconds: duration of each evaluation, the zero-shot one first.
     """
 
     zero_shot: list[float] | None = None
     accuracy: list[list[float]] = field(default_factory=list)
+    calibration_error: list[list[float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
 
@@ -141,6 +143,7 @@ class Run:
             joint=self.method.joint,
             zero_shot=self.rows.zero_shot or [],
             rows=self.rows.accuracy,
+            calibration_rows=self.rows.calibration_error,
             evaluation_seconds=self.rows.seconds,
             training=self.training,
             peak_memory=peak_memory_bytes(self.device),
@@ -247,7 +250,7 @@ class Run:
             learnt = len(tasks)
         self.reporter.evaluation_started(after, len(tasks))
         clock = time.perf_counter()
-        row = accuracy_row(
+        measured = measure_row(
             self.method,
             tasks,
             learnt,
@@ -256,10 +259,12 @@ class Run:
             on_task=lambda index, value: self.reporter.evaluated(tasks[index].name, value),
         )
         self.rows.seconds.append(time.perf_counter() - clock)
+        row = [entry.accuracy for entry in measured]
         if learnt == 0:
             self.rows.zero_shot = row
         else:
             self.rows.accuracy.append(row)
+        self.rows.calibration_error.append([entry.calibration_error for entry in measured])
         self.directory.write_json("rows.json", vars(self.rows))
         self.reporter.row_finished(after, row)
 
