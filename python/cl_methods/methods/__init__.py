@@ -11,6 +11,7 @@ from cl_methods.methods.lwf_vr import LwFVR
 from cl_methods.methods.moe_adapters import MoEAdapters
 from cl_methods.methods.ranpac import RanPAC
 from cl_methods.methods.replay import Replay
+from cl_methods.methods.snd import SnD
 from cl_methods.methods.wise_ft import WiSEFT
 from cl_methods.methods.zero_shot import ZeroShot
 from cl_methods.methods.zscl import ZSCL
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
         Replay,
         ICaRL,
         ZSCL,
+        SnD,
         MoEAdapters,
         RanPAC,
         LoRanPAC,
@@ -49,6 +51,7 @@ __all__ = [
     "MoEAdapters",
     "RanPAC",
     "Replay",
+    "SnD",
     "WiSEFT",
     "ZeroShot",
 ]
