@@ -12,7 +12,8 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from cl_methods.methods import METHODS
+from cl_methods.methods import METHODS, Method
+from cl_methods.methods.find import find_method
 from cl_methods.scenarios import SCENARIOS
 from cl_methods.training.config import RunConfig
 
@@ -58,7 +59,8 @@ def parse(arguments: Sequence[str], description: str) -> tuple[RunConfig, Invoca
     file = read_yaml(Path(path)) if path is not None else {}
     from_file = file.get("method", {})
     from_file = {"name": from_file} if isinstance(from_file, str) else dict(from_file)
-    method = _known("method", _peek(arguments, "--method") or from_file.get("name", DEFAULT_METHOD), METHODS)
+    method = _peek(arguments, "--method") or from_file.get("name", DEFAULT_METHOD)
+    _method_type(method)
     scenario = _known("scenario", _peek(arguments, "--scenario") or file.get("scenario", "mini"), SCENARIOS)
     if from_file.pop("name", method) != method:
         from_file = {}
@@ -68,7 +70,7 @@ def parse(arguments: Sequence[str], description: str) -> tuple[RunConfig, Invoca
         given |= {"model": model, "pretrained": None}  # other weights than the default model's; --pretrained names them
     default = validated(method, scenario, given)
     values = {entry.name: getattr(default, entry.name) for entry in dataclasses.fields(RunConfig)}
-    command_type = _command_type(type(default.settings))
+    command_type = _command_type(type(default.settings), method)
     command = tyro.cli(
         command_type,
         default=command_type(**values),
@@ -107,8 +109,9 @@ def validated(method: str, scenario: str, given: Mapping[str, Any]) -> RunConfig
     Raises:
         ConfigurationError: all unknown keys (with the closest known one) and all values of the wrong type at once.
     """
-    settings_type: Any = getattr(METHODS[method], "Config")  # noqa: B009 (each method nests its own)
-    settings = METHODS[method].default_config(scenario)
+    method_type = _method_type(method)
+    settings_type = method_type.Config
+    settings = method_type.default_config(scenario)
     model, pretrained = DEFAULT_MODELS.get(scenario, ("ViT-B-16-quickgelu", "openai"))
     default = RunConfig(method=method, settings=settings, scenario=scenario, model=model, pretrained=pretrained)
     if "model" in given and "pretrained" not in given:
@@ -130,10 +133,17 @@ def validated(method: str, scenario: str, given: Mapping[str, Any]) -> RunConfig
     return config
 
 
-def _command_type(settings_type: type) -> type:
+def _method_type(name: str) -> type[Method]:
+    try:
+        return find_method(name)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _command_type(settings_type: type, method: str) -> type:
     """RunConfig and Invocation as one dataclass whose ``--method.*`` options are those of the chosen method."""
     hints = get_type_hints(RunConfig)
-    hints["method"] = Literal[tuple(METHODS)]  # type: ignore[valid-type]
+    hints["method"] = Literal[(*METHODS, *({method} - METHODS.keys()))]  # type: ignore[valid-type]
     hints["scenario"] = Literal[tuple(SCENARIOS)]  # type: ignore[valid-type]
     hints["settings"] = Annotated[settings_type, tyro.conf.arg(name="method")]
     fields: list[Any] = []

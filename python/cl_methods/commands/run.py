@@ -14,7 +14,7 @@ from rich.table import Table
 from cl_methods.commands.configuration import Invocation, parse
 from cl_methods.commands.series import expand, parse_series
 from cl_methods.evaluation.report import compare, write_run_report
-from cl_methods.methods import METHODS
+from cl_methods.methods.find import find_method
 from cl_methods.training.checkpoints import RunDirectory, write_atomically
 from cl_methods.training.config import RunConfig
 from cl_methods.training.progress import progress_for
@@ -32,6 +32,7 @@ examples:
   clk run --scenario folders --data.root my_images --model ViT-B-16-quickgelu --pretrained openai
   clk run --config runs/zscl-1/config.yaml --seed 2 --output runs/zscl-2
   clk run --output runs/zscl-1 --method zscl --seed 1 --resume
+  clk run --method my_method.py:MyMethod                        a method of your own, see docs/new_method.md
 
 `clk methods` lists methods and scenarios; --debug shows where an error comes from."""
 
@@ -91,7 +92,7 @@ class _StopOnInterrupt:
 
 def _default_output(config: RunConfig, invocation: Invocation) -> Path:
     """A fresh directory under ``runs``; with --resume or --overwrite, the one that the same command made last."""
-    base = Path("runs") / f"{config.scenario}-{config.method}-seed{config.seed}"
+    base = Path("runs") / f"{config.scenario}-{find_method(config.method).name}-seed{config.seed}"
     candidates = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 1000))]
     existing = [path for path in candidates if path.exists()]
     if invocation.resume or invocation.overwrite:
@@ -109,13 +110,13 @@ def _print_plan(config: RunConfig, output: Path) -> None:
         sizes = (len(task.class_names), len(task.train), len(task.validation), len(task.test))
         table.add_row(task.name, *(f"{size:,}" for size in sizes))
     console.print(table)
-    method = METHODS[config.method]
+    method = find_method(config.method)
     if method.trains:
         sessions, batch = 1 if method.joint else len(scenario.tasks), f"of {settings.batch_size} images"
-        plan = (
-            f"passes in batches {batch}" if method.closed_form else f"{settings.iterations + 1} optimiser steps {batch}"
-        )
-        times = "" if method.closed_form else "x "
+        epochs = 1 if method.closed_form else getattr(settings, "epochs", None)
+        passes = f"{'pass' if epochs == 1 else 'passes'} in batches {batch}"
+        plan = f"{settings.iterations + 1} optimiser steps {batch}" if epochs is None else f"{epochs} {passes}"
+        times = "x "
         console.print(f"{sessions} {times}{plan}, model {config.model}")
     images = sum(len(getattr(task, config.evaluation.split)) for task in scenario.tasks)
     rows = 1 + (0 if not method.trains else 1 if method.joint else len(scenario.tasks))

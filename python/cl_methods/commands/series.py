@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 from cl_methods.commands.configuration import ConfigurationError, Invocation, parse
+from cl_methods.methods.find import find_method
 from cl_methods.training.config import RunConfig
 
 SeriesRun = tuple[RunConfig, Invocation, Path]
@@ -67,7 +68,7 @@ def parse_series(lines: Sequence[Sequence[str]], description: str) -> tuple[list
 def run_name(config: RunConfig) -> str:
     """Directory of one run of a series: method, order (where it is a name) and seed."""
     order = [config.order] if config.order in _ORDERS else []
-    return "-".join([config.method, *order, str(config.seed)])
+    return "-".join([find_method(config.method).name, *order, str(config.seed)])
 
 
 def _entries(option: str, value: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Continual-learning methods by name."""
 
-from cl_methods.methods.base import Batch, Method
+from cl_methods.methods.base import Batch, Facts, Method, Stage
 from cl_methods.methods.ewc import EWC
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.icarl import ICaRL
@@ -41,6 +41,7 @@ __all__ = [
     "METHODS",
     "ZSCL",
     "Batch",
+    "Facts",
     "FineTune",
     "ICaRL",
     "Joint",
@@ -52,6 +53,7 @@ __all__ = [
     "RanPAC",
     "Replay",
     "SnD",
+    "Stage",
     "WiSEFT",
     "ZeroShot",
 ]

@@ -17,19 +17,18 @@ FILES = files("cl_methods") / "configs"
 
 @cache
 def _sections(method: str) -> Mapping[str, Mapping[str, Any]]:
+    if not (FILES / f"{method}.yaml").is_file():
+        return {}
     content = yaml.safe_load((FILES / f"{method}.yaml").read_text(encoding="utf-8")) or {}
     return {scenario: values or {} for scenario, values in content.items() if not scenario.startswith("_")}
 
 
 def scenario_settings(method: str, scenario: str) -> Mapping[str, Any]:
-    """What the method's file says of ``scenario``; nothing for a scenario without a section.
+    """What the method's file says of ``scenario``; nothing for a scenario without a section, or a method without a file.
 
     Args:
         method: a method's name. Sections whose names begin with an underscore only hold values that others refer to.
         scenario: a scenario's name, or ``mtil_few_shot`` or ``cil`` for the protocols of these names.
-
-    Raises:
-        FileNotFoundError: the method ships no file.
     """
     return _sections(method).get(scenario, {})
 

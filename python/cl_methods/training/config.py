@@ -20,7 +20,8 @@ class RunConfig:
     """One method over one scenario.
 
     Attributes:
-        method: a name that `clk methods` lists; several, separated by commas, run one after the other.
+        method: a name that `clk methods` lists, or MODULE:CLASS or PATH.py:CLASS for your own; several, separated by commas,
+            run one after the other.
         settings: the method's own settings; naming another method resets them to its defaults.
         scenario: a name that `clk methods` lists.
         order: order of the tasks: I, II, both (`I,II`), or for folders the task names separated by commas.

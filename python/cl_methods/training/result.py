@@ -16,6 +16,7 @@ def run_result(
     config: RunConfig,
     scenario: Scenario,
     *,
+    method: str,
     joint: bool,
     zero_shot: list[float],
     rows: list[list[float]],
@@ -32,6 +33,7 @@ def run_result(
 
     Args:
         config, scenario: what was run.
+        method: its name.
         joint: trained on all tasks at once.
         zero_shot: (T,) percent, before any training.
         rows: accuracy rows in percent: T of them, or one for joint training, or none if nothing was trained.
@@ -45,7 +47,7 @@ def run_result(
     metrics = mtil_metrics(matrix)
     seconds = sum(training.seconds)
     return {
-        "method": config.method,
+        "method": method,
         "scenario": config.scenario,
         "order": config.order,
         "seed": config.seed,

@@ -14,7 +14,8 @@ import torch
 from cl_kernels.profile import peak_memory_bytes, start_peak_memory
 from cl_methods.backbone import load_backbone
 from cl_methods.evaluation.accuracy import measure_row
-from cl_methods.methods import METHODS, Method
+from cl_methods.methods import Method
+from cl_methods.methods.find import find_method
 from cl_methods.scenarios import load as load_scenario
 from cl_methods.scenarios.base import Scenario
 from cl_methods.seeding import derive_seed, seed_everything
@@ -140,6 +141,7 @@ class Run:
         result = run_result(
             self.config,
             self.scenario,
+            method=self.method.name,
             joint=self.method.joint,
             zero_shot=self.rows.zero_shot or [],
             rows=self.rows.accuracy,
@@ -289,4 +291,4 @@ def build_method(config: RunConfig, scenario: Scenario, device: torch.device) ->
     """
     seed_everything(derive_seed(config.seed, "build"))
     backbone = load_backbone(config.model, config.pretrained, device=device)
-    return METHODS[config.method](backbone, config.effective_settings(), scenario.reference)
+    return find_method(config.method)(backbone, config.effective_settings(), scenario.reference)
