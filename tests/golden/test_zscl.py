@@ -15,9 +15,20 @@ from cl_methods.methods import METHODS, Batch, Method
 from cl_methods.training.loop import train_on_batches
 
 TRAJECTORIES = ["zscl_task1_full", *golden.names("zscl_task2_*")]
+
+
+def zscl_switches(case: str) -> set[str]:
+    """Which parts of ZSCL the metadata of a trajectory switches on."""
+    meta = golden.load(case)[1]
+    parts = "image_loss text_loss relation_loss feature_mse l2 we we_wise moving_avg wise_merge"
+    return {part for part in parts.split() if meta.get(part)}
+
+
+SINGLE = {"weight_ensemble": ({"we"}, {"we_wise"}), "weight_consolidation": ({"l2"},)}
 OWN_NAMES = [
     *(("lwf_vr" if "lwf_vr" in case else "lwf", case) for case in golden.names("zscl_task2_lwf*")),
     *(("wise_ft", case) for case in golden.names("zscl_task2_wise_merge*")),
+    *((kind, case) for kind, parts in SINGLE.items() for case in TRAJECTORIES if zscl_switches(case) in parts),
 ]
 LOSS_TOLERANCE, ADAMW_TOLERANCE, SGD_TOLERANCE, ANCHOR_TOLERANCE = 2e-5, 5e-5, 1e-5, 2e-4
 
@@ -124,7 +135,7 @@ def run(method: Method, meta: dict[str, Any], data: dict[str, Tensor], table: go
 @pytest.mark.parametrize("case", TRAJECTORIES)
 def test_trajectory(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     meta = golden.load(case)[1]
-    kind = "zscl" if meta.get("load") == "zscl_start" or len(zscl_switches(meta)) else "finetune"
+    kind = "zscl" if meta.get("load") == "zscl_start" or zscl_switches(case) else "finetune"
     check_trajectory(case, kind, monkeypatch)
 
 
@@ -156,22 +167,6 @@ def check_trajectory(case: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     if "loss_l2" in expected:
         assert golden.max_error(torch.tensor(log["consolidation"]), expected["loss_l2"]) < ANCHOR_TOLERANCE
     check_weights(method, expected, meta)
-
-
-def zscl_switches(meta: dict[str, Any]) -> set[str]:
-    """Which parts of ZSCL the metadata switches on."""
-    parts = {
-        "image_loss",
-        "text_loss",
-        "relation_loss",
-        "feature_mse",
-        "l2",
-        "we",
-        "we_wise",
-        "moving_avg",
-        "wise_merge",
-    }
-    return {part for part in parts if meta.get(part)}
 
 
 def check_weights(method: Method, expected: dict[str, Tensor], meta: dict[str, Any]) -> None:

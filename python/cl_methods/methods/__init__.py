@@ -1,6 +1,7 @@
 """Continual-learning methods by name."""
 
 from cl_methods.methods.base import Batch, Facts, Method, Stage
+from cl_methods.methods.clipood import CLIPood
 from cl_methods.methods.ewc import EWC
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.icarl import ICaRL
@@ -12,6 +13,8 @@ from cl_methods.methods.moe_adapters import MoEAdapters
 from cl_methods.methods.ranpac import RanPAC
 from cl_methods.methods.replay import Replay
 from cl_methods.methods.snd import SnD
+from cl_methods.methods.weight_consolidation import WeightConsolidation
+from cl_methods.methods.weight_ensemble import WeightEnsemble
 from cl_methods.methods.wise_ft import WiSEFT
 from cl_methods.methods.zero_shot import ZeroShot
 from cl_methods.methods.zscl import ZSCL
@@ -22,6 +25,9 @@ METHODS: dict[str, type[Method]] = {
         ZeroShot,
         FineTune,
         WiSEFT,
+        WeightEnsemble,
+        WeightConsolidation,
+        CLIPood,
         EWC,
         LwF,
         LwFVR,
@@ -41,6 +47,7 @@ __all__ = [
     "METHODS",
     "ZSCL",
     "Batch",
+    "CLIPood",
     "Facts",
     "FineTune",
     "ICaRL",
@@ -54,6 +61,8 @@ __all__ = [
     "Replay",
     "SnD",
     "Stage",
+    "WeightConsolidation",
+    "WeightEnsemble",
     "WiSEFT",
     "ZeroShot",
 ]
