@@ -54,11 +54,12 @@ class Backbone:
         """The module that holds ``token_embedding``, ``transformer`` and ``ln_final``: the model itself, or its ``text``."""
         return getattr(self.model, "text", self.model)
 
-    def encode_images(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor, *, normalise: bool = True) -> Tensor:
         """L2-normalised features f / ||f||.
 
         Args:
             images: (B, 3, R, R) floating point; moved to the model's device.
+            normalise: False for f itself.
 
         Returns:
             (B, d), differentiable in the model's parameters.
@@ -69,9 +70,9 @@ class Backbone:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected (B, 3, H, W), got {tuple(images.shape)}")
         features = self.model.encode_image(images.to(self.device, non_blocking=True))
-        return features / features.norm(dim=-1, keepdim=True)
+        return features / features.norm(dim=-1, keepdim=True) if normalise else features
 
-    def encode_texts(self, tokens: Tensor, *, trimmed: bool = False) -> Tensor:
+    def encode_texts(self, tokens: Tensor, *, trimmed: bool = False, normalise: bool = True) -> Tensor:
         """L2-normalised text features; only the positions up to the last read-out position are computed.
 
         The text tower is causal and reads one position per text, so later positions cannot change the result: this equals the
@@ -81,6 +82,7 @@ class Backbone:
         Args:
             tokens: (N, L) int64, L up to the context length.
             trimmed: whether ``tokens`` come from :meth:`trim_texts`, so that nobody has to look at them again.
+            normalise: False for the features before normalisation.
 
         Returns:
             (N, d), differentiable in the model's parameters.
@@ -91,7 +93,7 @@ class Backbone:
         if tokens.ndim != 2 or tokens.shape[1] > self._context_length:
             raise ValueError(f"tokens: expected (N, L) with L <= {self._context_length}, got {tuple(tokens.shape)}")
         features = self._text_features(tokens if trimmed else self.trim_texts(tokens))
-        return features / features.norm(dim=-1, keepdim=True)
+        return features / features.norm(dim=-1, keepdim=True) if normalise else features
 
     def trim_texts(self, tokens: Tensor) -> Tensor:
         """``tokens`` (N, L) cut after the last read-out position and moved to the device; unchanged where that is not exact.
@@ -103,20 +105,21 @@ class Backbone:
         return tokens.to(self.device, non_blocking=True)
 
     @torch.no_grad()
-    def frozen_text_features(self, tokens: Tensor, chunk: int = _TEXT_CHUNK) -> Tensor:
+    def frozen_text_features(self, tokens: Tensor, chunk: int = _TEXT_CHUNK, *, normalise: bool = True) -> Tensor:
         """:meth:`encode_texts` without gradient for any number of texts: up to ``chunk`` per pass, similar lengths together.
 
         Args:
             tokens: (N, L) int64 on the CPU.
             chunk: texts per pass; bounds memory.
+            normalise: as there.
 
         Returns:
             (N, d).
         """
         if len(tokens) <= chunk:
-            return self.encode_texts(tokens)
+            return self.encode_texts(tokens, normalise=normalise)
         order = self._readout(tokens).argsort(stable=True) if self._trimmable else torch.arange(len(tokens))
-        features = torch.cat([self.encode_texts(tokens[rows]) for rows in order.split(chunk)])
+        features = torch.cat([self.encode_texts(tokens[rows], normalise=normalise) for rows in order.split(chunk)])
         return features[order.argsort().to(features.device)]
 
     def class_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:

@@ -10,6 +10,7 @@ from cl_methods.methods.loranpac import LoRanPAC
 from cl_methods.methods.lwf import LwF
 from cl_methods.methods.lwf_vr import LwFVR
 from cl_methods.methods.moe_adapters import MoEAdapters
+from cl_methods.methods.proof import PROOF
 from cl_methods.methods.ranpac import RanPAC
 from cl_methods.methods.replay import Replay
 from cl_methods.methods.snd import SnD
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
         MoEAdapters,
         RanPAC,
         LoRanPAC,
+        PROOF,
         Joint,
     )
 }
@@ -45,6 +47,7 @@ METHODS: dict[str, type[Method]] = {
 __all__ = [
     "EWC",
     "METHODS",
+    "PROOF",
     "ZSCL",
     "Batch",
     "CLIPood",
