@@ -100,11 +100,12 @@ inline void transpose_square(Vec<C> (&v)[kLanes<C>]) {
   if constexpr (HALF > 1) transpose_square<C, HALF / 2>(v);
 }
 
-// to[j * ldt + i] = from[i * ldf + j] for i < m, j < n.
-template <typename From, typename To>
+// to[j * ldt + i] = from[i * ldf + j] for i < m, j < n; with ADD, += instead.
+template <bool ADD = false, typename From, typename To>
 void transposed_copy(const From* from, int64_t ldf, int64_t m, int64_t n, To* to, int64_t ldt) {
   using C = compute_t<From>;
   constexpr int64_t W = kLanes<C>;
+  const auto one = [](const From* source, To* target) { store(target, ADD ? load(target) + load(source) : load(source)); };
   int64_t i = 0;
   for (; i + W <= m; i += W) {
     int64_t j = 0;
@@ -112,14 +113,17 @@ void transposed_copy(const From* from, int64_t ldf, int64_t m, int64_t n, To* to
       Vec<C> v[W];
       for (int64_t u = 0; u < W; ++u) v[u] = load_vector(from + (i + u) * ldf + j);
       transpose_square<C>(v);
-      for (int64_t u = 0; u < W; ++u) store_vector(to + (j + u) * ldt + i, v[u]);
+      for (int64_t u = 0; u < W; ++u) {
+        To* target = to + (j + u) * ldt + i;
+        store_vector(target, ADD ? load_vector(target) + v[u] : v[u]);
+      }
     }
     for (; j < n; ++j) {
-      for (int64_t u = i; u < i + W; ++u) store(to + j * ldt + u, load(from + u * ldf + j));
+      for (int64_t u = i; u < i + W; ++u) one(from + u * ldf + j, to + j * ldt + u);
     }
   }
   for (int64_t j = 0; j < n; ++j) {
-    for (int64_t u = i; u < m; ++u) store(to + j * ldt + u, load(from + u * ldf + j));
+    for (int64_t u = i; u < m; ++u) one(from + u * ldf + j, to + j * ldt + u);
   }
 }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "common/large_pages.h"
+
 namespace clk {
 namespace moe {
 namespace {
@@ -64,9 +66,9 @@ View view_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0)
 
 Tensor empty_rows(const Tensor& x) {
   if (!x.is_contiguous() && torch::stable::transpose(x, 0, 1).is_contiguous()) {
-    return torch::stable::transpose(torch::stable::new_empty(x, {x.size(1), x.size(0), x.size(2)}), 0, 1);
+    return torch::stable::transpose(on_large_pages(torch::stable::new_empty(x, {x.size(1), x.size(0), x.size(2)})), 0, 1);
   }
-  return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  return on_large_pages(torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}));
 }
 
 void fill(Problem& p, const Shape& s, const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const Tensor& up_bias, double scale,

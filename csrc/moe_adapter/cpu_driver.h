@@ -70,18 +70,22 @@ struct Grouping {
   int64_t tiles() const { return static_cast<int64_t>(entries.size()); }
 };
 
-// Calls `run(tile, scratch)` for all tiles, in parallel; for tokens routed one by one, slot after slot.
+// Calls `run(tile, scratch)` for the tiles of some samples, in parallel; for tokens routed one by one, slot after slot.
 class Tiles {
  public:
   Tiles(const Shape& shape, const int64_t* expert_ids);
   // Whether rows are visited once per slot, so that 16-bit results need `sums` between the visits.
   bool revisits() const { return passes_.size() > 2; }
+  // Whether the tiles of some samples alone can be asked for.
+  bool by_sample() const { return !gathered_; }
 
   template <typename Run>
-  void for_each(const Problem& problem, Run run) const {
+  void for_each(const Problem& problem, int64_t first_sample, int64_t end_sample, Run run) const {
     const int64_t bytes = CLK_CALL(tile_scratch, problem);
     for (size_t pass = 0; pass + 1 < passes_.size(); ++pass) {
-      torch::stable::parallel_for(passes_[pass], passes_[pass + 1], grain_, [&](int64_t begin, int64_t end) {
+      const int64_t first = gathered_ ? passes_[pass] : first_sample * tiles_per_sample_;
+      const int64_t last = gathered_ ? passes_[pass + 1] : end_sample * tiles_per_sample_;
+      torch::stable::parallel_for(first, last, grain_, [&](int64_t begin, int64_t end) {
         const std::unique_ptr<char[]> memory(new char[static_cast<size_t>(bytes) + 64]);
         char* scratch = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
         for (int64_t i = begin; i < end; ++i) run(tile(i), scratch);

@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> moe_adapter_cpu(Tensor x, Tensor expert_ids, Tensor g
     sums = torch::stable::new_empty(x, {s.batch, s.length, s.width}, ScalarType::Float);
     op.sums = sums->data_ptr();
   }
-  tiles.for_each(op, [&](const Tile& tile, void* scratch) { CLK_CALL(forward_tile, op, tile, scratch); });
+  tiles.for_each(op, 0, s.batch, [&](const Tile& tile, void* scratch) { CLK_CALL(forward_tile, op, tile, scratch); });
   return {out, hidden};
 }
 

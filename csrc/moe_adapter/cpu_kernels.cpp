@@ -44,10 +44,12 @@ int64_t tile_scratch(const Problem& problem) {
   return problem.type == Element::f64 ? measure<double, Scratch>(problem) : measure<float, Scratch>(problem);
 }
 
-int64_t gradient_columns(Element type, int64_t width, int64_t experts, int64_t tasks) {
+int64_t gradient_columns(Element type, int64_t width, int64_t threads) {
   const int64_t panel = type == Element::f64 ? panel_width<double>(width) : panel_width<float>(width);
-  const int64_t wanted = (experts * width / tasks + panel - 1) / panel * panel;
-  return wanted < panel ? panel : wanted < kGradientColumns ? wanted : kGradientColumns;
+  const int64_t panels = (width + panel - 1) / panel;
+  const int64_t fewest = (width + kGradientColumns - 1) / kGradientColumns;
+  const int64_t blocks = (fewest + threads - 1) / threads * threads;
+  return (panels + blocks - 1) / blocks * panel;
 }
 
 int64_t gradient_scratch(const Problem& problem) {
@@ -60,6 +62,10 @@ void backward_tile(const Backward& op, const Tile& tile, void* scratch) { CLK_EL
 
 void gradient_block(const ExpertGradients& op, int64_t first_column, int64_t columns, void* scratch) {
   CLK_ELEMENT(op.type, T, gradient<T>(op, first_column, columns, scratch));
+}
+
+void store_numbers(Element type, const void* from, int64_t n, void* to) {
+  CLK_ELEMENT(type, T, convert(static_cast<const compute_t<T>*>(from), n, static_cast<T*>(to)));
 }
 
 }  // namespace CLK_ISA

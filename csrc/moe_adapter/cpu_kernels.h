@@ -47,7 +47,8 @@ struct Backward : Problem {
   View grad, grad_x;
   const void* hidden;  // (B, k, L, R)
   void* gate_terms;    // (B, k, L) compute type, one term of the gate gradient per token; or null
-  void* grad_pre;      // (B, k, L, R) compute type, gradient before the ReLU; or null
+  void* grad_pre;      // (B, k, L, R) compute type from row first_row on, gradient before the ReLU; or null
+  int64_t first_row;
 };
 
 // Rows that are handled together: consecutive tokens of one sample; or, with `gathered`, linear token indices b L + l. All have the same
@@ -61,14 +62,16 @@ struct Tile {
   int64_t following;   // gathered rows of the next tile, whose indices come after those of this one
 };
 
-// The gradients of one expert's weights from the (sample, slot) pairs that chose it, in their order.
+// The gradients of one expert's weights from (sample, slot) pairs that chose it, in their order; added to what earlier pairs left.
 struct ExpertGradients : Problem {
   View x, grad;
   const void* hidden;    // (B, k, L, R)
-  const void* grad_pre;  // (B, k, L, R) compute type
+  const void* grad_pre;  // (B, k, L, R) compute type, from row first_row on
+  int64_t first_row;
   int64_t expert, count;
   const int64_t* pairs;  // (count), b k + j
-  void *down_weight, *down_bias, *up_weight, *up_bias;
+  bool first;            // whether no pair of this expert came before
+  void *down_weight, *down_bias, *up_weight, *up_bias;  // (R, D), (R), (D, R), (D), compute type
 };
 
 #define CLK_DECLARE(ISA)                                                                                               \
@@ -80,10 +83,11 @@ struct ExpertGradients : Problem {
   int64_t tile_scratch(const Problem& problem);                                                                        \
   void forward_tile(const Forward& op, const Tile& tile, void* scratch);                                               \
   void backward_tile(const Backward& op, const Tile& tile, void* scratch);                                             \
-  /* Columns of D per task, so that there are about `tasks` or as many as is sensible. */                             \
-  int64_t gradient_columns(Element type, int64_t width, int64_t experts, int64_t tasks);                               \
+  /* Columns of D per task: as many tasks as threads, or a multiple of that, unless they became too narrow. */         \
+  int64_t gradient_columns(Element type, int64_t width, int64_t threads);                                              \
   int64_t gradient_scratch(const Problem& problem);                                                                    \
   void gradient_block(const ExpertGradients& op, int64_t first_column, int64_t columns, void* scratch);                \
+  void store_numbers(Element type, const void* from, int64_t n, void* to); /* compute type to storage type */           \
   }
 CLK_DECLARE(baseline)
 CLK_DECLARE(avx2)

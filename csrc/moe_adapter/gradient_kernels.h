@@ -107,19 +107,25 @@ struct Ahead {
   }
 };
 
-// C (m, n) += Aᵀ B for A (K, m) and B (K, n), n a multiple of the panel width.
+// C (m, n) (+)= Aᵀ B for A (K, m) and B (K, n), n a multiple of the panel width.
 template <typename C, typename Step>
-void add_transposed_product(int64_t m, int64_t n, int64_t K, const C* a, int64_t lda, const C* b, int64_t ldb, C* c, int64_t ldc,
-                            Step step) {
+void add_transposed_product(int64_t m, int64_t n, int64_t K, Matrix<C> a, Matrix<C> b, C* c, int64_t ldc, bool accumulate, Step step) {
   const int64_t width = panel_width<C>(n), tiles = (m + kTileRows - 1) / kTileRows;
   for (int64_t panel = 0; panel < n; panel += width) {
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t first = m * t / tiles;
       const int rows = static_cast<int>(m * (t + 1) / tiles - first);
-      multiply_panel<C, true>(rows, a + first, lda, b + panel, ldb, K, width, c + first * ldc + panel, ldc, true);
+      multiply_panel<C, true>(rows, a.data + first, a.ld, b.data + panel, b.ld, K, width, c + first * ldc + panel, ldc, accumulate);
       step();
     }
   }
+}
+
+// to (n) = from, or += from.
+template <typename C>
+void pass_on(const C* from, int64_t n, C* to, bool add) {
+  if (!add) return convert(from, n, to);
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
 }
 
 template <typename T>
@@ -129,8 +135,6 @@ void gradient(const ExpertGradients& op, int64_t first_column, int64_t columns, 
   const GradientScratch<C> s(arena, op);
   const int64_t rank = op.rank, n = padded<C>(columns), tiles = 2 * (rank / kTileRows + 1) * (n / panel_width<C>(n));
   const int64_t lines = (columns * static_cast<int64_t>(sizeof(T)) + 63) / 64;
-  for (int64_t i = 0; i < rank * s.ldd; ++i) s.down[i] = C(0);
-  for (int64_t i = 0; i < (rank + 1) * s.ldd; ++i) s.up[i] = C(0);
   for (int64_t r = 0; r < rank; ++r) s.down_bias[r] = C(0);
 
   const Chunks chunks(op);
@@ -145,10 +149,10 @@ void gradient(const ExpertGradients& op, int64_t first_column, int64_t columns, 
         grad = {row.grad + first_column, op.grad.token_stride};
       }
     }
-    if (chunks.whole) pre.data = static_cast<const C*>(op.grad_pre) + row.index * rank;
+    if (chunks.whole) pre.data = static_cast<const C*>(op.grad_pre) + (row.index - op.first_row) * rank;
     for (int64_t i = 0; i < rows; ++i, row.advance()) {
       const C weight = row.template weight<C>();
-      const C* grad_pre = static_cast<const C*>(op.grad_pre) + row.index * rank;
+      const C* grad_pre = static_cast<const C*>(op.grad_pre) + (row.index - op.first_row) * rank;
       if (!in_place) {
         C *x_row = s.x + i * s.ldd, *grad_row = s.grad + i * s.ldd;
         convert(row.x + first_column, columns, x_row);
@@ -168,16 +172,21 @@ void gradient(const ExpertGradients& op, int64_t first_column, int64_t columns, 
     Ahead<T> ahead{row, after, first_column, lines};
     const int64_t share = (after * lines + tiles - 1) / tiles;
     const auto step = [&] { ahead.fetch(share); };
-    add_transposed_product(rank, n, rows, pre.data, pre.ld, x.data, x.ld, s.down, s.ldd, step);
-    add_transposed_product(rank + 1, n, rows, s.hidden, s.ldr, grad.data, grad.ld, s.up, s.ldd, step);
+    add_transposed_product(rank, n, rows, pre, x, s.down, s.ldd, chunk > 0, step);
+    add_transposed_product(rank + 1, n, rows, Matrix<C>{s.hidden, s.ldr}, grad, s.up, s.ldd, chunk > 0, step);
   }
 
-  T* down = static_cast<T*>(op.down_weight) + op.expert * rank * op.width + first_column;
-  T* up = static_cast<T*>(op.up_weight) + (op.expert * op.width + first_column) * rank;
-  for (int64_t r = 0; r < rank; ++r) convert(s.down + r * s.ldd, columns, down + r * op.width);
-  transposed_copy(s.up, s.ldd, rank, columns, up, rank);
-  convert(s.up + rank * s.ldd, columns, static_cast<T*>(op.up_bias) + op.expert * op.width + first_column);
-  if (first_column == 0) convert(s.down_bias, rank, static_cast<T*>(op.down_bias) + op.expert * rank);
+  const bool add = !op.first;
+  C* down = static_cast<C*>(op.down_weight) + first_column;
+  C* up = static_cast<C*>(op.up_weight) + first_column * rank;
+  for (int64_t r = 0; r < rank; ++r) pass_on(s.down + r * s.ldd, columns, down + r * op.width, add);
+  if (add) {
+    transposed_copy<true>(s.up, s.ldd, rank, columns, up, rank);
+  } else {
+    transposed_copy(s.up, s.ldd, rank, columns, up, rank);
+  }
+  pass_on(s.up + rank * s.ldd, columns, static_cast<C*>(op.up_bias) + first_column, add);
+  if (first_column == 0) pass_on(s.down_bias, rank, static_cast<C*>(op.down_bias), add);
 }
 
 }  // namespace

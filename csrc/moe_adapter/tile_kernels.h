@@ -290,7 +290,7 @@ void backward(const Backward& op, const Tile& t, void* memory) {
       const C factor = gates[rows.sample[i] * op.slots + j] * scale * grown;
       for (int64_t r = 0; r < op.rank; ++r) line[r] = load(h + r) <= C(0) ? C(0) : factor * line[r];
       if (grad_pre) {
-        convert(line, op.rank, grad_pre + index * op.rank);
+        convert(line, op.rank, grad_pre + (index - op.first_row) * op.rank);
       }
     }
     s.expert[active++] = e;

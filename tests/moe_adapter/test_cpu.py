@@ -38,6 +38,7 @@ SHAPES = [
     (2, 230, 64, 64, 3, 2),  # several chunks of a sample, weights and rows used where they lie
     (9, 21, 64, 13, 2, 1),  # chunks that span samples
     (300, None, 40, 20, 2, 2),  # tokens grouped by both experts at once
+    (14, 210, 768, 8, 3, 2),  # several pieces of the batch in every dtype
 ]
 
 
@@ -171,9 +172,9 @@ def test_extreme_values_stay_finite_and_nan_shows():
     assert out.isnan().sum() == out.shape[-1]
 
 
-@pytest.mark.parametrize("length", [13, None])
-def test_same_bits_for_any_number_of_threads(length):
-    case = make(30, length, 64, 24, 5, 2)
+@pytest.mark.parametrize("shape", [(30, 13, 64, 24, 5, 2), (30, None, 64, 24, 5, 2), (14, 210, 768, 8, 3, 2)])
+def test_same_bits_for_any_number_of_threads(shape):
+    case = make(*shape)
     threads = torch.get_num_threads()
     try:
         found = []
