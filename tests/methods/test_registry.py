@@ -28,9 +28,13 @@ def test_contract(name: str, tasks: list[Task], reference: Reference) -> None:
     assert not scores.requires_grad
     plain = METHODS["zero_shot"](build_backbone(), METHODS["zero_shot"].Config())
     assert torch.equal(scores, plain.logits(images, tasks[0]))
-    assert method.steps(tasks[0]) == (0 if not method.trains else 1 if method.closed_form else config.iterations + 1)
     if method.trains and not method.closed_form:
+        stages = method.stages(tasks[0])
+        assert (stages[0].steps, stages[0].lr) == (config.iterations + 1, config.lr)
+        assert method.steps(tasks[0]) == sum(stage.steps for stage in stages)
         assert method.learning_rate(tasks[0]) == config.lr
+    else:
+        assert method.steps(tasks[0]) == (1 if method.trains else 0)
 
 
 def test_zero_shot_has_nothing_to_train(tasks: list[Task], batches: Callable[..., list[Batch]]) -> None:

@@ -1,6 +1,7 @@
 """Continual-learning methods by name."""
 
 from cl_methods.methods.base import Batch, Facts, Method, Stage
+from cl_methods.methods.clap4clip import CLAP4CLIP
 from cl_methods.methods.clipood import CLIPood
 from cl_methods.methods.ewc import EWC
 from cl_methods.methods.finetune import FineTune
@@ -40,11 +41,13 @@ METHODS: dict[str, type[Method]] = {
         RanPAC,
         LoRanPAC,
         PROOF,
+        CLAP4CLIP,
         Joint,
     )
 }
 
 __all__ = [
+    "CLAP4CLIP",
     "EWC",
     "METHODS",
     "PROOF",

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from cl_methods.methods.exemplars import Selection
+
 Uncertainty = Literal["confidence", "energy", "entropy", "variance"]
 
 
@@ -48,3 +50,23 @@ def uncertainty(scores: Tensor, kind: Uncertainty = "energy") -> Tensor:
         return probabilities.var(dim=0).sum(dim=-1)
     mean = probabilities.mean(dim=0)
     return 1 - mean.amax(dim=-1) if kind == "confidence" else torch.special.entr(mean).sum(dim=-1)
+
+
+def by_uncertainty(values: Tensor, keep: Literal["uncertain", "certain"] = "uncertain") -> Selection:
+    """Selection of exemplars by an uncertainty of each; equal ones in the order of the images.
+
+    Args:
+        values: (N,) of all images of a task, from :func:`uncertainty`.
+        keep: which end comes first.
+
+    Raises:
+        ValueError: ``keep`` is neither.
+    """
+    if keep not in ("uncertain", "certain"):
+        raise ValueError(f"keep: expected uncertain or certain, got {keep!r}")
+    values = values.detach().cpu()
+
+    def select(rows: Tensor, count: int) -> Tensor:
+        return rows[values[rows].argsort(descending=keep == "uncertain", stable=True)[:count]]
+
+    return select
