@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -21,9 +22,11 @@ from open_clip.transformer import QuickGELU  # noqa: E402
 Transform = Callable[[Any], Tensor]
 
 
-def load_open_clip(
-    model: str, pretrained: str | None
-) -> tuple[nn.Module, Callable[[Sequence[str]], Tensor], Transform, Transform]:
+Parts = tuple[nn.Module, Callable[[Sequence[str]], Tensor], Transform, Transform]
+"""Network, tokenizer, training transform, evaluation transform."""
+
+
+def load_open_clip(model: str, pretrained: str | None) -> Parts:
     """(network, tokenizer, training transform, evaluation transform) of an open_clip model.
 
     Args:
@@ -35,11 +38,35 @@ def load_open_clip(
         FileNotFoundError: the weights are neither on disk nor can they be downloaded.
     """
     local = model.startswith("local-dir:")
-    if not local and open_clip.get_model_config(model) is None:
-        raise ValueError(f"model: expected 'mini' or one of open_clip.list_models(), got {model!r}")
+    if not local:
+        _check_name(model)
     if not local and pretrained is None:
         raise ValueError(f"pretrained: {model} needs weights; give the path of a checkpoint, or an open_clip tag")
-    network = _network(model, pretrained)
+    return _parts(model, _network(model, pretrained))
+
+
+def untrained_open_clip(model: str) -> Parts:
+    """The same with random weights: for counting and timing, which do not need trained ones.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    _check_name(model)
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # that the weights are random is the point here
+    try:
+        return _parts(model, open_clip.create_model(model))
+    finally:
+        logger.setLevel(level)
+
+
+def _check_name(model: str) -> None:
+    if open_clip.get_model_config(model) is None:
+        raise ValueError(f"model: expected 'mini' or one of open_clip.list_models(), got {model!r}")
+
+
+def _parts(model: str, network: nn.Module) -> Parts:
     return network, open_clip.get_tokenizer(model), *image_transforms(open_clip.get_model_preprocess_cfg(network))
 
 

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from cl_methods.methods import METHODS
+from cl_methods.methods.parameter_counts import trainable_parameters
 from cl_methods.scenarios import SCENARIOS
+
+DESCRIPTION = """List methods and scenarios, or count what the methods train.
+
+`clk run --method NAME --help` shows a method's settings."""
+
+
+@dataclass
+class Options:
+    """What to print.
+
+    Attributes:
+        count: open_clip model over which to count the parameters that each method trains; no weights are needed.
+        classes: classes of the task for which they are counted.
+    """
+
+    count: str | None = None
+    classes: int = 100
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print what there is to choose from: methods with what they train, store and use; scenarios.
-
-    Raises:
-        ValueError: there are arguments.
-    """
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(
-            "usage: clk methods\n\nList methods and scenarios. `clk run --method NAME --help` shows a method's settings."
-        )
-        return 0
-    if arguments:
-        raise ValueError(f"expected no arguments, got {' '.join(arguments)}")
+    """Print what there is to choose from: methods with what they train, store and use; scenarios."""
+    options = tyro.cli(Options, args=list(arguments), prog="clk methods", description=DESCRIPTION)
     console = Console()
+    if options.count is not None:
+        console.print(_counts(options.count, options.classes))
+        return 0
     methods = _table("methods")
     for name, method in METHODS.items():
         methods.add_row(Text(name, "bold"), _first_line(method))
@@ -43,6 +56,16 @@ def main(arguments: Sequence[str]) -> int:
         scenarios.add_row(Text(name, "bold"), text)
     console.print(scenarios)
     return 0
+
+
+def _counts(model: str, classes: int) -> Table:
+    table = Table(title=f"parameters trained on a first task of {classes} classes, {model}", title_justify="left")
+    table.add_column("method")
+    table.add_column("trainable", justify="right")
+    table.add_column("share of the model", justify="right")
+    for row in trainable_parameters(model, classes):
+        table.add_row(row.method, f"{row.trainable:,}", f"{100 * row.trainable / row.model:.2f} %")
+    return table
 
 
 def _table(title: str) -> Table:
