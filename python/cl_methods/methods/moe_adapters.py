@@ -15,6 +15,7 @@ from cl_methods.backbone import Backbone
 from cl_methods.methods.base import Batch, Facts, Method
 from cl_methods.methods.config import TrainConfig, check_field
 from cl_methods.methods.ddas import DDAS, DDASConfig
+from cl_methods.methods.density_selector import DensityConfig, DensitySelector
 from cl_methods.methods.expert_adamw import ExpertAdamW
 from cl_methods.scenarios.base import Reference, Task
 
@@ -33,8 +34,9 @@ class MoEAdaptersConfig(TrainConfig):
         text_adapters: adapters in the text tower too.
         routers: one per task (``task``), or one for all (``shared``, class-incremental form).
         freeze: most used experts per block that stop training after each task; 0 for none.
-        detection: who chooses the router of a test image: ``ddas``, or ``none`` for the one shared router.
-        ddas: settings of the detector.
+        detection: who chooses the router of a test image: ``ddas``, ``density``, or ``none`` for the one shared router.
+        ddas: settings of the autoencoders (:class:`~cl_methods.methods.ddas.DDAS`).
+        density: settings of the densities (:class:`~cl_methods.methods.density_selector.DensitySelector`).
     """
 
     lr: float = 1e-3
@@ -47,13 +49,14 @@ class MoEAdaptersConfig(TrainConfig):
     text_adapters: bool = True
     routers: Literal["task", "shared"] = "task"
     freeze: int = 2
-    detection: Literal["ddas", "none"] = "ddas"
+    detection: Literal["ddas", "density", "none"] = "ddas"
     ddas: DDASConfig = field(default_factory=DDASConfig)
+    density: DensityConfig = field(default_factory=DensityConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_field(self, "routers", ("task", "shared"))
-        check_field(self, "detection", ("ddas", "none"))
+        check_field(self, "detection", ("ddas", "density", "none"))
         for name in ("experts", "bottleneck", "scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
@@ -65,7 +68,7 @@ class MoEAdaptersConfig(TrainConfig):
             raise ValueError(f"dropout: expected 0 <= value < 1, got {self.dropout}")
         if self.routers == "task" and self.detection == "none":
             raise ValueError("detection: 'none' leaves open which task's router to use; set routers to 'shared'")
-        if self.routers == "shared" and self.detection == "ddas":
+        if self.routers == "shared" and self.detection != "none":
             raise ValueError("detection: a shared router needs no detector; set detection to 'none'")
 
 
@@ -85,7 +88,7 @@ class MoEAdapters(Method):
     facts: ClassVar[Facts] = Facts(
         source="Yu et al., CVPR 2024",
         trains="experts and one router per block",
-        carries="routers, one autoencoder per task",
+        carries="routers, one autoencoder or density per task",
         test_time="a detector's guess of the task",
     )
     Config: ClassVar[type[TrainConfig]] = MoEAdaptersConfig
@@ -103,7 +106,11 @@ class MoEAdapters(Method):
             dropout=config.dropout,
             text=config.text_adapters,
         )
-        self.detector = DDAS(backbone, config.ddas) if config.detection == "ddas" else None
+        self.detector: DDAS | DensitySelector | None = None
+        if config.detection == "ddas":
+            self.detector = DDAS(backbone, config.ddas)
+        elif config.detection == "density":
+            self.detector = DensitySelector(backbone, config.density)
         self.router: int | None = None
         self._texts: Tensor | None = None
         self._routed: dict[tuple[int | None, tuple[str, ...]], Tensor] = {}
@@ -169,14 +176,14 @@ class MoEAdapters(Method):
         if self.detector is not None:
             self._teach_detector(self.detector, index, task)
 
-    def _teach_detector(self, detector: DDAS, index: int, task: Task) -> None:
+    def _teach_detector(self, detector: DDAS | DensitySelector, index: int, task: Task) -> None:
         if index == 0:
             if self.reference is not None and len(self.reference.images):
                 detector.learn_generic(self.reference.images)
             else:
                 warnings.warn(
-                    "moe_adapters: this scenario has no reference images, so the detector has no autoencoder of generic "
-                    "data; the threshold alone keeps unseen images on the plain model",
+                    "moe_adapters: this scenario has no reference images, so the detector has no model of generic data; "
+                    "the threshold alone keeps unseen images on the plain model",
                     stacklevel=2,
                 )
         detector.learn_task(index, task.train, task.validation)
@@ -211,28 +218,32 @@ class MoEAdapters(Method):
         self._routed.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Adapters (``adapters.``) and detector (``ddas.``); the CLIP weights are never changed and not included."""
+        """Adapters (``adapters.``) and detector (``ddas.`` or ``density.``); the CLIP weights never change and are not included."""
         state = {f"adapters.{name}": value for name, value in self.adapters.state_dict().items()}
         if self.detector is not None:
-            state.update({f"ddas.{name}": value for name, value in self.detector.state_dict().items()})
+            state.update(
+                {f"{self.config.detection}.{name}": value for name, value in self.detector.state_dict().items()}
+            )
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore :meth:`state_dict`, creating the routers and autoencoders that it holds.
+        """Restore :meth:`state_dict`, creating the routers and the models of the detector that it holds.
 
         Raises:
             RuntimeError: the state is not one of this method.
         """
-        parts: dict[str, dict[str, Tensor]] = {"adapters": {}, "ddas": {}}
+        parts: dict[str, dict[str, Tensor]] = {"adapters": {}, self.config.detection: {}}
         for name, value in state.items():
             part, _, rest = name.partition(".")
             if part not in parts:
-                raise RuntimeError(f"state: {name!r} is no tensor of moe_adapters")
+                raise RuntimeError(
+                    f"state: {name!r} is no tensor of moe_adapters with detection {self.config.detection}"
+                )
             parts[part][rest] = value
         routers = 1 + max((int(name.split(".")[3]) for name in parts["adapters"] if ".routers." in name), default=-1)
         for block in self.adapters.each():
             block.add_routers(routers)
         self.adapters.load_state_dict(parts["adapters"])
         if self.detector is not None:
-            self.detector.load_state(parts["ddas"])
+            self.detector.load_state(parts[self.config.detection])
         self.forget_classifiers()
