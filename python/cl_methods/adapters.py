@@ -122,7 +122,7 @@ class MountedAdapters(nn.Module):
         super().__init__()
         if not 1 <= top_k <= experts:
             raise ValueError(f"top_k: expected 1 to experts = {experts}, got {top_k}")
-        self._hosts = _residual_blocks(backbone, text)
+        self._hosts = residual_blocks(backbone, text)
         self.blocks = nn.ModuleDict(
             {
                 name: BlockAdapters(block.ln_2.weight.shape[0], experts, bottleneck, top_k, scale, dropout)
@@ -163,7 +163,13 @@ class MountedAdapters(nn.Module):
             yield block
 
 
-def _residual_blocks(backbone: Backbone, text: bool) -> dict[str, Any]:
+def residual_blocks(backbone: Backbone, text: bool) -> dict[str, Any]:
+    """Blocks on which nothing is mounted yet, by name: ``visual_0``, …, and ``text_0``, … if ``text``.
+
+    Raises:
+        TypeError: a block is not open_clip's residual attention block.
+        ValueError: a block already carries something.
+    """
     towers = {"visual": backbone.model.visual} | ({"text": backbone.text_tower} if text else {})
     found: dict[str, Any] = {}
     for tower_name, tower in towers.items():

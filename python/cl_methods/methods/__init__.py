@@ -3,6 +3,7 @@
 from cl_methods.methods.base import Batch, Facts, Method, Stage
 from cl_methods.methods.clap4clip import CLAP4CLIP
 from cl_methods.methods.clipood import CLIPood
+from cl_methods.methods.diki import DIKI
 from cl_methods.methods.ewc import EWC
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.icarl import ICaRL
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
         ZSCL,
         SnD,
         MoEAdapters,
+        DIKI,
         RanPAC,
         LoRanPAC,
         PROOF,
@@ -48,6 +50,7 @@ METHODS: dict[str, type[Method]] = {
 
 __all__ = [
     "CLAP4CLIP",
+    "DIKI",
     "EWC",
     "METHODS",
     "PROOF",
