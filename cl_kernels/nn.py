@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from cl_kernels.averager import BetaWeights, WeightAverager
 from cl_kernels.distill_kl import distill_kl
-from cl_kernels.gating import top_k_gating
-from cl_kernels.moe_adapter import moe_adapter
+from cl_kernels.routed import routed_adapter
 
 __all__ = ["AdapterExperts", "BetaWeights", "DistillKL", "MoEAdapter", "WeightAverager"]
 
@@ -78,10 +77,17 @@ class AdapterExperts(nn.Module):
             ValueError: shapes do not fit.
         """
         noise = torch.randn(len(x), w_gate.shape[1], dtype=x.dtype, device=x.device) if noisy else None
-        gates, expert_ids, usage = top_k_gating(x[:, 0], w_gate, w_noise if noisy else None, k=self.k, noise=noise)
-        dropout = self.dropout if training else 0.0
-        out = moe_adapter(x, expert_ids, gates, *self.experts, scale=self.scale, dropout_p=dropout, residual=residual)
-        return out, usage
+        return routed_adapter(
+            x,
+            w_gate,
+            w_noise if noisy else None,
+            *self.experts,
+            k=self.k,
+            noise=noise,
+            scale=self.scale,
+            dropout_p=self.dropout if training else 0.0,
+            residual=residual,
+        )
 
 
 class MoEAdapter(AdapterExperts):

@@ -49,31 +49,59 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(x, w_gate, w_noise, noise, gates, expert_ids)
 
 
-def _backward(ctx: Any, grad_gates: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_noise: Tensor | None,
+    noise: Tensor | None,
+    gates: Tensor,
+    expert_ids: Tensor,
+    need_x: bool,
+    need_gate: bool,
+    need_noise: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradient of the softmax over the kept logits, spread over (B, E); then two thin matrix products per input.
 
     A few small PyTorch operations: E is at most some dozens, and written like this it can be differentiated again.
     """
-    if grad_gates is None:
-        return (None,) * 5
-    x, w_gate, w_noise, noise, gates, expert_ids = ctx.saved_tensors
     compute = gates.dtype
     wide, gate = x.to(compute), w_gate.to(compute)
-    kept = torch.ops.aten._softmax_backward_data(grad_gates, gates, 1, compute)  # (B, k)
+    kept = torch.ops.aten._softmax_backward_data(grad, gates, 1, compute)  # (B, k)
     logits = kept.new_zeros(x.shape[0], w_gate.shape[1]).scatter(
         1, expert_ids, kept
     )  # (B, E): ids of a row are distinct
-    grad_x = logits @ gate.T if ctx.needs_input_grad[0] else None
-    grad_gate = (wide.T @ logits).to(w_gate.dtype) if ctx.needs_input_grad[1] else None
+    grad_x = logits @ gate.T if need_x else None
+    grad_gate = (wide.T @ logits).to(w_gate.dtype) if need_gate else None
     grad_noise_weight = None
-    if noise is not None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]):
+    if noise is not None and w_noise is not None and (need_x or need_noise):
         noise_weight = w_noise.to(compute)
         spread = torch.ops.aten.softplus_backward(logits * noise.to(compute), wide @ noise_weight, 1, 20)  # (B, E)
         if grad_x is not None:
             grad_x = torch.addmm(grad_x, spread, noise_weight.T)
-        if ctx.needs_input_grad[2]:
+        if need_noise:
             grad_noise_weight = (wide.T @ spread).to(w_noise.dtype)
-    return None if grad_x is None else grad_x.to(x.dtype), grad_gate, grad_noise_weight, None, None
+    return None if grad_x is None else grad_x.to(x.dtype), grad_gate, grad_noise_weight
+
+
+def fused_gradients(grad: Tensor, x: Tensor, w_gate: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    """:func:`gradients` in two launches, unless it is to be differentiated again or E is beyond what its tiles hold."""
+    if torch.is_grad_enabled() or w_gate.shape[1] > FUSED_EXPERTS:
+        return gradients(grad, x, w_gate, *rest)
+    *tensors, need_x, need_gate, need_noise = rest
+    needs = (need_x, need_gate, need_noise and tensors[1] is not None)
+    found = library.operator("top_k_gating_backward", "triton")(grad, x, w_gate, *tensors, *needs)
+    return tuple(gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
+
+
+GRADIENTS = {"reference": gradients, "cpu": gradients, "triton": fused_gradients}
+"""What computes the gradients of x, w_gate and w_noise for each backend."""
+
+
+def _backward(backend: str, ctx: Any, grad_gates: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_gates is None:
+        return (None,) * 5
+    return (*GRADIENTS[backend](grad_gates, *ctx.saved_tensors, *ctx.needs_input_grad[:3]), None, None)
 
 
 def _triton(
@@ -104,30 +132,17 @@ def _fake_backward(
     )
 
 
-def _fused_backward(ctx: Any, grad_gates: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The same in two launches, unless it is to be differentiated again or E is beyond what its tiles hold."""
-    x, w_gate, w_noise, noise, gates, expert_ids = ctx.saved_tensors
-    if grad_gates is None:
-        return (None,) * 5
-    if torch.is_grad_enabled() or w_gate.shape[1] > FUSED_EXPERTS:
-        return _backward(ctx, grad_gates, *grads)
-    needs = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[2] and noise is not None)
-    found = library.operator("top_k_gating_backward", "triton")(
-        grad_gates, x, w_gate, w_noise, noise, gates, expert_ids, *needs
-    )
-    return (*(grad if needed else None for grad, needed in zip(found, needs, strict=True)), None, None)
-
-
 def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from cl_kernels.gating import triton_backward
 
     return triton_backward.top_k_gating_backward(*args)
 
 
-for _namespace, _gradient in ((library.COMPILED, _backward), (library.TRITON, _fused_backward)):
-    library.definitions[_namespace]._register_fake("top_k_gating", _fake)
+for _namespace, _backend in ((library.COMPILED, "cpu"), (library.TRITON, "triton")):
+    _library = library.definitions[_namespace]
+    _library._register_fake("top_k_gating", _fake)
     torch.library.register_autograd(
-        f"{_namespace}::top_k_gating", _gradient, setup_context=_setup_context, lib=library.definitions[_namespace]
+        f"{_namespace}::top_k_gating", partial(_backward, _backend), setup_context=_setup_context, lib=_library
     )
 library.definitions[library.TRITON]._register_fake("top_k_gating_backward", _fake_backward)
 for _key in ("CUDA", "CPU") if dispatch.INTERPRETING else ("CUDA",):

@@ -60,6 +60,41 @@ def moe_adapter(
     Source: MoE-Adapters4CL (Yu et al., CVPR 2024), equations 2 to 4.
     """
     weights = {"down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias}
+    return with_hidden(
+        x, expert_ids, gates, weights, scale=scale, dropout_p=dropout_p, residual=residual, backend=backend
+    )[0]
+
+
+def with_hidden(
+    x: Tensor,
+    expert_ids: Tensor,
+    gates: Tensor,
+    weights: dict[str, Tensor],
+    *,
+    scale: float,
+    dropout_p: float,
+    residual: Tensor | None,
+    backend: str | None,
+    save_hidden: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`moe_adapter`, and what its backward pass needs: the bottleneck (B, k, L, R) after ReLU and dropout.
+
+    Args:
+        x: (B, L, D) or (N, D).
+        expert_ids: (B, k) or (N, k).
+        gates: the same shape.
+        weights: the four weights by name.
+        scale: as there.
+        dropout_p: as there.
+        residual: as there.
+        backend: as there.
+        save_hidden: keep the bottleneck even where autograd records nothing. It has zero elements where nobody needs it, and is
+            None on the reference.
+
+    Raises:
+        ValueError: as there.
+        TypeError: as there.
+    """
     _check_types(x, expert_ids, gates, weights, residual)
     _check_shapes(x, expert_ids, gates, weights, residual)
     if not 0.0 <= dropout_p < 1.0:
@@ -83,15 +118,16 @@ def moe_adapter(
         float(scale),
         float(dropout_p),
     )
+    hidden = None
     if chosen == "reference":
         out = reference.moe_adapter(*inputs)
     else:
         differentiable = (x, gates, inside, *weights.values())
-        save_hidden = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-        out, _ = autograd.operator(chosen)(*inputs, save_hidden)
+        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+        out, hidden = autograd.operator(chosen)(*inputs, save_hidden or recorded)
     if tokens:
         out = out.squeeze(1)
-    return out if residual is None or inside is not None else (residual + out).to(residual.dtype)
+    return out if residual is None or inside is not None else (residual + out).to(residual.dtype), hidden
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import cl_kernels as clk
+from cl_kernels.gating import autograd
 from cl_methods.adapters import BlockAdapters
 from cl_methods.methods import METHODS, Batch, Method
 from cl_methods.training.loop import train_on_batches
@@ -47,10 +48,20 @@ def test_block(case: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def noting(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         chosen["gates"], chosen["experts"], chosen["usage"] = gating(*args, **options)
-        chosen["gates"].retain_grad()
+        if chosen["gates"].requires_grad:
+            chosen["gates"].retain_grad()
         return chosen["gates"], chosen["experts"], chosen["usage"]
 
-    monkeypatch.setattr("cl_kernels.nn.top_k_gating", noting)
+    def noting_gradient(gradients: Any) -> Any:
+        def noted(grad: Tensor, *rest: Any) -> Any:
+            chosen["gradient"] = grad
+            return gradients(grad, *rest)
+
+        return noted
+
+    monkeypatch.setattr("cl_kernels.routed.top_k_gating", noting)
+    for backend, gradients in autograd.GRADIENTS.items():
+        monkeypatch.setitem(autograd.GRADIENTS, backend, noting_gradient(gradients))
     out = block(x, torch.zeros_like(x), 0, training=True, noise=noisy)
     out.backward(tensors["upstream"])
 
@@ -59,7 +70,9 @@ def test_block(case: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(block.step_usage, (expected["gates"] > 0).sum(dim=0))
     assert golden.max_error(dense, expected["gates"]) < FORWARD
     assert golden.max_error(out, expected["out"]) < FORWARD
-    gate_gradient = torch.zeros_like(dense).scatter(1, chosen["experts"], chosen["gates"].grad)
+    gate_gradient = torch.zeros_like(dense).scatter(
+        1, chosen["experts"], chosen["gradient"] if "gradient" in chosen else chosen["gates"].grad
+    )
     ours = {
         "grad_x1": x.grad,
         "grad_gates": gate_gradient,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cl_kernels as clk
 from cl_methods.adapters import MountedAdapters
 from cl_methods.backbone import Backbone
 from cl_methods.methods import Batch, MoEAdapters
@@ -101,6 +102,13 @@ def dense_mixture(
     return residual + scale * torch.einsum("be,beld->bld", dense, out)
 
 
+def dense_routed(
+    x: Tensor, w_gate: Tensor, w_noise: Tensor | None, *weights: Tensor, k: int, noise: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    gates, expert_ids, usage = clk.top_k_gating(x[:, 0], w_gate, w_noise, k=k, noise=noise)
+    return dense_mixture(x, expert_ids, gates, *weights, **options), usage
+
+
 def test_a_step_never_waits_for_the_device(
     backbone: Backbone, tasks: list[Task], batches: Callable[..., list[Batch]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +116,7 @@ def test_a_step_never_waits_for_the_device(
 
     The adapter operation itself, which on a CPU may be the plain reference, is replaced; kernels are tested on their own.
     """
-    monkeypatch.setattr("cl_kernels.nn.moe_adapter", dense_mixture)
+    monkeypatch.setattr("cl_kernels.nn.routed_adapter", dense_routed)
     config = MoEAdaptersConfig(experts=4, bottleneck=8, ddas=DDASConfig(features="backbone"))
     method = MoEAdapters(backbone, config)
     method.before_task(0, tasks[0])
