@@ -16,8 +16,9 @@ from trained import check_resuming, learn, state
 from cl_kernels.profile import ExtraMemory
 from cl_methods.backbone import Backbone
 from cl_methods.methods import Batch, MoEAdapters, densities
-from cl_methods.methods.densities import Density, Gaussian, KernelDensity, LowRankGaussian, shrunk
+from cl_methods.methods.densities import Density, Gaussian, KernelDensity, LowRankGaussian
 from cl_methods.methods.density_selector import DensityConfig, DensitySelector, decide
+from cl_methods.methods.gaussian import fit_gaussian
 from cl_methods.scenarios.base import Reference, Task, TensorImages
 
 CONFIG = DensityConfig(rank=4, shrinkage=0.05)
@@ -50,7 +51,7 @@ def test_gaussian_of_fewer_images_than_dimensions() -> None:
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_low_rank_gaussian(rank: int) -> None:
     features, test = correlated(60, 7), 2 * correlated(50, 7, 1)
-    mean, covariance = shrunk(features, 0.1)
+    mean, covariance = fit_gaussian(features, shrinkage=0.1)
     variances, vectors = torch.linalg.eigh(covariance)
     variances[:-rank] = variances[:-rank].mean()
     exact = MultivariateNormal(mean, vectors @ variances.diag() @ vectors.T)

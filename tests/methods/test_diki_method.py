@@ -70,6 +70,20 @@ def test_gaussians_against_the_definition() -> None:
         fit_gaussian(test[:1])
     with pytest.raises(ValueError, match="ridge: expected a number > 0, got 0"):
         fit_gaussian(test, 0)
+    with pytest.raises(ValueError, match="shrinkage: expected 0 <= value < 1, got 1"):
+        fit_gaussian(test, shrinkage=1)
+
+
+def test_shrinkage_keeps_densities_of_few_images_finite_in_size() -> None:
+    """Five images in eight dimensions: a sixth image of the same kind is impossible by the ridge alone."""
+    torch.manual_seed(0)
+    features, found = torch.randn(25, 8), []
+    for shrinkage in (0.0, 0.1):
+        gaussians = TaskGaussians()
+        gaussians.add(*fit_gaussian(features[:5], shrinkage=shrinkage))
+        found.append(float(gaussians.log_prob(features[5:]).mean()))
+    assert found[0] < -1e5
+    assert found[1] > -200
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -240,6 +254,8 @@ def test_the_order_of_calls_and_settings_are_checked(batches: Batches) -> None:
     for name in ("depth", "prompts", "ridge", "weight_scale", "text_levels"):
         with pytest.raises(ValueError, match=f"{name}: expected a number > 0, got 0"):
             DIKI.Config(**{name: 0})
+    with pytest.raises(ValueError, match="shrinkage: expected 0 <= value < 1, got 1"):
+        DIKI.Config(shrinkage=1)
     for name, others in (
         ("optimizer", "sgd, adamw"),
         ("scope", "sample, batch"),

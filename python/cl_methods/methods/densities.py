@@ -77,7 +77,7 @@ class Gaussian(Density):
         super().__init__()
         self._empty("mean", "factor", "peak")
         if features is not None:
-            mean, covariance = shrunk(features, shrinkage)
+            mean, covariance = fit_gaussian(features, shrinkage=shrinkage)
             factor, log_determinant = whiten(covariance)
             self._set(mean=mean, factor=factor, peak=_peak(len(mean), log_determinant))
 
@@ -113,7 +113,7 @@ class LowRankGaussian(Density):
             return
         if not rank < features.shape[1]:
             raise ValueError(f"rank: expected less than the width of the features, {features.shape[1]}, got {rank}")
-        mean, covariance = shrunk(features, shrinkage)
+        mean, covariance = fit_gaussian(features, shrinkage=shrinkage)
         variances, vectors = torch.linalg.eigh(covariance)
         large, noise = variances[-rank:], variances[:-rank].mean()
         # ||f - μ||²/σ² minus the squares of these products is the squared Mahalanobis distance
@@ -183,15 +183,6 @@ class KernelDensity(Density):
             total = torch.logaddexp(total, exponents.logsumexp(dim=1))
         count, width = self.centres.shape
         return total - math.log(count) - width * (self.bandwidth.log() + 0.5 * math.log(2 * math.pi))
-
-
-def shrunk(features: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and covariance (d, d) of ``features`` (N, d), the latter mixed with a multiple of the identity; float64."""
-    mean, covariance = fit_gaussian(features)
-    level = shrinkage * covariance.diagonal().mean()
-    covariance = (1 - shrinkage) * covariance
-    covariance.diagonal().add_(level)
-    return mean, covariance
 
 
 def _peak(width: int, log_determinant: Tensor) -> Tensor:

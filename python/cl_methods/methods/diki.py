@@ -28,6 +28,8 @@ class DIKIConfig(TrainConfig):
         depth: blocks of each tower that have prompts, from the first; all where a tower has fewer.
         prompts: per task and block.
         ridge: added to the diagonal of the features' covariance.
+        shrinkage: share of the covariance that is replaced by a multiple of the identity; with fewer training images than
+            features have numbers, weights of a task's own test images vanish without it.
         calibration: ``absolute`` puts log densities into the weight as they are (published, for features of width 512);
             ``held_out`` first takes off their mean over held-out images of the chosen task and divides by their standard
             deviation there.
@@ -46,6 +48,7 @@ class DIKIConfig(TrainConfig):
     depth: int = 8
     prompts: int = 8
     ridge: float = 1e-7
+    shrinkage: float = 0.0
     calibration: Literal["absolute", "held_out"] = "absolute"
     weight_scale: float = 512.0
     weight_offset: float = 1.0
@@ -60,6 +63,8 @@ class DIKIConfig(TrainConfig):
         for name in ("depth", "prompts", "ridge", "weight_scale", "text_levels"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+        if not 0 <= self.shrinkage < 1:
+            raise ValueError(f"shrinkage: expected 0 <= value < 1, got {self.shrinkage}")
 
 
 class DIKI(Method):
@@ -150,7 +155,8 @@ class DIKI(Method):
         train, held_out = task.train, None
         if self.config.calibration == "held_out":
             train, held_out = with_held_out(train, task.validation)
-        self.gaussians.add(*fit_gaussian(encode_source(self.backbone, train), self.config.ridge))
+        features = encode_source(self.backbone, train)
+        self.gaussians.add(*fit_gaussian(features, self.config.ridge, self.config.shrinkage))
         if held_out is not None:
             self.gaussians.calibrate(encode_source(self.backbone, held_out))
 

@@ -10,21 +10,34 @@ from torch import Tensor, nn
 _CHUNK = 1024
 
 
-def fit_gaussian(features: Tensor, ridge: float = 1e-7) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and unbiased covariance plus ``ridge`` times the identity, (d, d), of ``features`` (N, d), in float64.
+def fit_gaussian(features: Tensor, ridge: float = 1e-7, shrinkage: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and covariance (d, d) of ``features`` (N, d) in float64: ``(1 - α) Σ + α (tr Σ / d) I``, Σ unbiased + ridge I.
+
+    With fewer rows than dimensions Σ has only the ridge in the directions that the rows leave out, so that the log density of any
+    other feature is as low as ``-r² / (2 ridge)``, r being its distance from the rows' span; a little α takes that away.
+
+    Args:
+        features: at least two rows.
+        ridge: added to the diagonal.
+        shrinkage: α in [0, 1).
 
     Raises:
-        ValueError: fewer than two rows, or ``ridge`` is not positive.
+        ValueError: fewer than two rows, ``ridge`` is not positive, or ``shrinkage`` not in [0, 1).
     """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features: expected (N, d) with at least two rows, got {tuple(features.shape)}")
     if not ridge > 0:
         raise ValueError(f"ridge: expected a number > 0, got {ridge}")
+    if not 0 <= shrinkage < 1:
+        raise ValueError(f"shrinkage: expected 0 <= value < 1, got {shrinkage}")
     features = features.double()
     mean = features.mean(dim=0)
     centred = features - mean
     covariance = centred.T @ centred / (len(features) - 1)
     covariance.diagonal().add_(ridge)
+    level = shrinkage * covariance.diagonal().mean()
+    covariance *= 1 - shrinkage
+    covariance.diagonal().add_(level)
     return mean, covariance
 
 

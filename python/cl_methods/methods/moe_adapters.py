@@ -1,4 +1,4 @@
-"""MoE-Adapters: routed adapters in every block of a frozen CLIP, experts frozen once they are used, tasks told apart by DDAS."""
+"""MoE-Adapters: routed adapters in every block of a frozen CLIP, experts frozen once they are used, a detector of tasks."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ class MoEAdapters(Method):
 
     Adapters sit in every residual block of both towers (:class:`~cl_methods.adapters.MountedAdapters`). Each task adds a
     router; after it the most used experts of every block are frozen, though every router may still choose them. Test images
-    go to the router of the task that :class:`~cl_methods.methods.ddas.DDAS` finds, or to the plain model.
+    go to the router of the task that the detector finds (:class:`~cl_methods.methods.ddas.DDAS` as published, or
+    :class:`~cl_methods.methods.density_selector.DensitySelector`), or to the plain model.
 
     Source: Yu et al., "Boosting Continual Learning of Vision-Language Models via Mixture-of-Experts Adapters", CVPR 2024.
     As in its public code the load-balancing loss is not part of training, and experts without samples in a step are not
