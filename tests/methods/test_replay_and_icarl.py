@@ -9,7 +9,7 @@ import torch
 from tiny_clip import build_backbone, noise_images, transform
 from torch import Tensor
 from torch.nn import functional as F
-from trained import SHORT, state
+from trained import SHORT, state, weights, with_sgd
 
 import cl_kernels as clk
 from cl_methods.methods import METHODS, Batch
@@ -196,6 +196,29 @@ def test_an_aliased_teacher_leaves_nothing_but_replay(aliased: bool, tasks: list
     term = method.loss(memory_batch(method, tasks[1], [0, 3]))["distillation"]
     gradient = torch.autograd.grad(term, [method.backbone.model.visual.proj])[0]
     assert (gradient.abs().max() < 1e-4) == aliased, float(gradient.abs().max())
+
+
+def test_with_an_aliased_teacher_icarl_is_replay(tasks: list[Task]) -> None:
+    """The same weights after two tasks as replay of the same images; with a teacher of its own, others."""
+    ends = {}
+    for kind, name, settings in (
+        ("replay", "replay", {"selection": "herding"}),
+        ("aliased", "icarl", {"aliased_teacher": True, "distillation_weight": 500.0}),
+        ("own", "icarl", {"distillation_weight": 500.0}),
+    ):
+        method = build(name, lr=0.05, **settings)
+        method.optimizer = lambda method=method: with_sgd(method, 0.05)
+        for index in range(len(tasks)):
+            TaskTraining(method, index, tasks).execute()
+        ends[kind] = weights(method)
+    start = weights(build("replay"))
+
+    def apart(one: str, other: dict[str, Tensor]) -> float:
+        return float(sum((ends[one][name] - value).square().sum() for name, value in other.items())) ** 0.5
+
+    assert apart("aliased", ends["replay"]) < 1e-4 * apart("replay", start)
+    assert apart("own", ends["replay"]) > 100 * apart("aliased", ends["replay"])
+    assert apart("own", ends["replay"]) > 0.003 * apart("replay", start)
 
 
 def test_the_nearest_mean_of_exemplars_classifies_what_was_learnt(tasks: list[Task]) -> None:
