@@ -74,8 +74,9 @@ def test_fusion(name: str, dense: bool) -> None:
     assert golden.max_error(texts, tensors["projected_text"]) < 1e-5
     if dense:
         shared = made.fusion.shared(texts, prototypes, made.context())
-        classes = made.fusion.dense_classes(images, shared)
-        fused = (made.fusion.image_outputs(images, shared), *classes.split(len(texts)))
+        own = made.fusion.image_tokens(images)
+        classes = made.fusion.dense_classes(own, shared)
+        fused = (made.fusion.image_outputs(own, shared), *classes.split(len(texts)))
     else:
         out = made.fusion(images, texts, prototypes, made.context())
         fused = (out.images, out.texts, out.prototypes)

@@ -40,6 +40,16 @@ class Shared:
     residuals: Tensor
 
 
+@dataclass(frozen=True)
+class ImageTokens:
+    """The images' own tokens (B, D), their queries over √D, keys and values."""
+
+    tokens: Tensor
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
 class CrossModalFusion(nn.Module):
     """One attention layer over ``[image; C texts; C prototypes; context prompts]``, for every image of a batch on its own.
 
@@ -75,10 +85,13 @@ class CrossModalFusion(nn.Module):
         Returns:
             Texts and prototypes averaged over the images, differentiable in everything.
         """
-        shared = self.shared(texts, prototypes, context)
-        outputs = self.image_outputs(images, shared)
-        classes = self.dense_classes(images, shared) if self._drops else self._mean_classes(images, shared)
-        return Fused(outputs, *classes.split(len(texts)))
+        shared, own = self.shared(texts, prototypes, context), self.image_tokens(images)
+        classes = self.dense_classes(own, shared) if self._drops else self._mean_classes(own, shared)
+        return Fused(self.image_outputs(own, shared), *classes.split(len(texts)))
+
+    def image_tokens(self, images: Tensor) -> ImageTokens:
+        """Queries, keys and values of projected ``images`` (B, D)."""
+        return ImageTokens(images, images.shape[1] ** -0.5 * self.query(images), self.key(images), self.value(images))
 
     def shared(self, texts: Tensor, prototypes: Tensor, context: Tensor) -> Shared:
         """What does not depend on the images.
@@ -112,12 +125,13 @@ class CrossModalFusion(nn.Module):
             shared: of :meth:`shared`.
             per_image: t̃ and p̃ as they come out beside the image itself; or averaged over the batch.
         """
-        outputs = self.image_outputs(images, shared)
+        own = self.image_tokens(images)
+        outputs = self.image_outputs(own, shared)
         count = len(shared.classes) // 2
         if not per_image:
-            classes = self._mean_classes(images, shared)
+            classes = self._mean_classes(own, shared)
             return outputs @ (classes[:count] + classes[count:]).T
-        weights, values, inverse = self._moments(images, shared)
+        weights, values, inverse = self._moments(own, shared)
         scaled = outputs * self.norm.weight
         towards = (scaled * values).sum(dim=1) - shared.lines @ scaled.T
         products = inverse * (shared.residuals @ scaled.T + weights * towards) + outputs @ self.norm.bias
@@ -127,45 +141,44 @@ class CrossModalFusion(nn.Module):
     def _drops(self) -> bool:
         return self.training and self.dropout > 0
 
-    def image_outputs(self, images: Tensor, shared: Shared) -> Tensor:
-        """Outputs (B, D) at the position of the image, for projected ``images`` (B, D) and what they share with each other."""
-        queries = images.shape[1] ** -0.5 * self.query(images)
-        own = (queries * self.key(images)).sum(dim=1, keepdim=True)
-        weights = self._drop(torch.cat([own, queries @ shared.keys.T], dim=1).softmax(dim=1))
-        attended = weights[:, :1] * self.value(images) + weights[:, 1:] @ shared.values
-        return self.norm(images + self._drop(self.output(attended)))
+    def image_outputs(self, images: ImageTokens, shared: Shared) -> Tensor:
+        """Outputs (B, D) at the position of the image."""
+        alone = (images.queries * images.keys).sum(dim=1, keepdim=True)
+        weights = self._drop(torch.cat([alone, images.queries @ shared.keys.T], dim=1).softmax(dim=1))
+        attended = weights[:, :1] * images.values + weights[:, 1:] @ shared.values
+        return self.norm(images.tokens + self._drop(self.output(attended)))
 
-    def _moments(self, images: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
+    def _moments(self, images: ImageTokens, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
         """Weights w (2C, B) of the images, their centred values (B, D), and 1/σ (2C, B) of what the LayerNorm divides by σ."""
-        values = _centred(F.linear(self.value(images), self.output.weight))
-        weights = torch.sigmoid(shared.queries @ self.key(images).T - shared.log_mass)
+        values = _centred(F.linear(images.values, self.output.weight))
+        weights = torch.sigmoid(shared.queries @ images.keys.T - shared.log_mass)
         lines, residuals = shared.lines, shared.residuals
         apart = values.square().sum(dim=1) - 2 * lines @ values.T + lines.square().sum(dim=1, keepdim=True)
         along = residuals @ values.T - (residuals * lines).sum(dim=1, keepdim=True)
         squares = residuals.square().sum(dim=1, keepdim=True) + weights * (2 * along + weights * apart)
-        variance = squares.clamp(min=0) / images.shape[1]
+        variance = squares.clamp(min=0) / values.shape[1]
         return weights, values, torch.rsqrt(variance + self.norm.eps)
 
-    def _mean_classes(self, images: Tensor, shared: Shared) -> Tensor:
+    def _mean_classes(self, images: ImageTokens, shared: Shared) -> Tensor:
         """Outputs (2C, D) at texts and prototypes, averaged over the images."""
         weights, values, inverse = self._moments(images, shared)
         pull = weights * inverse
         mean = (
             shared.residuals * inverse.mean(dim=1, keepdim=True)
             - shared.lines * pull.mean(dim=1, keepdim=True)
-            + pull @ values / len(images)
+            + pull @ values / len(values)
         )
         return torch.addcmul(self.norm.bias, self.norm.weight, mean)
 
-    def dense_classes(self, images: Tensor, shared: Shared) -> Tensor:
-        """Outputs (2C, D) at texts and prototypes, averaged over the ``images`` (B, D); any weight and output may be dropped.
+    def dense_classes(self, images: ImageTokens, shared: Shared) -> Tensor:
+        """Outputs (2C, D) at texts and prototypes, averaged over the images; any weight and output may be dropped.
 
         Holds (B, 2C, 2C + K + 1) weights.
         """
-        own = (self.key(images) @ shared.queries.T)[:, :, None]
-        scores = torch.cat([own, shared.scores.expand(len(images), -1, -1)], dim=2)
+        alone = (images.keys @ shared.queries.T)[:, :, None]
+        scores = torch.cat([alone, shared.scores.expand(len(alone), -1, -1)], dim=2)
         weights = self._drop(scores.softmax(dim=2))
-        attended = weights[:, :, :1] * self.value(images)[:, None] + weights[:, :, 1:] @ shared.values
+        attended = weights[:, :, :1] * images.values[:, None] + weights[:, :, 1:] @ shared.values
         return self.norm(shared.classes + self._drop(self.output(attended))).mean(dim=0)
 
     def _drop(self, x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class LearntClasses:
         self.templates: dict[str, tuple[str, ...]] = {}
         self._prompts: dict[str, Tensor] = {}
         self._zero_shot: Tensor | None = None
+        self._prototypes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.templates)
@@ -56,7 +57,7 @@ class LearntClasses:
         first = not self.templates
         new = [name for name in task.class_names if name not in self.templates]
         self.templates |= dict.fromkeys(new, task.templates)
-        self._zero_shot = None
+        self._zero_shot = self._prototypes = None
         texts = features.new_zeros(0, features.shape[1])
         if new:
             tokens = self.backbone.tokenize([prompt(task.templates[0], name) for name in new])
@@ -71,7 +72,9 @@ class LearntClasses:
 
     def prototypes(self) -> Tensor:
         """Means (C, d) of the normalised features; zero for a class without images."""
-        return self.sums / self.counts.clamp(min=1)
+        if self._prototypes is None:
+            self._prototypes = self.sums / self.counts.clamp(min=1)
+        return self._prototypes
 
     @torch.no_grad()
     def ensemble(self, projection: Callable[[Tensor], Tensor]) -> Tensor:
@@ -114,6 +117,6 @@ class LearntClasses:
             raise RuntimeError(f"state: expected names, texts, sums and counts of classes, found {', '.join(state)}")
         names = json.loads(bytes(state["names"].tolist())) if state else {}
         self.templates = {name: tuple(templates) for name, templates in names.items()}
-        self._prompts, self._zero_shot = {}, None
+        self._prompts, self._zero_shot, self._prototypes = {}, None, None
         for name in _TENSORS if state else ():
             setattr(self, name, state[name].to(self.backbone.device, copy=True))

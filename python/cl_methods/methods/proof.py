@@ -171,9 +171,11 @@ class PROOF(Method):
         network, labels = self._present(), batch.labels
         with torch.no_grad():
             features = self.backbone.encode_images(batch.images, normalise=False).float()
-        images = F.normalize(network.image(features), dim=1)
+        prototypes = self.classes.prototypes()
+        projected = F.normalize(network.image(torch.cat([features, prototypes])), dim=1)
+        images, prototypes = projected.split([len(features), len(prototypes)])
         texts = F.normalize(network.text(self.classes.texts), dim=1)
-        fused = network.fusion(images, texts, self._projected_prototypes(), network.context())
+        fused = network.fusion(images, texts, prototypes, network.context())
         contrast = network.log_scale.exp() * images @ texts[labels].T
         pairs = torch.arange(len(labels), device=labels.device)
         terms = {
@@ -185,9 +187,6 @@ class PROOF(Method):
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-
-    def _projected_prototypes(self) -> Tensor:
-        return F.normalize(self._present().image(self.classes.prototypes()), dim=1)
 
     def after_task(self, index: int, task: Task) -> None:
         """Fill the memory by herding on the frozen features."""
@@ -227,7 +226,8 @@ class PROOF(Method):
         network = self._present()
         if self._compared is None:
             texts = self.classes.ensemble(network.text)
-            self._compared = texts, network.fusion.shared(texts, self._projected_prototypes(), network.context())
+            prototypes = F.normalize(network.image(self.classes.prototypes()), dim=1)
+            self._compared = texts, network.fusion.shared(texts, prototypes, network.context())
         texts, shared = self._compared
         images = network.image(features)
         if self.config.normalise_test_images:
