@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tiny_clip import build_backbone
+from tiny_clip import CONTEXT, build_backbone, tokenize, transform
 from torch.nn import functional as F
 from trained import SHORT, Batches, check_resuming, learn, state, train, weights
 
 import cl_kernels as clk
 from cl_kernels.profile import OperationCount
+from cl_methods.backbone import Backbone
 from cl_methods.methods import METHODS
 from cl_methods.scenarios.base import Task
+
+import open_clip  # isort: skip  # after cl_methods.backbone, which prepares torchvision
 
 SYNCHRONISING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero", "aten::equal"}
 
@@ -106,6 +110,26 @@ def test_a_step_encodes_no_text_and_never_waits(tasks: list[Task], batches: Batc
     assert "aten::embedding" not in whole.by_name
     assert whole.operations - tower.operations <= 12, (whole.by_name, tower.by_name)
     assert after.operations == (1 if compiled else 3 * len(method.trainable())), after.by_name
+
+
+def test_statistics_of_norm_layers_are_held(tasks: list[Task], batches: Batches) -> None:
+    """A ResNet's batch normalisation keeps its running mean and variance, while its weights and biases train."""
+    torch.manual_seed(0)
+    layers = {"image_size": 64, "layers": (1, 1, 1, 1), "width": 8, "head_width": 16}
+    text = {"context_length": CONTEXT, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=layers, text_cfg=text)
+    backbone = Backbone(model, tokenize, transform, transform, name="resnet")
+    method = METHODS["clipood"](backbone, METHODS["clipood"].Config(**SHORT))
+    before = {name: value.clone() for name, value in model.visual.state_dict().items()}
+    shown = [replace(batch, images=F.interpolate(batch.images, size=(64, 64))) for batch in batches(0, 4)]
+    method.before_task(0, tasks[0])
+    train(method, shown)
+    method.after_task(0, tasks[0])
+    after = model.visual.state_dict()
+    statistics = {name for name, _ in model.visual.named_buffers()}
+    assert any(name.endswith("running_var") for name in statistics)
+    assert all(torch.equal(after[name], before[name]) for name in statistics)
+    assert not torch.equal(after["bn1.bias"], before["bn1.bias"])
 
 
 def test_class_embeddings_are_computed_once(tasks: list[Task], batches: Batches) -> None:
