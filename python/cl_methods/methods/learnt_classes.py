@@ -62,12 +62,14 @@ class LearntClasses:
         if new:
             tokens = self.backbone.tokenize([prompt(task.templates[0], name) for name in new])
             texts = self.backbone.frozen_text_features(tokens, normalise=False).to(features)
-        members = F.one_hot(self.rows(task.class_names)[task.train.labels], len(self)).to(features)
-        sums, counts = members.T @ features, members.sum(dim=0)[:, None]
+        members = F.one_hot(task.train.labels, len(task.class_names)).to(features)
+        sums, counts = features.new_zeros(len(self), features.shape[1]), features.new_zeros(len(self), 1)
         if not first:
-            grown = (0, 0, 0, len(new))
-            sums, counts = sums + F.pad(self.sums, grown), counts + F.pad(self.counts, grown)
+            sums[: len(self.sums)], counts[: len(self.sums)] = self.sums, self.counts
             texts = torch.cat([self.texts, texts])
+        rows = self.rows(task.class_names).to(features.device)
+        sums[rows] += members.T @ features  # over the task's own classes: no class comes twice
+        counts[rows] += members.sum(dim=0)[:, None]
         self.texts, self.sums, self.counts = texts, sums, counts
 
     def prototypes(self) -> Tensor:
