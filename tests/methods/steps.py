@@ -1,4 +1,4 @@
-"""What a training step costs: rows that frozen models read, and operations that wait for the device."""
+"""What a training step costs: rows that frozen models read."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import pytest
 from torch import Tensor
 
 from cl_methods.backbone import Backbone
-
-WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero", "aten::equal"}
-"""Names of operations whose result the host has to wait for."""
 
 
 def encoded_by_frozen(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:

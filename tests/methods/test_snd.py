@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from steps import WAITING, encoded_by_frozen
+from steps import encoded_by_frozen
 from tiny_clip import build_backbone
 from torch import Tensor
 from torch.nn import functional as F
 from trained import SHORT, check_resuming, learn, state, train
 
 from cl_kernels.profile import OperationCount
+from cl_kernels.profile.waiting import READS
 from cl_methods.methods import METHODS, Batch
 from cl_methods.methods.dual_teachers import discrepancy_gate, feature_distances
 from cl_methods.methods.snd import SnD, SnDConfig
@@ -196,7 +197,7 @@ def test_a_step_dispatches_little_and_waits_for_nothing(
         method.after_step(3)
     assert forward.operations - tower.operations <= 30, (forward.by_name, tower.by_name)
     assert backward.operations - tower_backward.operations <= 15, (backward.by_name, tower_backward.by_name)
-    assert not WAITING & (forward.by_name.keys() | backward.by_name.keys())
+    assert not READS & (forward.by_name.keys() | backward.by_name.keys())
 
 
 def test_only_the_first_step_of_the_first_task_agrees_with_its_teacher(

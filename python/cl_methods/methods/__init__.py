@@ -12,6 +12,7 @@ from cl_methods.methods.loranpac import LoRanPAC
 from cl_methods.methods.lwf import LwF
 from cl_methods.methods.lwf_vr import LwFVR
 from cl_methods.methods.moe_adapters import MoEAdapters
+from cl_methods.methods.mulki import MulKI
 from cl_methods.methods.proof import PROOF
 from cl_methods.methods.ranpac import RanPAC
 from cl_methods.methods.replay import Replay
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
         ICaRL,
         ZSCL,
         SnD,
+        MulKI,
         MoEAdapters,
         DIKI,
         RanPAC,
@@ -66,6 +68,7 @@ __all__ = [
     "LwFVR",
     "Method",
     "MoEAdapters",
+    "MulKI",
     "RanPAC",
     "Replay",
     "SnD",
