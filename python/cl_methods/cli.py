@@ -11,6 +11,7 @@ from difflib import get_close_matches
 COMMANDS = {
     "run": "train and evaluate a method over a whole task sequence",
     "compare": "one table, figures and an HTML page over several runs",
+    "data": "which datasets are there, and what is missing where",
     "methods": "list methods and scenarios",
     "doctor": "versions, devices, and which backend runs each operation and why",
 }

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cl_methods.methods import METHODS, Method
 from cl_methods.methods.find import find_method
-from cl_methods.scenarios import SCENARIOS
+from cl_methods.scenarios import SCENARIOS, ScenarioOptions
 from cl_methods.training.config import RunConfig
 
 DEFAULT_METHOD = "moe_adapters"
@@ -68,6 +68,9 @@ def parse(arguments: Sequence[str], description: str) -> tuple[RunConfig, Invoca
     model = _peek(arguments, "--model")
     if model is not None and model != file.get("model"):
         given |= {"model": model, "pretrained": None}  # other weights than the default model's; --pretrained names them
+    shots = _peek(arguments, "--data.shots")
+    if shots is not None:  # few-shot runs have settings of their own
+        given |= {"data": {**(file.get("data") or {}), "shots": shots}}
     default = validated(method, scenario, given)
     values = {entry.name: getattr(default, entry.name) for entry in dataclasses.fields(RunConfig)}
     command_type = _command_type(type(default.settings), method)
@@ -111,7 +114,7 @@ def validated(method: str, scenario: str, given: Mapping[str, Any]) -> RunConfig
     """
     method_type = _method_type(method)
     settings_type = method_type.Config
-    settings = method_type.default_config(scenario)
+    settings = method_type.default_config(_protocol(scenario, given))
     model, pretrained = DEFAULT_MODELS.get(scenario, ("ViT-B-16-quickgelu", "openai"))
     default = RunConfig(method=method, settings=settings, scenario=scenario, model=model, pretrained=pretrained)
     if "model" in given and "pretrained" not in given:
@@ -131,6 +134,13 @@ def validated(method: str, scenario: str, given: Mapping[str, Any]) -> RunConfig
     if problems:
         raise ConfigurationError("config: " + "; ".join(problems))
     return config
+
+
+def _protocol(scenario: str, given: Mapping[str, Any]) -> str:
+    """The section of settings for a scenario: few-shot runs have one of their own."""
+    data = given.get("data")
+    shots = data.get("shots") if isinstance(data, Mapping) else None
+    return ScenarioOptions(shots=shots).protocol(scenario)
 
 
 def _method_type(name: str) -> type[Method]:

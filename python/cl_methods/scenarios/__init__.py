@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from cl_methods.scenarios.base import DataError, Scenario
 
 SCENARIOS: dict[str, str] = {
     "mini": "the embedded offline world: seven small tasks, nothing to download",
     "folders": "your own images: every sub-folder of --data.root is a task in the ImageFolder layout",
+    "mtil": "eleven datasets below --data.root, in the published splits (`clk data check` says what is there)",
 }
 
 
@@ -18,16 +20,31 @@ class ScenarioOptions:
     """Where a scenario's data is and how it is split.
 
     Attributes:
-        root: folder that holds the data (scenario `folders`).
-        validation_fraction: share of the training images that becomes the validation split where a task brings none.
-        test_fraction: share of the images that becomes the test split where a task brings none.
-        split_seed: seed of those splits.
+        root: folder that holds the data (scenarios `folders` and `mtil`).
+        validation_fraction: share of the training images that becomes the validation split where a task brings none; by default a
+            tenth for `folders`, and none for `mtil`, as in the published runs.
+        test_fraction: share of the images that becomes the test split where a task of `folders` brings none.
+        split_seed: seed of those splits, and of few-shot draws.
+        split: family of published splits, class names and prompts for `mtil`: `zscl` (ZSCL, MoE-Adapters) or `coop` (CoOp, DIKI).
+        shots: training images per class for `mtil`; all of them by default.
+        sizes: `any` lets `mtil` run on datasets whose splits have other than the published sizes.
+        reference_images: folder of images for methods that distil, for `mtil`; `folders` has its own.
+        reference_captions: captions for methods that distil: a text file with one per line, or a table of Conceptual Captions.
     """
 
     root: Path | None = None
-    validation_fraction: float = 0.1
+    validation_fraction: float | None = None
     test_fraction: float = 0.2
     split_seed: int = 0
+    split: Literal["zscl", "coop"] = "zscl"
+    shots: int | None = None
+    sizes: Literal["published", "any"] = "published"
+    reference_images: Path | None = None
+    reference_captions: Path | None = None
+
+    def protocol(self, scenario: str) -> str:
+        """The section of the methods' files of settings that holds for ``scenario`` with these options."""
+        return "mtil_few_shot" if scenario == "mtil" and self.shots is not None else scenario
 
 
 def load(name: str, options: ScenarioOptions | None = None, *, order: str = "I") -> Scenario:
@@ -37,7 +54,7 @@ def load(name: str, options: ScenarioOptions | None = None, *, order: str = "I")
         name: a key of :data:`SCENARIOS`.
         options: where the data is; defaults for scenarios that need none.
         order: ``"I"`` or ``"II"`` for ``mini``. For ``folders`` comma-separated task names, or ``"I"`` (sorted by name)
-            and ``"II"`` (the reverse).
+            and ``"II"`` (the reverse). For ``mtil`` the published orders ``"I"`` and ``"II"``, or comma-separated datasets.
 
     Raises:
         DataError: unknown name or order, or data that is missing or damaged; the message says what to do.
@@ -49,6 +66,10 @@ def load(name: str, options: ScenarioOptions | None = None, *, order: str = "I")
         if order not in ("I", "II"):
             raise DataError(f"order: scenario mini has the orders I and II, got {order!r}")
         return mini.load_scenario(order)
+    if name == "mtil":
+        from cl_methods.scenarios import mtil
+
+        return mtil.load_scenario(options, order)
     if name == "folders":
         if options.root is None:
             raise DataError("data.root: scenario folders needs the folder that holds one sub-folder per task")
@@ -60,7 +81,7 @@ def load(name: str, options: ScenarioOptions | None = None, *, order: str = "I")
         scenario = folders.load_scenario(
             options.root,
             chosen,
-            validation_fraction=options.validation_fraction,
+            validation_fraction=0.1 if options.validation_fraction is None else options.validation_fraction,
             test_fraction=options.test_fraction,
             seed=options.split_seed,
         )

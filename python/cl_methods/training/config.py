@@ -11,7 +11,14 @@ from cl_methods.evaluation.accuracy import EvaluationOptions
 from cl_methods.scenarios import ScenarioOptions
 from cl_methods.training.checkpoints import CheckpointOptions
 
-WITHOUT_EFFECT = ("workers", "checkpoint.every", "checkpoint.keep", "data.root")
+WITHOUT_EFFECT = (
+    "workers",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "data.root",
+    "data.reference_images",
+    "data.reference_captions",
+)
 """Settings that cannot change a result, or whose effect the scenario's fingerprint covers: a resumed run may change them."""
 
 

@@ -1,0 +1,107 @@
+"""``clk data check``: which datasets are there, in which layout and split, and what is missing where."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cl_methods.datasets.find import DataNotFoundError, Found, SplitOptions, find_dataset
+from cl_methods.datasets.specification import DATASETS
+from cl_methods.scenarios.base import DataError, FileImages
+from cl_methods.scenarios.mtil import chosen_datasets
+from cl_methods.scenarios.verification import verify_images
+
+DESCRIPTION = """Say which datasets are there, in which layout and split, and what is missing where.
+
+Nothing is downloaded or written. The exit status is 1 if a dataset is missing, damaged, or has a split of another size than the
+published one.
+
+examples:
+  clk data check --root /data
+  clk data check --root /data --split coop --shots 16
+  clk data check --root /data --datasets Aircraft,MNIST --decode"""
+
+_WIDTH = 120
+
+
+@dataclass
+class Check:
+    """What to look at.
+
+    Attributes:
+        action: `check`.
+        root: folder that holds the datasets.
+        datasets: an order, I or II, or datasets separated by commas.
+        split: family of published splits, zscl or coop.
+        shots: images per class of a few-shot draw.
+        split_seed: seed of few-shot draws.
+        sizes: any accepts splits of other than the published sizes.
+        decode: decode every image file once, which finds damaged ones; the result is remembered until a file changes.
+    """
+
+    action: Annotated[Literal["check"], tyro.conf.Positional]
+    root: Path
+    datasets: str = "I"
+    split: Literal["zscl", "coop"] = "zscl"
+    shots: int | None = None
+    split_seed: int = 0
+    sizes: Literal["published", "any"] = "published"
+    decode: bool = False
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print a table with a row per dataset, and below it what to do about those that are not as they should be.
+
+    Returns:
+        0 if every dataset is as it should be, else 1.
+
+    Raises:
+        DataError: the root is not a directory, or an option has an impossible value.
+    """
+    options = tyro.cli(Check, args=list(arguments), prog="clk data", description=DESCRIPTION)
+    split = SplitOptions(options.split, options.shots, seed=options.split_seed, sizes=options.sizes)
+    if not options.root.is_dir():
+        raise DataError(f"root: {options.root} is not a directory; give the folder that holds one folder per dataset")
+    title = f"datasets below {options.root}, split {options.split}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("dataset", "found as", "in", "classes", "train / val / test", "fingerprint"):
+        right = column in ("classes", "train / val / test")
+        table.add_column(column, no_wrap=column != "in", overflow="fold", justify="right" if right else "left")
+    problems = []
+    for name in chosen_datasets(options.datasets):
+        try:
+            found = find_dataset(DATASETS[name], options.root, split)
+            if options.decode:
+                _decode(found)
+        except DataError as error:
+            state = "missing" if isinstance(error, DataNotFoundError) else "not as it should be"
+            table.add_row(name, Text(state, "red"))
+            problems.append(str(error) if str(error).startswith(name) else f"{name}: {error}")
+            continue
+        task = found.task
+        sizes = " / ".join(f"{len(split):,}" for split in (task.train, task.validation, task.test))
+        place = str(found.place.relative_to(options.root))
+        table.add_row(name, found.layout, place, str(len(task.class_names)), sizes, found.fingerprint())
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console.print(table)
+    for problem in problems:
+        console.print(problem, soft_wrap=True, highlight=False, markup=False)
+    return 1 if problems else 0
+
+
+def _decode(found: Found) -> None:
+    """Decode every image of every split that lies in a file or an archive."""
+    for source in (found.task.train, found.task.validation, found.task.test):
+        if isinstance(source, FileImages):
+            verify_images([source.root / path for path in source.paths])
+        else:
+            for index in range(len(source)):
+                source.image(index)

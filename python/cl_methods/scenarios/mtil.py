@@ -1,0 +1,115 @@
+"""Scenario ``mtil``: eleven datasets one after the other, in the orders and splits of the published runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from cl_methods.datasets.find import SplitOptions, find_dataset
+from cl_methods.datasets.reference import read_reference
+from cl_methods.datasets.specification import DATASETS
+from cl_methods.scenarios.base import DataError, Scenario
+from cl_methods.scenarios.verification import join_problems
+
+if TYPE_CHECKING:
+    from cl_methods.scenarios import ScenarioOptions
+
+ORDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "I": (
+            "Aircraft",
+            "Caltech101",
+            "CIFAR100",
+            "DTD",
+            "EuroSAT",
+            "Flowers102",
+            "Food101",
+            "MNIST",
+            "OxfordPet",
+            "StanfordCars",
+            "SUN397",
+        ),
+        "II": (
+            "StanfordCars",
+            "Food101",
+            "MNIST",
+            "OxfordPet",
+            "Flowers102",
+            "SUN397",
+            "Aircraft",
+            "Caltech101",
+            "DTD",
+            "EuroSAT",
+            "CIFAR100",
+        ),
+    }
+)
+"""The published orders. Source: Zheng et al., "Preventing Zero-Shot Transfer Degradation in Continual Learning of Vision-Language
+Models", 2023."""
+
+
+def load_scenario(options: ScenarioOptions, order: str = "I") -> Scenario:
+    """The datasets below ``options.root`` as tasks, each in whatever layout it lies there.
+
+    Args:
+        options: where the data is, family of splits, shots, reference data.
+        order: a key of :data:`ORDERS`, or names of datasets separated by commas, such as the eight of MTIL-FS.
+
+    Raises:
+        DataError: a dataset is missing or damaged, or its splits have other than the published sizes; the message names up to five.
+    """
+    if options.root is None:
+        raise DataError(
+            "data.root: scenario mtil needs the folder that holds the datasets; `clk data check` says what is there"
+        )
+    names = chosen_datasets(order)
+    split = split_options(options)
+    tasks, notes, problems = [], {}, []
+    for name in names:
+        try:
+            found = find_dataset(DATASETS[name], options.root, split)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        tasks.append(found.task)
+        notes[name] = f"{found.layout}, split {found.family}, fingerprint {found.fingerprint()}"
+    if problems:
+        raise DataError(join_problems(problems))
+    reference = read_reference(options.reference_images, options.reference_captions)
+    return Scenario(name="mtil", order=order, tasks=tuple(tasks), reference=reference, notes=notes)
+
+
+def chosen_datasets(order: str) -> tuple[str, ...]:
+    """Names of the datasets in an order.
+
+    Raises:
+        DataError: the order names a dataset that there is not, or one twice.
+    """
+    if order in ORDERS:
+        return ORDERS[order]
+    names = tuple(name.strip() for name in order.split(","))
+    for name in names:
+        if name not in DATASETS:
+            close = get_close_matches(name, DATASETS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are I, II, {', '.join(DATASETS)}"
+            raise DataError(f"order: mtil has no dataset {name!r}; {hint}")
+    if len(set(names)) < len(names):
+        raise DataError(f"order: each dataset can be learnt once, got {order!r}")
+    return names
+
+
+def split_options(options: ScenarioOptions) -> SplitOptions:
+    """How the datasets are split, from the options of a run.
+
+    Raises:
+        DataError: an option has an impossible value.
+    """
+    return SplitOptions(
+        family=options.split,
+        shots=options.shots,
+        validation_fraction=options.validation_fraction or 0.0,
+        seed=options.split_seed,
+        sizes=options.sizes,
+    )
