@@ -92,6 +92,7 @@ def _two_calls(
     scale: float,
     dropout_p: float,
     backend: str | None,
+    *,
     save_hidden: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The output, the usage, and what else the backward pass needs: gates and ids (B, k), the bottleneck (B, k, L, R)."""
