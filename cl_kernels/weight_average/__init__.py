@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cl_kernels import dispatch, philox
 from cl_kernels.weight_average import autograd, plan, reference
-from cl_kernels.weight_average.arguments import check_numbers, warn_of_stalling
+from cl_kernels.weight_average.arguments import RESOLUTION, check_numbers, warn_of_stalling
 
 
 @torch.no_grad()
@@ -98,8 +98,10 @@ def _run(
     seed: int | None,
     backend: str | None,
 ) -> None:
-    found = plan.find(lists)
     averages = lists[0]
+    if rounding == "nearest" and _at_once(lists, weight, other_weight, backend):
+        return
+    found = plan.find(lists)
     if not averages:
         return
     if rounding == "stochastic":
@@ -115,3 +117,36 @@ def _run(
         autograd.run(chosen, found, flat[0], flat[1], weight, others, other_weight, seed)
         torch.autograd.graph.increment_version(averages)
     found.write_back(averages, flat[0])
+
+
+_refused: set[tuple[int, int]] = set()
+"""Lists, by length and first address, that the operator refused: what needs copies is not tried in vain each time."""
+
+
+def _at_once(lists: tuple[list[Tensor], ...], weight: float, other_weight: float, backend: str | None) -> bool:
+    """Hand lists straight to the compiled operator, whose own checks cost a tenth of those in Python; whether it took them.
+
+    It refuses, before any work, what is wrong and what has to be copied first. The plan then finds the words, or makes the copies.
+    """
+    averages = lists[0]
+    if torch.compiler.is_compiling() or not averages or type(averages[0]) not in plan.PLAIN:
+        return False
+    first = averages[0]
+    if first.device.type != "cpu" or first.layout != torch.strided:
+        return False
+    where = len(averages), first.data_ptr()
+    if where in _refused or dispatch.choose("average_", first.device, backend) != "cpu":
+        return False
+    most = max(abs(weight), abs(other_weight))
+    if 0 < most < max(RESOLUTION.values()) and any(getattr(a, "dtype", None) in RESOLUTION for a in averages):
+        return False  # may be worth a warning
+    others = lists[2] if len(lists) == 3 else []
+    try:
+        autograd.operator(averages, lists[1], weight, others, other_weight, None)
+    except (RuntimeError, TypeError):
+        if len(_refused) >= 64:
+            _refused.clear()
+        _refused.add(where)
+        return False
+    torch.autograd.graph.increment_version(averages)
+    return True

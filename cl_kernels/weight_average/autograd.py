@@ -9,10 +9,24 @@ from cl_kernels import dispatch, library
 from cl_kernels.weight_average import plan
 from cl_kernels.weight_average.plan import Plan
 
+
+def _fake(
+    averages: list[Tensor],
+    values: list[Tensor],
+    weight: float,
+    others: list[Tensor],
+    other_weight: float,
+    seed: int | None,
+) -> None:
+    """Nothing to return. One meta tensor among others brings the dispatcher here, who must not take them for averaged."""
+    for tensor in (*values, *others):
+        torch._check(tensor.device == averages[0].device, lambda: "average_: expected all tensors on one device")
+
+
 for _namespace in (library.COMPILED, library.TRITON):
-    library.definitions[_namespace]._register_fake(
-        "average_", lambda averages, values, weight, others, other_weight, seed: None
-    )
+    library.definitions[_namespace]._register_fake("average_", _fake)
+
+operator = library.operator("average_", "cpu")
 
 
 def run(

@@ -15,7 +15,7 @@ from torch import Tensor
 from cl_kernels.weight_average.arguments import RESOLUTION, Lists, check_aliases, check_lists
 
 _KEPT = 8
-_PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
+PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 _READ = (Tensor.data_ptr, attrgetter("dtype"), attrgetter("shape"), Tensor.stride)
 
 _AS_IT_IS, _IN_ITS_ORDER, _COPIED = range(3)
@@ -64,7 +64,7 @@ def find(lists: Lists) -> Plan:
         ValueError, TypeError: see :mod:`cl_kernels.weight_average.arguments`.
     """
     global _recent
-    if torch.compiler.is_compiling() or not all(_PLAIN.issuperset(map(type, tensors)) for tensors in lists):
+    if torch.compiler.is_compiling() or not all(PLAIN.issuperset(map(type, tensors)) for tensors in lists):
         return Plan(None, lists)
     key = tuple(tuple(map(read, tensors)) for tensors in lists for read in _READ)
     for plan in _recent:

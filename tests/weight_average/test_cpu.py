@@ -123,3 +123,42 @@ def test_compiles_without_a_break(backend):
 
 def test_operator_refuses_what_does_not_fit():
     cases.check_operator_refuses("cpu")
+
+
+def test_the_operator_takes_plain_lists_without_a_plan(monkeypatch):
+    """Its own checks are what a call with many small tensors can afford; the plan is for what it refuses."""
+    monkeypatch.setattr("cl_kernels.weight_average.plan.find", lambda lists: pytest.fail("looked for a plan"))
+    averages, values = (
+        [torch.zeros(3), torch.zeros(0), torch.zeros(2, 2)],
+        [torch.ones(3), torch.ones(0), torch.ones(2, 2)],
+    )
+    clk.average_(averages, values, 0.5)
+    clk.blend_(averages, values, values, 0.25, 0.25)
+    assert averages[2].tolist() == [[0.75, 0.75], [0.75, 0.75]]
+    assert averages[0]._version == 2
+
+
+def test_what_the_operator_refuses_is_named_and_untouched():
+    averages, values = [torch.zeros(2, 3), torch.zeros(4)], [torch.ones(2, 3), torch.ones(4)]
+    with pytest.raises(ValueError, match=r"averages\[0\] is \(2, 3\), values\[0\] is \(3, 2\)"):
+        clk.average_(averages, [values[0].view(3, 2), values[1]], 0.5)
+    with pytest.raises(ValueError, match=r"averages\[1\] is the same memory as averages\[0\]"):
+        clk.average_([averages[1], averages[1]], [values[1], values[1]], 0.5)
+    with pytest.raises(ValueError, match=r"values\[0\] is the same memory as averages\[1\]"):
+        clk.average_([torch.zeros(4), averages[1]], [averages[1], values[1]], 0.5)
+    with pytest.raises(TypeError, match=r"values\[1\]: got torch\.int32"):
+        clk.average_(averages, [values[0], values[1].int()], 0.5)
+    assert all((a == 0).all() for a in averages)
+    for _ in range(2):  # refused once, then not tried again
+        transposed = torch.zeros(3, 2).T
+        clk.average_([transposed], [values[0]], 0.5)
+        assert (transposed == 0.5).all()
+
+
+def test_many_rows_share_the_table_of_owners():
+    averages = list(torch.zeros(3000, 16).unbind())
+    values = [torch.full((16,), float(i)) for i in range(3000)]
+    clk.average_(averages, values, 0.5)
+    assert [float(a[0]) for a in averages] == [i / 2 for i in range(3000)]
+    with pytest.raises(ValueError, match=r"averages\[2999\] is the same memory as averages\[7\]"):
+        clk.average_([*averages[:-1], averages[7]], values, 0.5)

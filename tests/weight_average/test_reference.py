@@ -91,18 +91,18 @@ def test_a_plan_holds_until_something_changes(monkeypatch):
     monkeypatch.setattr(plan, "check_lists", lambda lists: (checked.append(1), check(lists))[1])
     averages, values = [torch.zeros(4), torch.zeros(2, 3)], [torch.ones(4), torch.ones(2, 3)]
     for weight in (0.5, 0.25, 1.0):
-        clk.average_([a.detach() for a in averages], values, weight)
+        clk.average_([a.detach() for a in averages], values, weight, backend="reference")
     assert len(checked) == 1
     with pytest.raises(ValueError, match=r"averages\[1\] is \(2, 3\), values\[1\] is \(3, 2\)"):
-        clk.average_(averages, [values[0], values[1].view(3, 2)], 0.5)  # the same addresses
+        clk.average_(averages, [values[0], values[1].view(3, 2)], 0.5, backend="reference")  # the same addresses
     with pytest.raises(TypeError, match=r"values\[0\]: got torch\.int32"):
-        clk.average_(averages, [values[0].view(torch.int32), values[1]], 0.5)
-    clk.average_(averages, [values[0].clone(), values[1]], 0.5)
-    clk.average_([averages[1]], [values[1]], 0.5)
-    clk.average_([averages[1].T], [values[1].T], 0.5)
+        clk.average_(averages, [values[0].view(torch.int32), values[1]], 0.5, backend="reference")
+    clk.average_(averages, [values[0].clone(), values[1]], 0.5, backend="reference")
+    clk.average_([averages[1]], [values[1]], 0.5, backend="reference")
+    clk.average_([averages[1].T], [values[1].T], 0.5, backend="reference")
     assert len(checked) == 6
     for _ in range(plan._KEPT + 2):
-        clk.average_([torch.zeros(3)], [torch.zeros(3)], 0.5)
+        clk.average_([torch.zeros(3)], [torch.zeros(3)], 0.5, backend="reference")
     assert len(plan._recent) <= plan._KEPT
 
 
@@ -112,16 +112,16 @@ def test_another_thread_may_add_a_plan_while_one_is_looked_for():
 
         def __eq__(self, other):
             kept.key = ()
-            clk.average_([torch.zeros(5)], [torch.ones(5)], 0.5)
+            clk.average_([torch.zeros(5)], [torch.ones(5)], 0.5, backend="reference")
             return False
 
         __hash__ = None
 
-    clk.average_([torch.zeros(2)], [torch.ones(2)], 0.5)
+    clk.average_([torch.zeros(2)], [torch.ones(2)], 0.5, backend="reference")
     kept = plan._recent[0]
     kept.key = Interrupted()
     average = torch.zeros(3)
-    clk.average_([average], [torch.ones(3)], 0.5)
+    clk.average_([average], [torch.ones(3)], 0.5, backend="reference")
     assert average.tolist() == [0.5] * 3
     assert kept.key == ()
 
