@@ -10,11 +10,11 @@
 namespace clk {
 namespace {
 
-constexpr int64_t kKeptBytes = 20 << 20;     // of exponentials between the two sweeps
+constexpr int64_t kMemory = 20 << 20;        // that a call takes altogether where it can, exponentials between the sweeps included
 constexpr int64_t kPartialBytes = 4 << 20;   // of partial gradients of the student
 constexpr int64_t kMostPartials = 64 << 20;  // the same where the anchors' gradients leave no other way to share the work
 constexpr int64_t kTasks = 32;
-constexpr int64_t kGroupColumns = 256;       // at least, for a task
+constexpr int64_t kGroupColumns = kBlockColumns;  // at least, for a task: a few hundred captions are work for several threads
 constexpr double kLn2 = 0.6931471805599453, kLog2E = 1.4426950408889634;
 
 // A softmax over one entry is exactly 1, which only the general kernels' differences from the maximum give.
@@ -77,6 +77,16 @@ Groups gradient_groups(const FeatureProblem& p, bool need_rows, bool need_column
   return {need_columns ? std::min(rows, std::max<int64_t>(1, kMostPartials / (p.M * line))) : rows, columns};
 }
 
+// How many bytes of exponentials the first sweep may leave to the second: what is left beside everything else.
+int64_t kept_bytes(const FeatureProblem& p, Groups sums, bool need_rows, bool need_columns) {
+  const Groups groups = gradient_groups(p, need_rows, need_columns);
+  const int64_t line = CLK_CALL(bounded_line, p) * element_size(p), K = p.K;
+  const int64_t of_sums = (sums.columns * (1 + 2 * K) * p.N_padded + sums.rows * (1 + 3 * K) * p.M) * static_cast<int64_t>(sizeof(double));
+  const int64_t of_gradients = (need_rows ? groups.columns * p.N * line : 0) + (need_columns ? groups.rows * p.M * line : 0);
+  const int64_t of_rows = p.N_padded * (p.d + K * p.d_t) * element_size(p), of_factors = (1 + K) * (p.N_padded + p.M) * element_size(p);
+  return std::max<int64_t>(0, kMemory - of_rows - of_factors - std::max(of_sums, of_gradients));
+}
+
 // The rows of all blocks, packed.
 Buffer pack(const FeatureProblem& p) {
   Buffer packed(row_blocks(p) * kBlockRows * (p.d + p.K * p.d_t) * element_size(p));
@@ -112,17 +122,20 @@ bool forward(const Inputs& in, const FeatureFactors& f, double* loss, C* row_sta
   const Buffer packed = pack(p);
   BoundedProblem b{&p, packed.as<char>(), nullptr, 0, weights_differ(p)};
   const int64_t column_bytes = N * (1 + K) * element_size(p);
-  if (gradient) b.kept_columns = std::min(M, kKeptBytes / column_bytes / kBlockColumns * kBlockColumns);
+  const Groups groups = sums_groups(p);
+  if (gradient) {
+    const int64_t bytes = kept_bytes(p, groups, gradients.need_rows, gradients.need_columns);
+    b.kept_columns = std::min(M, bytes / column_bytes / kBlockColumns * kBlockColumns);
+  }
   if (b.kept_columns < M / 8) b.kept_columns = 0;
   const Buffer kept(b.kept_columns * column_bytes + 1);
   b.kept = kept.as<char>();
 
-  const Groups groups = sums_groups(p);
   const int64_t row_arrays = 1 + 2 * K, column_arrays = 1 + 3 * K;
   std::vector<double> row_sums(static_cast<size_t>(groups.columns * row_arrays * N), 0.0);
-  const Buffer column_sums(groups.rows * column_arrays * M * static_cast<int64_t>(sizeof(double)));
+  std::optional<Buffer> column_sums(std::in_place, groups.rows * column_arrays * M * static_cast<int64_t>(sizeof(double)));
   const bool bounded = for_rectangles(p, groups, [&](const BoundedTask& task, int64_t r, int64_t c) {
-    const BoundedSums sums{row_sums.data() + c * row_arrays * N, column_sums.as<double>() + r * column_arrays * M};
+    const BoundedSums sums{row_sums.data() + c * row_arrays * N, column_sums->as<double>() + r * column_arrays * M};
     return CLK_CALL(bounded_sums, b, task, sums);
   });
   if (!bounded) return false;
@@ -156,7 +169,7 @@ bool forward(const Inputs& in, const FeatureFactors& f, double* loss, C* row_sta
   }
   if (p.columns) {
     *loss += f.columns / M * sum_losses(M, [&](int64_t m) {
-      const auto sum = [&](int64_t s) { return total(column_sums.as<double>() + s * M + m, groups.rows, column_arrays * M); };
+      const auto sum = [&](int64_t s) { return total(column_sums->as<double>() + s * M + m, groups.rows, column_arrays * M); };
       const double student = sum(0), log_student = std::log(student);
       double at_column = 0, masses = 0;
       if (column_stats) column_stats[m] = static_cast<C>(log_student);
@@ -174,6 +187,7 @@ bool forward(const Inputs& in, const FeatureFactors& f, double* loss, C* row_sta
     });
   }
   *loss *= f.temperature * f.temperature;
+  column_sums.reset();  // before the gradients take their memory
   return !gradient || gradient_sweep(b, row_factors.data(), column_factors.data(), gradients);
 }
 

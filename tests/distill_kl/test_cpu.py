@@ -212,10 +212,13 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda s: clk.feature_distill_kl(s, teacher, fixed, **keywords), leaves[:1])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_peak_memory(threads):
-    """PyTorch takes 900 MB for these sizes. In a process of its own, whose peak shows nothing else."""
-    script = [str(Path(__file__).parent / "peak_memory.py"), "512", "60000", "512", str(threads)]
+@pytest.mark.parametrize(
+    ("images", "captions", "threads"), [(512, 60000, 1), (512, 60000, 2), (256, 10000, 2), (64, 60000, 2)]
+)
+def test_peak_memory(images, captions, threads):
+    """PyTorch takes up to 900 MB for these sizes. In a process of its own, whose peak shows nothing else."""
+    sizes = [str(size) for size in (images, captions, 512, threads)]
+    script = [str(Path(__file__).parent / "peak_memory.py"), *sizes]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, *script], env=environment, check=True, capture_output=True, text=True)
     assert 0 < int(run.stdout) < 24e6
