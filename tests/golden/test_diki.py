@@ -67,7 +67,7 @@ def build(name: str, **settings: Any) -> tuple[DIKI, list[Task], dict[str, Tenso
         mean, covariance = fit_gaussian(tensors[f"fit_features.{index}"])
         assert golden.max_error(mean, tensors["means"][index]) < 1e-5
         assert golden.max_error(covariance, tensors["covars"][index]) < 1e-5
-        method.gaussians.add(mean, covariance)
+        method.gaussians.add(tensors["means"][index], tensors["covars"][index])
     assert {place for place, _ in method.prompts.blocks.items()} == {"visual_0", "text_0"}
     return method, tasks, tensors, data
 

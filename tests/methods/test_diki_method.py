@@ -123,8 +123,8 @@ def test_a_step_never_waits_and_runs_every_encoder_once(tasks: list[Task], batch
     assert not (set(forward.by_name) | set(rest.by_name)) & WAITING
     attention = sum(count for name, count in forward.by_name.items() if "attention" in name)
     assert attention == 2 * 4  # own and injected, in two blocks of both towers
-    assert forward.operations <= 190, forward.operations
-    assert rest.operations <= 320, rest.operations
+    assert forward.operations <= 75, forward.operations
+    assert rest.operations <= 130, rest.operations
 
 
 def test_test_time_factorises_nothing(learnt: Callable[..., Any], tasks: list[Task]) -> None:
