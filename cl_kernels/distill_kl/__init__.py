@@ -103,7 +103,7 @@ def feature_distill_kl(
     """Distillation from features, in both directions: ``rows · KD(Z_t, Z_s) + columns · KD(Z_tᵀ, Z_sᵀ)``.
 
     ``Z = logit_scale · f anchorsᵀ`` is (N, M) and never held: both directions come from tiles of it, which the gradient recomputes
-    from the log-sum-exps (the CPU kernel keeps up to 20 MiB of tiles inside the call instead, the Triton kernels up to 24 MiB of
+    from the log-sum-exps (the CPU kernel keeps tiles inside the call instead, within 20 MiB, the Triton kernels up to 24 MiB of
     the gradient of ``Z``). With weights ``w``, teachers ``k`` and ``p = softmax(Z / T)``::
 
         rows    · T² · 1/N Σ_n Σ_k Σ_m −w[k,n] p_t[k,n,m] log p_s[n,m]      softmax over m

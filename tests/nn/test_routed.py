@@ -67,6 +67,14 @@ def test_same_bits_as_the_two_calls(noisy, dtype, backend):
     assert_same(results(routed_adapter, given, set(given), **options), results(two_calls, given, set(given), **options))
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("noisy", [False, True])
+def test_same_bits_as_the_two_calls_in_triton(noisy):
+    given, noise = tensors(), torch.randn(6, 5, generator=torch.Generator().manual_seed(1)) if noisy else None
+    options = {"noise": noise, "dropout_p": 0.2, "backend": "triton"}
+    assert_same(results(routed_adapter, given, set(given), **options), results(two_calls, given, set(given), **options))
+
+
 @pytest.mark.parametrize(
     "needs", [(), ("x",), ("w_gate",), ("x", "up_bias"), ("residual",), ("x", "residual", "w_noise")]
 )
