@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_adapters import SYNCHRONISING, OperatorNames
+from test_replay_and_icarl import third
 from tiny_clip import build_backbone, transform
 from torch import Tensor
 from trained import state
@@ -216,6 +217,18 @@ def test_interrupted_and_continued(done: int, tasks: list[Task]) -> None:
     forgetful.load_state_dict(between)
     with pytest.raises(RuntimeError, match="call load_state_dict and recall first"):
         forgetful.before_task(1, tasks[1])
+
+
+def test_a_third_task_after_a_restart(tasks: list[Task]) -> None:
+    """Adapters of earlier tasks have changed in between, in place in the one and by loading in the other."""
+    tasks = third(tasks)
+    whole, resumed = learnt(tasks), build()
+    resumed.load_state_dict(state(whole))
+    resumed.recall(tasks[:2])
+    for method in (whole, resumed):
+        TaskTraining(method, 2, tasks).execute()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("settings", [{}, {"prior": "data_driven", "hierarchical": True}])
