@@ -176,6 +176,22 @@ def test_tasks_that_were_not_learnt_are_zero_shot(tasks: list[Task]) -> None:
         method.sampled_logits(images, tasks[1], 3)
 
 
+@pytest.mark.parametrize("samples", [0, 3])
+def test_learnt_and_other_classes_on_one_scale(samples: int, tasks: list[Task]) -> None:
+    """All learnt classes together get what zero-shot CLIP gives them, and share it as their own scores say."""
+    tasks = third(tasks)
+    method, images = learnt(tasks, evaluation_samples=samples), evaluation_images(tasks[0])
+    scaled = build(evaluation_samples=samples, one_scale=True)
+    scaled.load_state_dict(state(method))
+    plain = METHODS["zero_shot"](build_backbone(), METHODS["zero_shot"].Config())
+    own, found, zero_shot = (
+        torch.cat([one.logits(images, task) for task in tasks[:2]], dim=1) for one in (method, scaled, plain)
+    )
+    torch.testing.assert_close(found.softmax(dim=1), own.softmax(dim=1))
+    torch.testing.assert_close(found.logsumexp(dim=1), zero_shot.logsumexp(dim=1))
+    assert torch.equal(scaled.logits(images, tasks[2]), plain.logits(images, tasks[2]))
+
+
 @pytest.mark.parametrize("hierarchical", [False, True])
 def test_state_of_another_instance(hierarchical: bool, tasks: list[Task]) -> None:
     method, other = learnt(tasks, hierarchical=hierarchical), build(hierarchical=hierarchical)

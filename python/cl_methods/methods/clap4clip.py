@@ -33,7 +33,8 @@ class CLAP4CLIP(Method):
     :func:`~cl_methods.methods.variational_loss.variational_loss`.
 
     A learnt task's classes are scored by its adapter, chosen by the label space; those of a task that was not learnt by their
-    texts, as CLIP does. Under the label spaces ``seen`` (before the last task) and ``all`` these two kinds of scores compete.
+    texts, as CLIP does. Where both compete, under the label spaces ``seen`` (before the last task) and ``all``, the former are far
+    larger; ``one_scale`` shares out among the learnt classes what zero-shot CLIP gives to them together, as RanPAC does here.
     With ``scope="batch"`` predictions depend on the images that happen to be scored together.
 
     Source: Jha et al., "CLAP4CLIP: Continual Learning with Probabilistic Finetuning for Vision-Language Models", NeurIPS 2024.
@@ -178,12 +179,15 @@ class CLAP4CLIP(Method):
     @torch.no_grad()
     def logits(self, images: Tensor, task: Task) -> Tensor:
         """(B, C) mean scores of ``images`` (B, 3, R, R) over draws, or over all possible ones; by texts if not learnt."""
-        if task.name not in self.task_names:
+        if self.head is None or task.name not in self.task_names:
             return super().logits(images, task)
-        samples = self.config.evaluation_samples
-        if samples:
-            return self.sampled_logits(images, task, samples).mean(dim=0)
-        return self._scores(images, task, None)[0]
+        features, place = self.backbone.encode_images(images).float(), self.task_names.index(task.name)
+        scores = self._mean_scores(features, place)
+        if self.config.one_scale:
+            others = [self._mean_scores(features, other) for other in range(len(self.task_names)) if other != place]
+            learnt = torch.cat([scores, *others], dim=1).logsumexp(dim=1, keepdim=True)
+            scores = scores - learnt + (self._scale * features @ self.head.text.T).logsumexp(dim=1, keepdim=True)
+        return scores
 
     @torch.no_grad()
     def sampled_logits(self, images: Tensor, task: Task, samples: int) -> Tensor:
@@ -199,24 +203,27 @@ class CLAP4CLIP(Method):
         Raises:
             ValueError: the task has not been learnt, so there is nothing to draw from.
         """
-        if self.head is None or task.name not in self.task_names:
+        if task.name not in self.task_names:
             raise ValueError(
                 f"task: expected one of the learnt ones, {', '.join(self.task_names) or 'none'}, got {task.name}"
             )
-        generator = torch.Generator().manual_seed(0)
-        shape = (len(task.class_names), self.head.width)
-        groups = [self.config.global_samples] if self.config.hierarchical else []
-        noise = [torch.randn(samples, *groups, *shape, generator=generator)]
-        noise += [torch.randn(*groups, *shape, generator=generator) for _ in groups]
-        return self._scores(images, task, tuple(part.to(self.backbone.device) for part in noise))
+        features = self.backbone.encode_images(images).float()
+        return self._scores(features, self.task_names.index(task.name), samples)
 
-    def _scores(self, images: Tensor, task: Task, noise: tuple[Tensor, ...] | None) -> Tensor:
-        """(F, B, C), or (1, B, C) of the mean."""
-        assert self.head is not None
-        features, alone = self.backbone.encode_images(images).float(), self.config.scope == "sample"
-        parts = features.split(max(1, _ROWS // len(task.class_names))) if alone else [features]
-        place = self.task_names.index(task.name)
-        scores = [self.head.score(part, place, alone=alone, noise=noise) for part in parts]
+    def _mean_scores(self, features: Tensor, place: int) -> Tensor:
+        return self._scores(features, place, self.config.evaluation_samples).mean(dim=0)
+
+    def _scores(self, features: Tensor, place: int, samples: int) -> Tensor:
+        """(F, B, n) of so many draws of the classes of one task, or (1, B, n) of the mean for no draws."""
+        head, alone = self._begun(), self.config.scope == "sample"
+        shape, noise = (head.texts[place].shape[1], head.width), []
+        if samples:
+            generator = torch.Generator().manual_seed(0)
+            groups = [self.config.global_samples] if self.config.hierarchical else []
+            shapes = [(samples, *groups, *shape), *((group, *shape) for group in groups)]
+            noise = [torch.randn(one, generator=generator).to(features.device) for one in shapes]
+        parts = features.split(max(1, _ROWS // shape[0])) if alone else [features]
+        scores = [head.score(part, place, alone=alone, noise=tuple(noise) or None) for part in parts]
         return self._scale * torch.cat(scores, dim=1)
 
     def forget_classifiers(self) -> None:

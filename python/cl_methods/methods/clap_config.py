@@ -25,6 +25,8 @@ class ClapConfig(TrainConfig):
             that image alone (``sample``).
         samples: F, draws of every class text per step.
         evaluation_samples: draws per class text when images are scored; 0: the mean over all possible draws, exactly.
+        one_scale: bring scores of learnt classes to the scale of zero-shot ones, so that both can compete. It changes nothing
+            among classes of learnt tasks, and costs the scores of all learnt tasks for each; their energy is then CLIP's.
         hierarchical: a posterior shared by all tasks before those of the tasks.
         global_samples: draws of the shared posterior per step.
         prior: of each task's posterior; see :mod:`cl_methods.methods.variational_adapters`.
@@ -53,6 +55,7 @@ class ClapConfig(TrainConfig):
     scope: Literal["sample", "batch"] = "sample"
     samples: int = 20
     evaluation_samples: int = 0
+    one_scale: bool = False
     hierarchical: bool = False
     global_samples: int = 10
     prior: Prior = "standard_normal"
