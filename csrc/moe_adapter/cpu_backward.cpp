@@ -13,7 +13,7 @@ namespace {
 
 using namespace moe;
 
-constexpr int64_t kPieceBytes = 8 << 20;  // of tokens and gradients
+constexpr int64_t kPieceBytes = 4 << 20;  // of tokens and gradients
 
 int64_t samples_per_piece(const Shape& s, const Tensor& x) {
   const int64_t bytes = 2 * s.length * s.width * static_cast<int64_t>(x.element_size());
