@@ -70,6 +70,12 @@ def test_shared_modules_do_not_import_operations():
         assert not {m for m in imported(KERNELS / f"{name}.py", "cl_kernels") if m.startswith(operations)}
 
 
+def test_components_know_no_method_and_nothing_above():
+    above = tuple(f"cl_methods.{name}" for name in ("methods", "training", "cli", "commands", "evaluation"))
+    for path in sources(METHODS / "components"):
+        assert not {m for m in imported(path, "cl_methods") if m.startswith(above)}, path
+
+
 @pytest.mark.parametrize("package", ["methods", "datasets", "scenarios"])
 def test_methods_and_data_do_not_import_the_command_line_or_evaluation(package):
     above = tuple(f"cl_methods.{name}" for name in ("cli", "commands", "evaluation"))

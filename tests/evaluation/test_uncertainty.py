@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cl_methods.components.uncertainty import uncertainty
 from cl_methods.evaluation.uncertainty import expected_calibration_error, novelty_detection, separation
-from cl_methods.methods.uncertainty import uncertainty
 
 
 def calibration_by_definition(probabilities: list[list[float]], labels: list[int], bins: int) -> float:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_methods.methods.ddas import AutoEncoder, decide
+from cl_methods.components.ddas import AutoEncoder, decide
 
 TOLERANCE = 1e-5
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cl_methods.components.gaussian import fit_gaussian
+from cl_methods.components.prompt_attention import residual_prompt_attention
 from cl_methods.methods import DIKI, Batch
-from cl_methods.methods.gaussian import fit_gaussian
-from cl_methods.methods.prompt_attention import residual_prompt_attention
 from cl_methods.scenarios.base import Task
 
 ATTENTION = [

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cl_kernels as clk
 from cl_kernels.gating import autograd
-from cl_methods.adapters import BlockAdapters
+from cl_methods.components.adapters import BlockAdapters
 from cl_methods.methods import METHODS, Batch, Method
 from cl_methods.training.loop import train_on_batches
 

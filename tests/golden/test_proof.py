@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_methods.methods.cross_modal_fusion import CrossModalFusion
+from cl_methods.components.cross_modal_fusion import CrossModalFusion
 from cl_methods.methods.proof_network import ProofNetwork, SummedProjection
 
 CASES = golden.names("proof_fusion*")

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cl_kernels as clk
-from cl_methods.adapters import MountedAdapters
 from cl_methods.backbone import Backbone
+from cl_methods.components.adapters import MountedAdapters
+from cl_methods.components.ddas import DDASConfig
 from cl_methods.methods import Batch, MoEAdapters
-from cl_methods.methods.ddas import DDASConfig
 from cl_methods.methods.moe_adapters import MoEAdaptersConfig
 from cl_methods.scenarios.base import Task
 

@@ -13,9 +13,9 @@ from tiny_clip import build_backbone, transform
 from torch import Tensor
 from trained import state
 
+from cl_methods.components.uncertainty import by_uncertainty, uncertainty
 from cl_methods.methods import CLAP4CLIP, METHODS, Batch
 from cl_methods.methods.clap_config import ClapConfig
-from cl_methods.methods.uncertainty import by_uncertainty, uncertainty
 from cl_methods.methods.variational_adapters import VariationalHead
 from cl_methods.scenarios.base import Task
 from cl_methods.training.task import Continuation, TaskTraining

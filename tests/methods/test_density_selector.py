@@ -15,10 +15,11 @@ from trained import check_resuming, learn, state
 
 from cl_kernels.profile import ExtraMemory
 from cl_methods.backbone import Backbone
-from cl_methods.methods import Batch, MoEAdapters, densities
-from cl_methods.methods.densities import Density, Gaussian, KernelDensity, LowRankGaussian
-from cl_methods.methods.density_selector import DensityConfig, DensitySelector, decide
-from cl_methods.methods.gaussian import fit_gaussian
+from cl_methods.components import densities
+from cl_methods.components.densities import Density, Gaussian, KernelDensity, LowRankGaussian
+from cl_methods.components.density_selector import DensityConfig, DensitySelector, decide
+from cl_methods.components.gaussian import fit_gaussian
+from cl_methods.methods import Batch, MoEAdapters
 from cl_methods.scenarios.base import Reference, Task, TensorImages
 
 CONFIG = DensityConfig(rank=4, shrinkage=0.05)

@@ -10,10 +10,10 @@ from tiny_clip import build_backbone, transform
 from torch.nn import functional as F
 from trained import SHORT, Batches, check_resuming, learn, train, weights
 
+from cl_methods.components.fisher import fisher_diagonal
+from cl_methods.components.weights import consolidation_value, fold_consolidation_gradient
 from cl_methods.methods import EWC, METHODS
 from cl_methods.methods.ewc import EWCConfig
-from cl_methods.methods.fisher import fisher_diagonal
-from cl_methods.methods.weights import consolidation_value, fold_consolidation_gradient
 from cl_methods.scenarios.base import Task
 
 

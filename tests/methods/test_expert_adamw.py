@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cl_methods.methods.expert_adamw import ExpertAdamW
+from cl_methods.components.expert_adamw import ExpertAdamW
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

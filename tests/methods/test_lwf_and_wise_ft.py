@@ -10,8 +10,8 @@ from tiny_clip import build_backbone
 from trained import SHORT, Batches, check_resuming, learn, train, weights, with_sgd
 
 import cl_kernels as clk
+from cl_methods.components.reference_features import random_texts
 from cl_methods.methods import METHODS
-from cl_methods.methods.reference_features import random_texts
 from cl_methods.scenarios.base import Task
 
 FEW: dict[str, Any] = {"texts": 7, "words": 4}

@@ -8,7 +8,7 @@ from tiny_clip import build_backbone
 from torch import Tensor, nn
 
 from cl_methods.backbone import Backbone
-from cl_methods.methods.prompt_attention import MountedPrompts, residual_prompt_attention
+from cl_methods.components.prompt_attention import MountedPrompts, residual_prompt_attention
 
 
 def by_definition(

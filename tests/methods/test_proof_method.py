@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trained import SHORT, Batches, check_resuming, state
 
 from cl_kernels.profile import OperationCount
+from cl_methods.components.cross_modal_fusion import CrossModalFusion
+from cl_methods.components.exemplars import encode_source, herding
 from cl_methods.methods import METHODS, Batch
-from cl_methods.methods.cross_modal_fusion import CrossModalFusion
-from cl_methods.methods.exemplars import encode_source, herding
 from cl_methods.scenarios.base import Task
 from cl_methods.training.task import TaskTraining
 

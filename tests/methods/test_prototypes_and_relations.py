@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_methods.methods.prototypes import class_prototypes, follow, symmetric_alignment
-from cl_methods.methods.relations import relation_distillation, side_by_side
-from cl_methods.methods.teacher_weights import teacher_weights
+from cl_methods.components.prototypes import class_prototypes, follow, symmetric_alignment
+from cl_methods.components.relations import relation_distillation, side_by_side
+from cl_methods.components.teacher_weights import teacher_weights
 
 LABELS = torch.tensor([2, 0, 2, 2, 4, 0, 4])
 

@@ -10,7 +10,7 @@ import torch
 from tiny_clip import noise_images, transform
 
 from cl_methods.backbone import Backbone
-from cl_methods.methods.ddas import DDAS, DDASConfig, decide
+from cl_methods.components.ddas import DDAS, DDASConfig, decide
 from cl_methods.scenarios.base import TensorImages
 
 CONFIG = DDASConfig(

@@ -12,10 +12,10 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
 from cl_kernels.profile import OperationCount
+from cl_methods.components.visual_attention import VisualGuidedAttention
 from cl_methods.methods.clap_config import ClapConfig
 from cl_methods.methods.variational_adapters import VariationalHead
 from cl_methods.methods.variational_loss import variational_loss
-from cl_methods.methods.visual_attention import VisualGuidedAttention
 
 WIDTH, SIZES, SCALE = 12, (3, 1, 4), torch.tensor(7.0, dtype=torch.float64)
 

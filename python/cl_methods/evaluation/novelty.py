@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from cl_methods.components.uncertainty import Uncertainty
 from cl_methods.datasets.loading import evaluation_batches
 from cl_methods.evaluation.uncertainty import novelty_detection
 from cl_methods.methods.base import Method
-from cl_methods.methods.uncertainty import Uncertainty
 from cl_methods.scenarios.base import Task
 
 Scores = Callable[[Tensor, Task], Tensor]

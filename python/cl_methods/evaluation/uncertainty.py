@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_methods.methods.uncertainty import Uncertainty, uncertainty
+from cl_methods.components.uncertainty import Uncertainty, uncertainty
 
 _SUM_TOLERANCE = 1e-3
 
@@ -70,7 +70,7 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
 
 
 def novelty_detection(known: Tensor, novel: Tensor, kind: Uncertainty = "energy") -> dict[str, float]:
-    """How well :func:`~cl_methods.methods.uncertainty.uncertainty` separates novel from known data; see :func:`separation`.
+    """How well :func:`~cl_methods.components.uncertainty.uncertainty` separates novel from known data; see :func:`separation`.
 
     Args:
         known: scores (N, C) or draws (F, N, C) for images of classes that the method has learnt.

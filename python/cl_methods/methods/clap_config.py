@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cl_methods.methods.config import TrainConfig, check_field
+from cl_methods.checks import check_field
+from cl_methods.methods.config import TrainConfig
 
 Prior = Literal["standard_normal", "data_driven", "language_aware"]
 ExemplarSelection = Literal["random", "herding", "confidence", "energy", "entropy", "variance"]
@@ -36,7 +37,7 @@ class ClapConfig(TrainConfig):
         memory: images of all tasks together, the same number for every class.
         memory_per_class: at most so many images of a class, from the first task on; None for no such bound.
         selection: which images of a class are kept: ``random`` ones, those that ``herding`` takes, or by an uncertainty of
-            :func:`~cl_methods.methods.uncertainty.uncertainty`.
+            :func:`~cl_methods.components.uncertainty.uncertainty`.
         keep: with an uncertainty, whether the most ``uncertain`` images of a class are kept or the most ``certain``.
         fine_tuning_iterations: T of the second stage, on the balanced memory; 0 leaves the stage out.
         fine_tuning_lr_factor: its peak learning rate over that of the task.

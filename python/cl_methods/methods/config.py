@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -53,25 +52,3 @@ class TrainConfig:
     def task_iterations(self, images: int) -> int:
         """T for a task with so many training images."""
         return self.iterations if self.epochs is None else self.epochs * -(-images // self.batch_size)
-
-
-def check_fraction(config: Any, *names: str) -> None:
-    """Check that the named fields of ``config`` lie in [0, 1].
-
-    Raises:
-        ValueError: one does not.
-    """
-    for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name}: expected 0 <= value <= 1, got {getattr(config, name)}")
-
-
-def check_field(config: Any, name: str, allowed: tuple[str, ...]) -> None:
-    """Check that the field ``name`` of ``config`` has one of the allowed values.
-
-    Raises:
-        ValueError: it has another.
-    """
-    assert name in {entry.name for entry in fields(config)}
-    if getattr(config, name) not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(config, name)!r}")

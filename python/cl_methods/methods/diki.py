@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_methods.backbone import Backbone
+from cl_methods.checks import check_field
+from cl_methods.components.density_selector import with_held_out
+from cl_methods.components.exemplars import encode_source
+from cl_methods.components.gaussian import TaskGaussians, fit_gaussian
+from cl_methods.components.prompt_attention import MountedPrompts
 from cl_methods.methods.base import Batch, Facts, Method
-from cl_methods.methods.config import TrainConfig, check_field
-from cl_methods.methods.density_selector import with_held_out
-from cl_methods.methods.exemplars import encode_source
-from cl_methods.methods.gaussian import TaskGaussians, fit_gaussian
-from cl_methods.methods.prompt_attention import MountedPrompts
+from cl_methods.methods.config import TrainConfig
 from cl_methods.scenarios.base import Reference, Task
 
 
@@ -71,7 +72,7 @@ class DIKI(Method):
     """``L = CE(s f_t(x) g_t(c)ᵀ, y)`` over the prompts of task t alone, with weight 1; the CLIP weights never change.
 
     In the first blocks of both towers the prompts of a task are attended to apart from the tokens and the result is added
-    (:func:`~cl_methods.methods.prompt_attention.residual_prompt_attention`). After a task a Gaussian is fitted to the plain
+    (:func:`~cl_methods.components.prompt_attention.residual_prompt_attention`). After a task a Gaussian is fitted to the plain
     encoder's features of its training images. A test image with features f has ``e_t = log N(f; μ_t, Σ_t)``, gets the prompts
     of ``t* = argmax e_t``, and they weigh ``w = sigmoid(e_t* / 512 - 1)``, in both towers: what looks like no learnt task
     sees plain CLIP.

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 import cl_kernels as clk
 from cl_methods.backbone import Backbone
+from cl_methods.checks import check_field
+from cl_methods.components.exemplars import Selection, encode_source, herded
+from cl_methods.components.reference_features import FrozenFeatures
 from cl_methods.methods.base import Batch, Facts
-from cl_methods.methods.config import TrainConfig, check_field
-from cl_methods.methods.exemplars import Selection, encode_source, herded
-from cl_methods.methods.reference_features import FrozenFeatures
+from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.replay import MemoryConfig, Replay
 from cl_methods.scenarios.base import Reference, Subset, Task
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_methods.adapters import MountedAdapters
 from cl_methods.backbone import Backbone
+from cl_methods.checks import check_field
+from cl_methods.components.adapters import MountedAdapters
+from cl_methods.components.ddas import DDAS, DDASConfig
+from cl_methods.components.density_selector import DensityConfig, DensitySelector
+from cl_methods.components.expert_adamw import ExpertAdamW
 from cl_methods.methods.base import Batch, Facts, Method
-from cl_methods.methods.config import TrainConfig, check_field
-from cl_methods.methods.ddas import DDAS, DDASConfig
-from cl_methods.methods.density_selector import DensityConfig, DensitySelector
-from cl_methods.methods.expert_adamw import ExpertAdamW
+from cl_methods.methods.config import TrainConfig
 from cl_methods.scenarios.base import Reference, Task
 
 
@@ -35,8 +36,8 @@ class MoEAdaptersConfig(TrainConfig):
         routers: one per task (``task``), or one for all (``shared``, class-incremental form).
         freeze: most used experts per block that stop training after each task; 0 for none.
         detection: who chooses the router of a test image: ``ddas``, ``density``, or ``none`` for the one shared router.
-        ddas: settings of the autoencoders (:class:`~cl_methods.methods.ddas.DDAS`).
-        density: settings of the densities (:class:`~cl_methods.methods.density_selector.DensitySelector`).
+        ddas: settings of the autoencoders (:class:`~cl_methods.components.ddas.DDAS`).
+        density: settings of the densities (:class:`~cl_methods.components.density_selector.DensitySelector`).
     """
 
     lr: float = 1e-3
@@ -75,10 +76,10 @@ class MoEAdaptersConfig(TrainConfig):
 class MoEAdapters(Method):
     """``L = CE(s f(x) g(c)ᵀ, y)`` over the experts and the current router only; the CLIP weights never change.
 
-    Adapters sit in every residual block of both towers (:class:`~cl_methods.adapters.MountedAdapters`). Each task adds a
+    Adapters sit in every residual block of both towers (:class:`~cl_methods.components.adapters.MountedAdapters`). Each task adds a
     router; after it the most used experts of every block are frozen, though every router may still choose them. Test images
-    go to the router of the task that the detector finds (:class:`~cl_methods.methods.ddas.DDAS` as published, or
-    :class:`~cl_methods.methods.density_selector.DensitySelector`), or to the plain model.
+    go to the router of the task that the detector finds (:class:`~cl_methods.components.ddas.DDAS` as published, or
+    :class:`~cl_methods.components.density_selector.DensitySelector`), or to the plain model.
 
     Source: Yu et al., "Boosting Continual Learning of Vision-Language Models via Mixture-of-Experts Adapters", CVPR 2024.
     As in its public code the load-balancing loss is not part of training, and experts without samples in a step are not

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from cl_methods.backbone import Backbone
+from cl_methods.components.dual_teachers import DualTeachers, feature_distances
+from cl_methods.components.exemplars import encode_source
+from cl_methods.components.prototypes import class_prototypes, follow, symmetric_alignment
+from cl_methods.components.relations import relation_distillation
+from cl_methods.components.teacher_weights import teacher_weights
+from cl_methods.components.weights import assign, move_towards, snapshot
 from cl_methods.methods.base import Batch, Facts
 from cl_methods.methods.config import TrainConfig
-from cl_methods.methods.dual_teachers import DualTeachers, feature_distances
-from cl_methods.methods.exemplars import encode_source
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.mulki_config import MulKIConfig
-from cl_methods.methods.prototypes import class_prototypes, follow, symmetric_alignment
-from cl_methods.methods.relations import relation_distillation
-from cl_methods.methods.teacher_weights import teacher_weights
-from cl_methods.methods.weights import assign, move_towards, snapshot
 from cl_methods.scenarios.base import Reference, Task
 
 _EXTRA = "mulki."

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from cl_methods.methods.config import TrainConfig, check_field, check_fraction
-from cl_methods.methods.dual_teachers import Distance
-from cl_methods.methods.teacher_weights import WEIGHTINGS, Weighting
+from cl_methods.checks import check_field, check_fraction
+from cl_methods.components.dual_teachers import Distance
+from cl_methods.components.teacher_weights import WEIGHTINGS, Weighting
+from cl_methods.methods.config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_methods.backbone import Backbone
+from cl_methods.checks import check_field
+from cl_methods.components.cross_modal_fusion import Shared
+from cl_methods.components.exemplars import ExemplarMemory, Exemplars, encode_source, herding
+from cl_methods.components.learnt_classes import LearntClasses
 from cl_methods.methods.base import Batch, Facts, Method
-from cl_methods.methods.config import TrainConfig, check_field
-from cl_methods.methods.cross_modal_fusion import Shared
-from cl_methods.methods.exemplars import ExemplarMemory, Exemplars, encode_source, herding
-from cl_methods.methods.learnt_classes import LearntClasses
+from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.proof_network import ProofNetwork
 from cl_methods.scenarios.base import ImageSource, Reference, Task
 
@@ -72,7 +73,7 @@ class PROOF(Method):
 
     f̃ and t̄ are image and text features through a sum of one projection per task, normalised; prototypes are the class means
     of frozen image features and go through the image projections. ĩ, t̃, p̃ are what attention over an image, all classes' texts
-    and prototypes, and context prompts makes of them (:class:`~cl_methods.methods.cross_modal_fusion.CrossModalFusion`).
+    and prototypes, and context prompts makes of them (:class:`~cl_methods.components.cross_modal_fusion.CrossModalFusion`).
     CLIP stays frozen: texts are encoded once per class, prototypes and herding need one pass over a task's images.
 
     Learnt classes are known by name, whatever task asks for them. Classes that were not learnt keep their zero-shot score;

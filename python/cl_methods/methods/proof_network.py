@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_methods.methods.cross_modal_fusion import CrossModalFusion
+from cl_methods.components.cross_modal_fusion import CrossModalFusion
 
 
 class SummedProjection(nn.Module):
@@ -64,7 +64,7 @@ class ProofNetwork(nn.Module):
 
     Attributes:
         image, text: :class:`SummedProjection` of D features.
-        fusion: :class:`~cl_methods.methods.cross_modal_fusion.CrossModalFusion`.
+        fusion: :class:`~cl_methods.components.cross_modal_fusion.CrossModalFusion`.
         prompts (K, D), frozen_prompts (K', D): the newest task's context prompts, and those of earlier tasks.
         log_scale: of the contrastive loss, a scalar.
     """

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_methods.checks import check_fraction
 from cl_methods.methods.base import Facts
-from cl_methods.methods.config import check_fraction
 from cl_methods.methods.random_features import RandomFeatureConfig, RandomFeatureMethod
 
 _CHUNK = 4096

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_methods.components.visual_attention import VisualGuidedAttention
 from cl_methods.methods.clap_config import ClapConfig
 from cl_methods.methods.class_layout import ClassLayout
-from cl_methods.methods.visual_attention import VisualGuidedAttention
 
 Gaussian = tuple[Tensor, Tensor]
 """Mean and standard deviation of independent normal variables, of the same shape."""

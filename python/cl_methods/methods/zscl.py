@@ -10,11 +10,8 @@ from torch import Tensor, nn
 
 import cl_kernels as clk
 from cl_methods.backbone import Backbone
-from cl_methods.methods.base import Batch, Facts
-from cl_methods.methods.config import TrainConfig
-from cl_methods.methods.finetune import FineTune
-from cl_methods.methods.reference_features import FrozenFeatures, random_texts
-from cl_methods.methods.weights import (
+from cl_methods.components.reference_features import FrozenFeatures, random_texts
+from cl_methods.components.weights import (
     assign,
     consolidation_value,
     fold_consolidation_gradient,
@@ -22,6 +19,9 @@ from cl_methods.methods.weights import (
     move_towards,
     snapshot,
 )
+from cl_methods.methods.base import Batch, Facts
+from cl_methods.methods.config import TrainConfig
+from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.zscl_config import ZSCLConfig
 from cl_methods.scenarios.base import ImageSource, Reference, Task
 

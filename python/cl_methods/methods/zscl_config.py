@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
-from cl_methods.methods.config import TrainConfig, check_field, check_fraction
+from cl_methods.checks import check_field, check_fraction
+from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.settings import scenario_settings
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cl_methods.backbone import Backbone
-from cl_methods.methods.reference_features import FrozenFeatures
+from cl_methods.components.reference_features import FrozenFeatures
 
 Distance = Literal["squared", "norm"]
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from cl_methods.methods.gaussian import fit_gaussian, whiten
+from cl_methods.components.gaussian import fit_gaussian, whiten
 
 _ROWS, _CENTRES = 512, 2048
 _BANDWIDTHS = tuple(2.0**exponent for exponent in range(-4, 5))

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cl_methods.methods.exemplars import Exemplars
+from cl_methods.components.exemplars import Exemplars
 from cl_methods.scenarios.base import Task
 
 
 class SeenImages(Exemplars):
-    """:class:`~cl_methods.methods.exemplars.Exemplars` whose labels count on from task to task.
+    """:class:`~cl_methods.components.exemplars.Exemplars` whose labels count on from task to task.
 
     Args:
         tasks: whose training images they are.

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cl_methods.methods.exemplars import Selection
+from cl_methods.components.exemplars import Selection
 
 Uncertainty = Literal["confidence", "energy", "entropy", "variance"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from cl_methods.backbone import Backbone
+from cl_methods.checks import check_field
+from cl_methods.components.densities import Density, Gaussian, KernelDensity, LowRankGaussian
+from cl_methods.components.frozen_features import Extractor, backbone_features
 from cl_methods.datasets.loading import evaluation_batches
-from cl_methods.methods.config import check_field
-from cl_methods.methods.densities import Density, Gaussian, KernelDensity, LowRankGaussian
-from cl_methods.methods.frozen_features import Extractor, backbone_features
 from cl_methods.scenarios.base import ImageSource, Subset
 
 _BATCH = 256
@@ -95,7 +95,7 @@ class DensitySelector(nn.Module):
     With equal shares of the tasks the most likely task has the highest density. The densities of different tasks are comparable
     because all are of the same features: a shift and a scale, taken from the first data seen, are shared.
 
-    Stored: the densities (:mod:`~cl_methods.methods.densities`); with ``kernel`` features of training images are among them.
+    Stored: the densities (:mod:`~cl_methods.components.densities`); with ``kernel`` features of training images are among them.
 
     Args:
         backbone: frozen; plain while :meth:`decide` runs.

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cl_methods.methods.dual_teachers import discrepancy_gate
+from cl_methods.components.dual_teachers import discrepancy_gate
 
 Weighting = Literal["confidence", "entropy", "discrepancy", "equal"]
 WEIGHTINGS: tuple[str, ...] = ("confidence", "entropy", "discrepancy", "equal")

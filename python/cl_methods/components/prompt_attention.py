@@ -12,8 +12,8 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_methods.adapters import residual_blocks
 from cl_methods.backbone import Backbone
+from cl_methods.components.adapters import residual_blocks
 
 
 def residual_prompt_attention(
