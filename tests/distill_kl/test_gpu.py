@@ -5,6 +5,7 @@ from __future__ import annotations
 import distill_cases as cases
 import pytest
 import torch
+from gpu_steps import capture, replayed, waiting_is_an_error
 
 import cl_kernels as clk
 
@@ -121,31 +122,17 @@ def step_of(dtype=torch.bfloat16, N=64, M=1000):
 def test_nothing_waits_for_the_device():
     step, _ = step_of()
     step()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_graph_equals_eager():
     step, student = step_of()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = capture(step)
     for factor in (1.0, -1.0):  # replays read what is there now
         with torch.no_grad():
             student.mul_(factor)
-        graph.replay()
-        torch.cuda.synchronize()
-        for found, wanted in zip(results, step(), strict=True):
+        for found, wanted in zip(replayed(graph, results), step(), strict=True):
             assert torch.equal(found, wanted)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gating_cases as cases
 import pytest
 import torch
+from gpu_steps import capture, waiting_is_an_error
 
 import cl_kernels as clk
 
@@ -52,25 +53,14 @@ def test_nothing_waits_for_the_device():
         gradients(given, 2, "triton")
 
     step()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_graph_counts_anew_in_every_replay():
     given = inputs((64, 768, 22, 2), torch.bfloat16)
     expected = gradients(given, 2, "triton")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        gradients(given, 2, "triton")
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = gradients(given, 2, "triton")
+    graph, found = capture(lambda: gradients(given, 2, "triton"))
     for _ in range(2):
         graph.replay()
     torch.cuda.synchronize()

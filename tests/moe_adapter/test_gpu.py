@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from adapter_cases import assert_matches_reference, make, outputs, relative_error
+from gpu_steps import capture, replayed, waiting_is_an_error
 from torch import nn
 
 import cl_kernels as clk
@@ -31,16 +30,6 @@ CASES = {
 def on_gpu(case):
     case.tensors = {name: tensor.cuda() for name, tensor in case.tensors.items()}
     return case
-
-
-@contextmanager
-def waiting_is_an_error():
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture
@@ -126,26 +115,6 @@ def test_nothing_waits_for_the_device(length):
     step()  # compiles
     with waiting_is_an_error():
         step()
-
-
-def capture(step):
-    """A graph of ``step``, after the warm-up on a side stream that captures need."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-    return graph, result
-
-
-def replayed(graph, tensors):
-    graph.replay()
-    torch.cuda.synchronize()
-    return [tensor.clone() for tensor in tensors]
 
 
 def test_replays_of_a_graph_drop_other_elements():
