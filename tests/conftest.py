@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -32,6 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "aot": INTERPRETING,
         "nvcc": shutil.which("nvcc") is None,
         "gpu": not torch.cuda.is_available(),
+        "pyarrow": importlib.util.find_spec("pyarrow") is None,
         "native": os.environ.get("CL_KERNELS_NATIVE") == "0",
     }
     deselected = [item for item in items if any(absent and item.get_closest_marker(m) for m, absent in missing.items())]

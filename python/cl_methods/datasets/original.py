@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cl_methods.datasets.binary import read_cifar, read_cifar_pickle, read_idx_pair
 from cl_methods.datasets.listing import file_images, images_below, lines, require_all_classes, require_folder
 from cl_methods.datasets.texts import Classes
@@ -54,13 +56,13 @@ def _eurosat(place: Path, classes: Classes) -> Parts:
 
 
 def _flowers102(place: Path, classes: Classes) -> Parts:
-    numbers, parts = _mat(place / "imagelabels.mat", "labels").ravel().tolist(), _mat_content(place / "setid.mat")
+    numbers, parts = _mat(place / "imagelabels.mat", "labels").tolist(), _mat_content(place / "setid.mat")
     require_folder(place / "jpg")
     found: Parts = {}
     for part, key in (("train", "trnid"), ("val", "valid"), ("test", "tstid")):
         if key not in parts:
             raise DataError(f"{place / 'setid.mat'} has no {key}; replace it")
-        ids = parts[key].ravel().tolist()
+        ids = np.atleast_1d(parts[key]).tolist()
         if max(ids, default=0) > len(numbers):
             raise DataError(f"{place / 'setid.mat'} names image {max(ids)}, but imagelabels.mat ends at {len(numbers)}")
         labels = [classes.label(str(numbers[image - 1]), place / "imagelabels.mat") for image in ids]
@@ -111,13 +113,13 @@ def _oxford_pet(place: Path, classes: Classes) -> Parts:
 
 def _stanford_cars(place: Path, classes: Classes) -> Parts:
     meta = place / "devkit" / "cars_meta.mat"
-    order = classes.labels_in_order(_mat(meta, "class_names").ravel().tolist(), meta)
+    order = classes.labels_in_order(_mat(meta, "class_names").tolist(), meta)
     parts: Parts = {}
     for part, listed in (
         ("train", place / "devkit" / "cars_train_annos.mat"),
         ("test", place / "cars_test_annos_withlabels.mat"),
     ):
-        annotations = _mat(listed, "annotations").ravel()
+        annotations = _mat(listed, "annotations")
         if "class" not in (annotations.dtype.names or ()):
             raise DataError(f"{listed} holds no classes; it must be the file with labels")
         folder = f"cars_{part}"
@@ -171,10 +173,11 @@ def _by_folder(folder: Path, classes: Classes, prefix: str, ignored: tuple[str, 
 
 
 def _mat(path: Path, key: str) -> Any:
+    """One variable of a MATLAB file, as a vector."""
     content = _mat_content(path)
     if key not in content:
         raise DataError(f"{path} has no {key}; replace it")
-    return content[key]
+    return np.atleast_1d(content[key]).ravel()
 
 
 def _mat_content(path: Path) -> dict[str, Any]:

@@ -67,11 +67,21 @@ def _split(folder: Path, split: str, order: list[int]) -> TarImages:
     return TarImages(folder, members, torch.tensor(labels, dtype=torch.int64))
 
 
+def _require_end(shard: Path) -> None:
+    """An archive ends with two empty blocks; one that was cut off between two members does not, and reads without an error."""
+    with shard.open("rb") as file:
+        if shard.suffix == ".tar" and file.seek(0, 2) >= 1024:
+            file.seek(-1024, 2)
+            if any(file.read()):
+                raise DataError(f"{shard} is cut off: it does not end as a tar archive does; fetch it again")
+
+
 def _samples(shard: Path, name: str) -> list[tuple[Member, int]]:
     """Image and class of every sample of a shard, in its order."""
     images: dict[str, Member] = {}
     numbers: dict[str, int] = {}
     size = shard.stat().st_size
+    _require_end(shard)
     try:
         with tarfile.open(shard, "r:") as archive:
             for entry in archive:

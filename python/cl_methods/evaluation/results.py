@@ -69,7 +69,7 @@ class Board:
     Attributes:
         scenario, order: of the runs.
         tasks: their names.
-        conditions: model, label space and split, for headings.
+        conditions: model, label space, split, and for MTIL the family of splits and the shots, for headings.
         chance: (T,) accuracy of guessing in percent.
         zero_shot: (T,) accuracy of the model before any training.
         zero_shot_calibration: (1,) its mean calibration error; empty if it was not measured.
@@ -93,6 +93,10 @@ class Board:
             extra.append(f"label space {self.conditions['label_space']}")
         if self.conditions["split"] != "test":
             extra.append(f"{self.conditions['split']} split")
+        if self.conditions.get("family") is not None:
+            extra.append(f"{self.conditions['family']} splits")
+        if self.conditions.get("shots") is not None:
+            extra.append(f"{self.conditions['shots']} shots")
         return f"{self.scenario}, order {self.order}" + (f" ({', '.join(extra)})" if extra else "")
 
     def compared(self) -> list[Group]:
@@ -218,12 +222,15 @@ def _zero_shot_calibration(results: Sequence[dict[str, Any]]) -> np.ndarray:
 
 def _conditions(result: dict[str, Any]) -> dict[str, Any]:
     config = result["config"]
-    evaluation = config.get("evaluation", {})
+    evaluation, data = config.get("evaluation", {}), config.get("data", {})
+    families = result["scenario"] == "mtil"
     return {
         "model": config.get("model", "?"),
         "pretrained": config.get("pretrained"),
         "label_space": evaluation.get("label_space", "task"),
         "split": evaluation.get("split", "test"),
+        "family": data.get("split", "zscl") if families else None,
+        "shots": data.get("shots") if families else None,
     }
 
 

@@ -74,6 +74,7 @@ def run_result(
             "samples": training.samples,
         },
         "evaluation_seconds": evaluation_seconds,
+        "data": scenario.notes,
         "scenario_fingerprint": description["scenario_fingerprint"],
         "environment": description["environment"],
         "config": description["config"],
