@@ -265,3 +265,41 @@ def write_shards(root: Path, name: str) -> Path:
                         archive.addfile(entry, io.BytesIO(content))
     (folder / "classnames.txt").write_text("".join(f"{names[label]}\n" for label in order))
     return folder
+
+
+def cifar10(root: Path) -> None:
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    keys = list(classes("CIFAR10", "zscl").keys)
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": keys, "num_vis": 3072}, protocol=2))
+    for number, name in enumerate([*(f"data_batch_{batch}" for batch in range(1, 6)), "test_batch"]):
+        pixels = [np.array(paint(label, number).resize((32, 32))).transpose(2, 0, 1) for label in range(10)]
+        content = {"batch_label": name, "labels": list(range(10)), "data": np.stack(pixels).reshape(10, 3072)}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+
+
+def tiny_imagenet(root: Path) -> None:
+    folder, table = root / "tiny-imagenet-200", ""
+    for label, key in enumerate(classes("TinyImageNet", "zscl").keys):
+        for number in range(2):
+            write(folder / "train" / key / "images" / f"{key}_{number}.JPEG", label, number)
+        write(folder / "val" / "images" / f"val_{label}.JPEG", label, 2)
+        table += f"val_{label}.JPEG\t{key}\t0\t0\t7\t7\n"
+    (folder / "val" / "val_annotations.txt").write_text(table)
+    (folder / "wnids.txt").write_text("\n".join(classes("TinyImageNet", "zscl").keys))
+
+
+def imagenet(root: Path) -> None:
+    """The first 120 classes, of which ImageNet100 has the first hundred."""
+    for label, key in enumerate(classes("ImageNet1000", "zscl").keys[:120]):
+        for number in range(2):
+            write(root / "imagenet" / "train" / key / f"{key}_{number}.JPEG", label, number)
+        write(root / "imagenet" / "val" / key / f"ILSVRC2012_val_{label:08d}.JPEG", label, 2)
+
+
+INCREMENTAL: dict[str, Callable[[Path], None]] = {
+    "CIFAR10": cifar10,
+    "TinyImageNet": tiny_imagenet,
+    "ImageNet100": imagenet,
+}
+"""Dataset of the class-incremental protocols -> writer of its own files."""

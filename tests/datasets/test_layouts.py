@@ -8,12 +8,22 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from miniatures import ALL, COOP_PLACES, ORIGINALS, SIZES, spelt, write_coop, write_image_folders, write_shards
+from miniatures import (
+    ALL,
+    COOP_PLACES,
+    INCREMENTAL,
+    ORIGINALS,
+    SIZES,
+    spelt,
+    write_coop,
+    write_image_folders,
+    write_shards,
+)
 
 from cl_methods.datasets.find import Found, SplitOptions, find_dataset
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.datasets.texts import Family, classes
-from cl_methods.scenarios.base import ImageSource
+from cl_methods.scenarios.base import DataError, ImageSource
 
 
 def find(root: Path, name: str, family: Family = "zscl", **options) -> Found:
@@ -67,6 +77,45 @@ def test_as_coop_lays_it_out(name, tmp_path):
 def test_coops_folders_hold_what_zscls_split_needs(name, tmp_path):
     ORIGINALS[name](tmp_path, COOP_PLACES[name])
     assert find(tmp_path, name).layout == "original files"
+
+
+@pytest.mark.parametrize("name", INCREMENTAL)
+def test_datasets_of_class_incremental_protocols(name, tmp_path):
+    INCREMENTAL[name](tmp_path)
+    found, count = find(tmp_path, name), len(classes(name, "zscl"))
+    train = 5 * count if name == "CIFAR10" else 2 * count
+    assert (len(found.task.train), len(found.task.validation), len(found.task.test)) == (train, 0, count)
+    assert found.task.class_names == classes(name, "zscl").names
+    check_labels(found)
+    few = find(tmp_path, name, "coop", shots=1)
+    assert len(few.task.train) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "message"),
+    [
+        ("CIFAR10", "cifar-10-batches-py/data_batch_4", r"data_batch_4 is missing"),
+        ("CIFAR10", "cifar-10-batches-py/batches.meta", r"batches\.meta is missing"),
+        ("TinyImageNet", "tiny-imagenet-200/val/val_annotations.txt", r"val/val_annotations\.txt is missing"),
+        (
+            "TinyImageNet",
+            "tiny-imagenet-200/val/images/val_7.JPEG",
+            r"val_annotations\.txt lists .*val_7\.JPEG, which is not",
+        ),
+        ("TinyImageNet", "tiny-imagenet-200/train/n02124075", r"train/n02124075 is missing"),
+        ("ImageNet100", "imagenet/val/n01440764", r"val/n01440764 is missing"),
+        (
+            "ImageNet100",
+            "imagenet/val/n01440764/ILSVRC2012_val_00000000.JPEG",
+            r"imagenet/val has no image of n01440764",
+        ),
+    ],
+)
+def test_damaged_datasets_of_class_incremental_protocols(name, lost, message, tmp_path):
+    INCREMENTAL[name](tmp_path)
+    shutil.rmtree(tmp_path / lost) if (tmp_path / lost).is_dir() else (tmp_path / lost).unlink()
+    with pytest.raises(DataError, match=message):
+        find(tmp_path, name)
 
 
 def test_sun397_one_folder_deeper(tmp_path):

@@ -28,12 +28,25 @@ COUNTS = {
 }
 """Classes and prompts of the public runs of ZSCL."""
 
+INCREMENTAL = {"CIFAR10": 10, "TinyImageNet": 200, "ImageNet100": 100, "ImageNet1000": 1000}
+"""Classes of the datasets of the class-incremental protocols."""
+
 MNIST_TRAINING = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
 """Training images of every digit."""
 
 
 def test_the_table_and_the_files_are_of_the_same_datasets():
-    assert set(DATASETS) == set(COUNTS) == {entry.name.removesuffix(".yaml") for entry in FILES.iterdir()}
+    files = {entry.name.removesuffix(".yaml") for entry in FILES.iterdir()}
+    assert set(DATASETS) == files == {*COUNTS, *INCREMENTAL}
+
+
+@pytest.mark.parametrize(("name", "count"), INCREMENTAL.items())
+def test_classes_of_class_incremental_protocols(name, count):
+    family = classes(name, "zscl")
+    assert len(family) == len(set(family.keys)) == count
+    assert family.labels_of(family.keys, "keys") == list(range(count))
+    assert family.names == classes(name, "coop").names
+    assert classes("ImageNet1000", "zscl").keys[:100] == classes("ImageNet100", "zscl").keys
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -52,8 +65,8 @@ def test_classes_and_prompts(name):
 
 
 def test_the_total_is_that_of_the_papers():
-    assert sum(len(classes(name, "zscl")) for name in DATASETS) == 1201
-    assert sum(len(classes(name, "coop")) for name in DATASETS) == 1200
+    assert sum(len(classes(name, "zscl")) for name in COUNTS) == 1201
+    assert sum(len(classes(name, "coop")) for name in COUNTS) == 1200
 
 
 @pytest.mark.parametrize(
@@ -105,7 +118,7 @@ def test_the_seeded_split_has_the_published_sizes(name, images):
 
 
 def test_published_sizes_add_up():
-    sizes = {name: spec.sizes for name, spec in DATASETS.items()}
+    sizes = {name: DATASETS[name].sizes for name in COUNTS}
     assert sum(each["zscl"][2] for each in sizes.values()) == 97_209
     whole = {"Aircraft": 10_000, "CIFAR100": 60_000, "DTD": 5_640, "EuroSAT": 27_000, "Flowers102": 8_189}
     whole |= {"Food101": 101_000, "MNIST": 70_000, "OxfordPet": 7_349, "StanfordCars": 16_185}

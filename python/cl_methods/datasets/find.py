@@ -167,7 +167,7 @@ def _split(spec: DatasetSpec, listing: Listing, options: SplitOptions) -> tuple[
         return take(parts["all"], training), _nothing(parts["all"]), take(parts["all"], testing)
     train, test = parts["train"], parts["test"]
     validation = parts.get("val")
-    if validation is None and options.family == "coop":
+    if validation is None and options.family == "coop" and spec.sizes["coop"][1]:
         if spec.split_file is not None:
             raise DataError(f"{listing.place} has no validation images; the family coop needs {spec.split_file}")
         stays, aside = set_aside(train.labels, 0.2, options.seed, spec.name, "DIKI")
@@ -177,7 +177,8 @@ def _split(spec: DatasetSpec, listing: Listing, options: SplitOptions) -> tuple[
 
 def _check_sizes(spec: DatasetSpec, listing: Listing, options: SplitOptions, found: tuple[int, int, int]) -> None:
     """Splits must have the published sizes; only a validation split that the family ZSCL does not use may be absent."""
-    published = spec.sizes[options.family]
+    train, validation, test = spec.sizes[options.family]
+    published = (found[0] if train is None else train, validation, test)
     same = found == published or (options.family == "zscl" and found == (published[0], 0, published[2]))
     if options.sizes == "any" or same:
         return

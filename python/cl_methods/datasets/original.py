@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cl_methods.datasets.binary import read_cifar, read_cifar_pickle, read_idx_pair
+from cl_methods.datasets.incremental import read_cifar10, read_imagenet, read_tiny_imagenet
 from cl_methods.datasets.listing import file_images, images_below, lines, require_all_classes, require_folder
 from cl_methods.datasets.texts import Classes
 from cl_methods.scenarios.base import DataError, FileImages, ImageSource
@@ -153,6 +154,10 @@ READERS: dict[str, Callable[[Path, Classes], Parts]] = {
     "OxfordPet": _oxford_pet,
     "StanfordCars": _stanford_cars,
     "SUN397": _sun397,
+    "CIFAR10": read_cifar10,
+    "TinyImageNet": read_tiny_imagenet,
+    "ImageNet100": read_imagenet,
+    "ImageNet1000": read_imagenet,
 }
 """Dataset -> reader of (place, classes): ``train`` and ``test``, perhaps ``val``, or ``all``. Each raises a DataError that names
 the file."""

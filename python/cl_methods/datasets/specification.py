@@ -8,8 +8,8 @@ from types import MappingProxyType
 
 from cl_methods.datasets.texts import Classes, Family, classes
 
-Sizes = tuple[int, int, int]
-"""Images for training, validation and test."""
+Sizes = tuple[int | None, int, int]
+"""Images for training, validation and test; None where no number was published."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class DatasetSpec:
     def classes(self, family: Family) -> Classes:
         """Class names and prompts in one family."""
         return classes(self.name, family)
+
+
+def _same(train: int | None, test: int) -> Mapping[Family, Sizes]:
+    """Sizes of a dataset whose own split both families use."""
+    return {"zscl": (train, 0, test), "coop": (train, 0, test)}
 
 
 _TABLE = (
@@ -169,6 +174,38 @@ _TABLE = (
         single=True,
         coop_place="sun397",
         source="https://vision.princeton.edu/projects/2010/SUN/ (SUN397.tar.gz; where it is gone, a copy of it)",
+    ),
+    DatasetSpec(
+        "CIFAR10",
+        _same(50000, 10000),
+        places=("cifar-10-batches-py", "cifar10/cifar-10-batches-py", "cifar10"),
+        markers=("batches.meta", "data_batch_1", "test_batch"),
+        copies=("CIFAR10", "cifar10", "wds_vtab-cifar10"),
+        source="https://www.cs.toronto.edu/~kriz/cifar.html (cifar-10-python.tar.gz)",
+    ),
+    DatasetSpec(
+        "TinyImageNet",
+        _same(100000, 10000),
+        places=("tiny-imagenet-200", "tinyimagenet/tiny-imagenet-200", "tinyimagenet"),
+        markers=("wnids.txt",),
+        copies=("TinyImageNet", "tinyimagenet", "tiny-imagenet"),
+        source="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    ),
+    DatasetSpec(
+        "ImageNet100",
+        _same(None, 5000),
+        places=("imagenet100", "imagenet", "ImageNet", "ILSVRC2012"),
+        markers=("train", "val"),
+        copies=("ImageNet100",),
+        source="https://image-net.org (ILSVRC2012, validation images sorted into folders)",
+    ),
+    DatasetSpec(
+        "ImageNet1000",
+        _same(1281167, 50000),
+        places=("imagenet", "ImageNet", "ILSVRC2012", "imagenet1000"),
+        markers=("train", "val"),
+        copies=("ImageNet1000",),
+        source="https://image-net.org (ILSVRC2012, validation images sorted into folders)",
     ),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -108,7 +109,11 @@ class Classes:
 
     @cached_property
     def _by_spelling(self) -> dict[str, int]:
-        return {spelling: label for label, each in enumerate(self.spellings) for spelling in each}
+        """Labels by what tells a class from all others."""
+        shared = Counter(spelling for each in self.spellings for spelling in each)
+        return {
+            spelling: label for label, each in enumerate(self.spellings) for spelling in each if shared[spelling] == 1
+        }
 
 
 @cache
