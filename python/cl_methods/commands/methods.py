@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import tyro
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     options = tyro.cli(Options, args=list(arguments), prog="clk methods", description=DESCRIPTION)
     console = Console()
     if options.count is not None:
-        console.print(_counts(options.count, options.classes))
+        _print_counts(console, options.count, options.classes)
         return 0
     methods = _table("methods")
     for name, method in METHODS.items():
@@ -58,14 +59,16 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _counts(model: str, classes: int) -> Table:
+def _print_counts(console: Console, model: str, classes: int) -> None:
+    """One row after the other: building some methods over a large model takes a while."""
     table = Table(title=f"parameters trained on a first task of {classes} classes, {model}", title_justify="left")
     table.add_column("method")
     table.add_column("trainable", justify="right")
     table.add_column("share of the model", justify="right")
-    for row in trainable_parameters(model, classes):
-        table.add_row(row.method, f"{row.trainable:,}", f"{100 * row.trainable / row.model:.2f} %")
-    return table
+    with Live(table, console=console, auto_refresh=False) as live:
+        for row in trainable_parameters(model, classes):
+            table.add_row(row.method, f"{row.trainable:,}", f"{100 * row.trainable / row.model:.2f} %")
+            live.refresh()
 
 
 def _table(title: str) -> Table:

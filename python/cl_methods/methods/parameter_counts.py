@@ -54,7 +54,7 @@ def _count(method: Method, classes: int) -> int:
     if not method.trains or method.closed_form:
         return 0
     names = tuple(f"class {number}" for number in range(classes))
-    images = _images(2 * classes, classes)
+    images = _images(classes, classes)
     task = Task("first", names, ("a photo of {}.",), images, images, images)
     method.before_task(0, task)
     method.stage = method.stages(task)[0]
