@@ -297,9 +297,29 @@ def imagenet(root: Path) -> None:
         write(root / "imagenet" / "val" / key / f"ILSVRC2012_val_{label:08d}.JPEG", label, 2)
 
 
+def imagenet_r(root: Path) -> None:
+    for label, key in enumerate(classes("ImageNetR", "zscl").keys):
+        for number in range(ALL):
+            write(root / "imagenet-r" / key / f"art_{number}.jpg", label, number)
+
+
+def cub200(root: Path) -> None:
+    folder, lists = root / "CUB_200_2011", dict.fromkeys(("images", "image_class_labels", "train_test_split"), "")
+    keys = classes("CUB200", "zscl").keys
+    for position, (part, label, key, number) in enumerate(rows("CUB200", "train", "test"), 1):
+        image = f"{key}/{key[4:]}_{number:04d}_{position}.jpg"
+        write(folder / "images" / image, label, number)
+        for name, value in zip(lists, (image, label + 1, int(part == "train")), strict=True):
+            lists[name] += f"{position} {value}\n"
+    for name, text in {**lists, "classes": "".join(f"{n} {key}\n" for n, key in enumerate(keys, 1))}.items():
+        (folder / f"{name}.txt").write_text(text)
+
+
 INCREMENTAL: dict[str, Callable[[Path], None]] = {
     "CIFAR10": cifar10,
     "TinyImageNet": tiny_imagenet,
     "ImageNet100": imagenet,
+    "ImageNetR": imagenet_r,
+    "CUB200": cub200,
 }
 """Dataset of the class-incremental protocols -> writer of its own files."""

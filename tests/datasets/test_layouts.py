@@ -83,12 +83,12 @@ def test_coops_folders_hold_what_zscls_split_needs(name, tmp_path):
 def test_datasets_of_class_incremental_protocols(name, tmp_path):
     INCREMENTAL[name](tmp_path)
     found, count = find(tmp_path, name), len(classes(name, "zscl"))
-    train = 5 * count if name == "CIFAR10" else 2 * count
+    train = {"CIFAR10": 5, "ImageNetR": 4}.get(name, 2) * count
     assert (len(found.task.train), len(found.task.validation), len(found.task.test)) == (train, 0, count)
     assert found.task.class_names == classes(name, "zscl").names
     check_labels(found)
     few = find(tmp_path, name, "coop", shots=1)
-    assert len(few.task.train) == count
+    assert len(few.task.train) == len(found.task.train.labels.unique())
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,9 @@ def test_datasets_of_class_incremental_protocols(name, tmp_path):
             "imagenet/val/n01440764/ILSVRC2012_val_00000000.JPEG",
             r"imagenet/val has no image of n01440764",
         ),
+        ("ImageNetR", "imagenet-r/n02007558", r"imagenet-r/n02007558 is missing"),
+        ("CUB200", "CUB_200_2011/train_test_split.txt", r"train_test_split\.txt is missing"),
+        ("CUB200", "CUB_200_2011/images", r"images\.txt lists .*images/001.*, which is not there and \d+ more"),
     ],
 )
 def test_damaged_datasets_of_class_incremental_protocols(name, lost, message, tmp_path):
@@ -116,6 +119,21 @@ def test_damaged_datasets_of_class_incremental_protocols(name, lost, message, tm
     shutil.rmtree(tmp_path / lost) if (tmp_path / lost).is_dir() else (tmp_path / lost).unlink()
     with pytest.raises(DataError, match=message):
         find(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("image_class_labels", "1 1\n", r"image_class_labels\.txt and .*images\.txt do not number the same images"),
+        ("train_test_split", "1\n", r"train_test_split\.txt: '1' is not a number and a value"),
+        ("classes", "1 001.Penguin\n", r"classes\.txt: '001\.Penguin' is none of the 200 classes"),
+    ],
+)
+def test_lists_of_cub_that_do_not_fit(name, text, message, tmp_path):
+    INCREMENTAL["CUB200"](tmp_path)
+    (tmp_path / "CUB_200_2011" / f"{name}.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        find(tmp_path, "CUB200")
 
 
 def test_sun397_one_folder_deeper(tmp_path):

@@ -28,7 +28,14 @@ COUNTS = {
 }
 """Classes and prompts of the public runs of ZSCL."""
 
-INCREMENTAL = {"CIFAR10": 10, "TinyImageNet": 200, "ImageNet100": 100, "ImageNet1000": 1000}
+INCREMENTAL = {
+    "CIFAR10": 10,
+    "TinyImageNet": 200,
+    "ImageNet100": 100,
+    "ImageNet1000": 1000,
+    "ImageNetR": 200,
+    "CUB200": 200,
+}
 """Classes of the datasets of the class-incremental protocols."""
 
 MNIST_TRAINING = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)

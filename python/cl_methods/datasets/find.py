@@ -160,7 +160,7 @@ def _present(root: Path, places: tuple[str, ...]) -> Iterator[Path]:
 def _split(spec: DatasetSpec, listing: Listing, options: SplitOptions) -> tuple[ImageSource, ImageSource, ImageSource]:
     parts = listing.parts
     if "all" in parts:
-        if options.family == "coop" or not spec.single:
+        if not spec.single or (options.family == "coop" and spec.split_file is not None):
             given = f"{listing.place} has one folder per class but no split"
             raise DataError(f"{given}; the family {options.family} needs the published split of {spec.name}")
         training, testing = zscl_split(len(parts["all"]))

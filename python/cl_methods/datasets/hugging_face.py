@@ -13,12 +13,10 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
-from cl_methods.datasets.listing import Listing, require_all_classes
+from cl_methods.datasets.listing import SPLIT_NAMES, Listing, require_all_classes
 from cl_methods.datasets.sources import UNREADABLE
 from cl_methods.datasets.texts import Classes
 from cl_methods.scenarios.base import DataError, ImageSource
-
-_SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 
 
 class TableImages(ImageSource):
@@ -98,14 +96,14 @@ def _files(folder: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     if (folder / "dataset_dict.json").is_file():
         for path in sorted(folder.iterdir()):
-            if path.is_dir() and path.name in _SPLITS:
-                found[_SPLITS[path.name]] = _arrow_files(folder, path)
+            if path.is_dir() and path.name in SPLIT_NAMES:
+                found[SPLIT_NAMES[path.name]] = _arrow_files(folder, path)
         return found
     for place in (folder, folder / "data"):
         for path in sorted(place.glob("*.parquet")) if place.is_dir() else []:
             split = path.name.partition("-")[0].partition(".")[0]
-            if split in _SPLITS:
-                found.setdefault(_SPLITS[split], []).append(path.relative_to(folder).as_posix())
+            if split in SPLIT_NAMES:
+                found.setdefault(SPLIT_NAMES[split], []).append(path.relative_to(folder).as_posix())
     return found
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cl_methods.datasets.listing import Listing, file_images, images_below, require_all_classes
+from cl_methods.datasets.listing import SPLIT_NAMES, Listing, file_images, images_below, require_all_classes
 from cl_methods.datasets.texts import Classes
 from cl_methods.scenarios.base import DataError, FileImages, ImageSource
-
-SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 
 
 def read_image_folders(folder: Path, classes: Classes) -> Listing | None:
@@ -22,7 +20,7 @@ def read_image_folders(folder: Path, classes: Classes) -> Listing | None:
         DataError: a split is missing, a folder is no class, or a class has no folder or no image.
     """
     folders = _folders(folder)
-    splits = {name: SPLITS[name.lower()] for name in folders if name.lower() in SPLITS}
+    splits = {name: SPLIT_NAMES[name.lower()] for name in folders if name.lower() in SPLIT_NAMES}
     if splits:
         if any(not _folders(folder / name) for name in splits):
             return None  # shards or tables, not images

@@ -14,6 +14,9 @@ from cl_methods.scenarios.base import DataError, FileImages, ImageSource
 
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"])
 
+SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+"""What copies call their splits -> what they are called here."""
+
 
 @dataclass(frozen=True)
 class Listing:

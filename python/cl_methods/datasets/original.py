@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from cl_methods.datasets.binary import read_cifar, read_cifar_pickle, read_idx_pair
-from cl_methods.datasets.incremental import read_cifar10, read_imagenet, read_tiny_imagenet
+from cl_methods.datasets.incremental import (
+    read_cifar10,
+    read_cub200,
+    read_imagenet,
+    read_imagenet_r,
+    read_tiny_imagenet,
+)
 from cl_methods.datasets.listing import file_images, images_below, lines, require_all_classes, require_folder
 from cl_methods.datasets.texts import Classes
 from cl_methods.scenarios.base import DataError, FileImages, ImageSource
@@ -158,6 +164,8 @@ READERS: dict[str, Callable[[Path, Classes], Parts]] = {
     "TinyImageNet": read_tiny_imagenet,
     "ImageNet100": read_imagenet,
     "ImageNet1000": read_imagenet,
+    "ImageNetR": read_imagenet_r,
+    "CUB200": read_cub200,
 }
 """Dataset -> reader of (place, classes): ``train`` and ``test``, perhaps ``val``, or ``all``. Each raises a DataError that names
 the file."""

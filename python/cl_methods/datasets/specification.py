@@ -207,6 +207,23 @@ _TABLE = (
         copies=("ImageNet1000",),
         source="https://image-net.org (ILSVRC2012, validation images sorted into folders)",
     ),
+    DatasetSpec(
+        "ImageNetR",
+        _same(24000, 6000),
+        places=("imagenet-r", "ImageNet-R", "imagenet_r"),
+        markers=("n01443537", "n01484850"),
+        copies=("ImageNetR",),
+        single=True,
+        source="https://github.com/hendrycks/imagenet-r (imagenet-r.tar)",
+    ),
+    DatasetSpec(
+        "CUB200",
+        _same(5994, 5794),
+        places=("CUB_200_2011", "cub200/CUB_200_2011", "cub200"),
+        markers=("images.txt", "classes.txt", "train_test_split.txt"),
+        copies=("CUB200", "cub", "wds_cub"),
+        source="https://data.caltech.edu/records/65de6-vp158 (CUB_200_2011.tgz)",
+    ),
 )
 
 DATASETS: Mapping[str, DatasetSpec] = MappingProxyType({spec.name: spec for spec in _TABLE})

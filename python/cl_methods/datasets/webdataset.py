@@ -7,12 +7,10 @@ from pathlib import Path
 
 import torch
 
-from cl_methods.datasets.listing import IMAGE_SUFFIXES, Listing, lines, require_all_classes
+from cl_methods.datasets.listing import IMAGE_SUFFIXES, SPLIT_NAMES, Listing, lines, require_all_classes
 from cl_methods.datasets.sources import Member, TarImages
 from cl_methods.datasets.texts import Classes
 from cl_methods.scenarios.base import DataError, ImageSource
-
-_SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 
 
 def read_shards(folder: Path, classes: Classes) -> Listing | None:
@@ -29,9 +27,9 @@ def read_shards(folder: Path, classes: Classes) -> Listing | None:
         DataError: a split or a shard is missing, a shard is cut off or compressed, or samples are incomplete.
     """
     splits = {
-        path.name: _SPLITS[path.name.lower()]
+        path.name: SPLIT_NAMES[path.name.lower()]
         for path in sorted(folder.iterdir())
-        if path.is_dir() and path.name.lower() in _SPLITS and _shards(path)
+        if path.is_dir() and path.name.lower() in SPLIT_NAMES and _shards(path)
     }
     if not splits:
         return None
