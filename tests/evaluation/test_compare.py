@@ -98,7 +98,7 @@ def test_published_numbers_stand_beside_mtil_only(write_result):
     (mtil,), _ = boards_of(write_result("b", scenario="mtil"))
     assert not any("published" in row[0] for row in summary_table(mini).rows)
     rows = {row[0]: row for row in summary_table(mtil).rows}
-    assert rows["ZSCL (published, ZSCL result files)"][2:5] == ["68.1", "75.4", "83.6"]
+    assert rows["ZSCL (published, ZSCL result files, zscl splits)"][2:5] == ["68.1", "75.4", "83.6"]
     assert rows["DIKI (published, DPW tables E.3-E.4, coop splits)"][2:5] == ["68.7", "76.3", "85.1"]
     second = {entry.method: entry for entry in published("mtil", "II")}
     assert (second["ZSCL"].transfer, second["ZSCL"].last) == (64.2, 83.4)
@@ -110,12 +110,12 @@ def test_files_are_complete_and_the_page_is_self_contained(write_result, tmp_pat
     text = io.StringIO()
     compare(folders, tmp_path / "out", Console(file=text))
     assert "zscl" in text.getvalue()
-    for name in ("accuracy.png", "summary.png", "matrix.png"):
+    for name in ("accuracy.png", "summary.png", "matrix.png", "tasks.png"):
         with Image.open(tmp_path / "out" / name) as image:
             assert image.size[0] > 600
             assert len(image.convert("RGB").getcolors(2**24)) > 50
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 3
+    assert page.count('src="data:image/png;base64,') == 4
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "http" not in page
     assert "<script" not in page

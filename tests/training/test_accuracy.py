@@ -66,8 +66,12 @@ def test_calibration_is_that_of_all_images_together(method, tasks):
     scores = -(torch.tensor([10.0, 13, 20, 19, 11])[:, None] - torch.tensor([10.0, 20, 12, 30])).abs()
     expected = 100 * expected_calibration_error(scores, torch.tensor([0, 0, 1, 1, 1]))
     for size in (1, 2, 5):
-        found = measure(method, tasks[0], tasks[:2], EvaluationOptions(batch_size=size)).calibration_error
-        assert found == pytest.approx(expected, abs=1e-6)
+        measured = measure(method, tasks[0], tasks[:2], EvaluationOptions(batch_size=size))
+        assert measured.calibration_error == pytest.approx(expected, abs=1e-6)
+        bins = measured.reliability
+        assert (sum(bins["count"]), sum(bins["correct"])) == (5, 3)
+        gaps = [abs(right - sure) for right, sure in zip(bins["correct"], bins["confidence"], strict=True)]
+        assert 100 * sum(gaps) / 5 == pytest.approx(expected, abs=1e-6)
 
 
 def test_probabilities_of_classes_of_the_same_name_are_added(method, tasks):

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from cl_methods.evaluation.report import compare
 
-DESCRIPTION = """Compare runs: a table (terminal and table.md), figures and one self-contained report.html.
+DESCRIPTION = """Compare runs: tables (terminal, table.md and table.tex), figures and one self-contained report.html.
 
 Runs of the same method and settings with several seeds become mean and spread. Published numbers stand beside
-scenarios that papers have used.
+scenarios that papers have used, each with its source and its family of splits.
 
 examples:
   clk compare runs/a runs/b --output report

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cl_methods.datasets.loading import evaluation_batches
-from cl_methods.evaluation.uncertainty import calibration_error
+from cl_methods.evaluation.uncertainty import calibration_error, reliability
 from cl_methods.methods.base import Method
 from cl_methods.scenarios.base import Task
 
@@ -63,10 +63,13 @@ class Measured:
     Attributes:
         accuracy: percentage of images whose highest score belongs to a class with the right name.
         calibration_error: expected calibration error of the soft-max of the scores, in percent.
+        reliability: images, right ones and confidences in each of its bins; see
+            :func:`~cl_methods.evaluation.uncertainty.reliability`.
     """
 
     accuracy: float
     calibration_error: float
+    reliability: dict[str, list[Any]]
 
 
 @torch.no_grad()
@@ -109,8 +112,9 @@ def measure(
         confidence.append(classes.gather(1, predicted[:, None]).squeeze(1))
     if invalid:
         raise ValueError(f"logits of {method.name} on {task.name}: some are NaN; the weights have diverged")
-    right = torch.cat(correct)
-    return Measured(100.0 * int(right.sum()) / len(source), 100.0 * calibration_error(torch.cat(confidence), right))
+    right, sure = torch.cat(correct), torch.cat(confidence)
+    accuracy = 100.0 * int(right.sum()) / len(source)
+    return Measured(accuracy, 100.0 * calibration_error(sure, right), reliability(sure, right))
 
 
 def measure_row(

@@ -16,7 +16,7 @@ from cl_methods.evaluation.results import Board, Group
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#666666")
 _OF_METHOD = {"finetune": "#D55E00", "zscl": "#0072B2", "moe_adapters": "#009E73", "joint": "#444444"}
-_INK, _FAINT, _BEFORE = "#222222", "#9a9a9a", "#efefef"
+INK, FAINT, _BEFORE = "#222222", "#9a9a9a", "#efefef"
 _DPI = 160
 
 
@@ -38,30 +38,30 @@ def accuracy_over_time(board: Board) -> Figure:
         mean_panel = index == count
         baseline = np.mean(board.zero_shot) if mean_panel else board.zero_shot[index]
         chance = None if board.chance is None else np.mean(board.chance) if mean_panel else board.chance[index]
-        panel.axhline(baseline, color=_INK, linestyle=":", linewidth=1.2, zorder=1)
+        panel.axhline(baseline, color=INK, linestyle=":", linewidth=1.2, zorder=1)
         if chance is not None:
-            panel.axhline(chance, color=_FAINT, linestyle=(0, (1, 4)), linewidth=0.9, zorder=1)
+            panel.axhline(chance, color=FAINT, linestyle=(0, (1, 4)), linewidth=0.9, zorder=1)
         if not mean_panel:
             panel.axvspan(-0.5, index + 0.5, color=_BEFORE, zorder=0, linewidth=0)
         for group in groups:
             curves = group.curves().mean(axis=2) if mean_panel else group.curves()[:, :, index]
             _curve(panel, steps, curves, colors[group.label], group)
         title = "mean of all tasks" if mean_panel else f"{index + 1}  {board.tasks[index]}"
-        panel.set_title(title, loc="left", fontsize=10, fontweight="bold", color=_INK)
+        panel.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
         panel.set_xlim(-0.3, count + 0.3)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         panel.yaxis.set_major_locator(MaxNLocator(5))
-        panel.tick_params(labelsize=8, colors=_INK, length=2)
+        panel.tick_params(labelsize=8, colors=INK, length=2)
         panel.tick_params(labelbottom=True, labelleft=True)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.spines[["left", "bottom"]].set_color(_FAINT)
+        panel.spines[["left", "bottom"]].set_color(FAINT)
     panels[0].set_ylim(*_limits(panels[0]))
     for panel in panels[count + 1 :]:
         panel.set_visible(False)
     for panel in panels[max(0, count + 1 - columns) : count + 1]:
-        panel.set_xlabel("tasks learnt", fontsize=9, color=_INK)
+        panel.set_xlabel("tasks learnt", fontsize=9, color=INK)
     _legend(figure, panels[0], groups, colors, board.chance is not None)
-    figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=12, fontweight="bold", color=_INK)
+    figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     return figure
 
 
@@ -86,23 +86,23 @@ def matrix(board: Board) -> Figure:
         for (row, column), value in np.ndenumerate(change + zero_shot):
             dark = abs(change[row, column]) > 0.62 * limit
             weight = "bold" if row == column + 1 else "normal"
-            color = "white" if dark else _INK
+            color = "white" if dark else INK
             panel.text(
                 column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color, fontweight=weight
             )
         panel.set_xticks(range(count), board.tasks, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
         panel.set_yticks(range(count + 1), ["zero-shot", *(f"+ {task}" for task in board.tasks)], fontsize=8)
-        panel.set_title(group.label, loc="left", fontsize=10, fontweight="bold", color=_INK)
-        panel.tick_params(length=0, colors=_INK)
+        panel.set_title(group.label, loc="left", fontsize=10, fontweight="bold", color=INK)
+        panel.tick_params(length=0, colors=INK)
         panel.spines[:].set_visible(False)
         panel.plot([-0.5, count - 0.5], [0.5, 0.5], color="white", linewidth=3)
     for panel in panels[len(groups) :]:
         panel.set_visible(False)
     bar = figure.colorbar(image, ax=list(panels), shrink=0.7, aspect=30, pad=0.02)
-    bar.set_label("change against zero-shot, points", fontsize=8, color=_INK)
+    bar.set_label("change against zero-shot, points", fontsize=8, color=INK)
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_visible(False)
-    figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
+    figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     return figure
 
 
@@ -117,14 +117,14 @@ def summary(board: Board) -> Figure:
     for panel, metric in zip(panels, ("transfer", "average", "last"), strict=True):
         part = slice(1, None) if metric == "transfer" and len(board.tasks) > 1 else slice(None)
         baseline = float(np.mean(board.zero_shot[part]))
-        panel.axvline(baseline, color=_INK, linestyle=":", linewidth=1.2)
+        panel.axvline(baseline, color=INK, linestyle=":", linewidth=1.2)
         panel.annotate("zero-shot", (baseline, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2), fontsize=7.5,
-                       textcoords="offset points", ha="center", color=_INK)  # fmt: skip
+                       textcoords="offset points", ha="center", color=INK)  # fmt: skip
         if joint and metric == "last":
             bound = float(joint[0].values("last").mean())
             panel.axvline(bound, color=_OF_METHOD["joint"], linestyle="--", linewidth=1.0)
             panel.annotate("joint", (bound, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2), fontsize=7.5,
-                           textcoords="offset points", ha="center", color=_INK)  # fmt: skip
+                           textcoords="offset points", ha="center", color=INK)  # fmt: skip
         for place, group in zip(places, groups, strict=True):
             values = group.values(metric)
             if not len(values):
@@ -135,16 +135,16 @@ def summary(board: Board) -> Figure:
                 panel.errorbar(mean, place, xerr=values.std(ddof=1), color=color, capsize=3, linewidth=1.2)
             panel.plot(mean, place, "o", color=color, markersize=7)
             panel.annotate(f"{mean:.1f}", (mean, place), xytext=(0, 7), textcoords="offset points", ha="center",
-                           fontsize=8.5, color=_INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
-        panel.set_title(metric.capitalize(), loc="left", fontsize=10, fontweight="bold", color=_INK, pad=14)
+                           fontsize=8.5, color=INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
+        panel.set_title(metric.capitalize(), loc="left", fontsize=10, fontweight="bold", color=INK, pad=14)
         panel.margins(x=0.15)
         panel.set_ylim(-0.6, len(groups) - 0.4)
         panel.set_yticks(places, [group.label for group in groups], fontsize=9)
-        panel.tick_params(length=0, labelsize=8, colors=_INK)
+        panel.tick_params(length=0, labelsize=8, colors=INK)
         panel.tick_params(axis="y", labelsize=9)
         panel.spines[["top", "right", "left"]].set_visible(False)
-        panel.spines["bottom"].set_color(_FAINT)
-    figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=12, fontweight="bold", color=_INK)
+        panel.spines["bottom"].set_color(FAINT)
+    figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     return figure
 
 
@@ -194,10 +194,10 @@ def _legend(figure: Figure, panel: Axes, groups: list[Group], colors: dict[str, 
         style = {"linewidth": 1.8, "marker": "o", "markersize": 3} if group.continual else {"linestyle": "--"}
         handles += panel.plot([], [], color=colors[group.label], **style)
         labels.append(group.label + ("" if group.continual else " (bound)"))
-    handles += panel.plot([], [], color=_INK, linestyle=":", linewidth=1.2)
+    handles += panel.plot([], [], color=INK, linestyle=":", linewidth=1.2)
     labels.append("zero-shot")
     if chance:
-        handles += panel.plot([], [], color=_FAINT, linestyle=(0, (1, 4)), linewidth=0.9)
+        handles += panel.plot([], [], color=FAINT, linestyle=(0, (1, 4)), linewidth=0.9)
         labels.append("chance")
     handles.append(Patch(facecolor=_BEFORE))
     labels.append("before it is learnt")

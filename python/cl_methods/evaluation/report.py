@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from cl_methods.evaluation import figures
+from cl_methods.evaluation import diagrams, figures, latex
 from cl_methods.evaluation.results import Board, arrange, find_results, read_result
 from cl_methods.evaluation.tables import TextTable, cost_table, matrix_table, per_task_tables, summary_table
 
@@ -23,7 +23,7 @@ th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid #222; } tr.break td { border-top: 1px solid #999; }
 td.best { font-weight: 700; } img { max-width: 100%; height: auto; margin: .6rem 0; }
-.wide { overflow-x: auto; } footer { color: #777; font-size: 13px; margin-top: 3rem; }
+.wide { overflow-x: auto; } li, p, h2, h3 { overflow-wrap: anywhere; } footer { color: #777; font-size: 13px; margin-top: 3rem; }
 """
 
 
@@ -44,7 +44,7 @@ def write_run_report(result: dict[str, Any], output: Path, console: Console) -> 
 
 
 def compare(paths: Sequence[Path], output: Path, console: Console) -> list[Board]:
-    """One table and figures over several runs: terminal, ``table.md``, PNG files and ``report.html``.
+    """One table and figures over several runs: terminal, ``table.md``, ``table.tex``, PNG files and ``report.html``.
 
     Runs of the same method and settings are grouped over their seeds. Scenarios, orders, models and label spaces that differ
     get tables of their own: their numbers may not stand in one.
@@ -64,23 +64,28 @@ def compare(paths: Sequence[Path], output: Path, console: Console) -> list[Board
     output.mkdir(parents=True, exist_ok=True)
     for note in notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    markdown, sections = [], []
+    markdown, tables, sections = [], list[TextTable](), []
     for number, board in enumerate(boards):
         suffix = "" if len(boards) == 1 else f"-{number + 1}"
         overview, details = summary_table(board), [cost_table(board), *per_task_tables(board)]
         for table in (overview, details[0]):
             _print(table, console)
+        tables += [overview, *details]
         markdown.append("\n".join(table.markdown() for table in (overview, *details)))
         pictures = {
             "accuracy per task over time": (f"accuracy{suffix}.png", figures.accuracy_over_time(board)),
             "summary": (f"summary{suffix}.png", figures.summary(board)),
             "accuracy matrices": (f"matrix{suffix}.png", figures.matrix(board)),
+            "accuracy per task": (f"tasks{suffix}.png", diagrams.bars(board)),
         }
+        if (diagram := diagrams.reliability(board)) is not None:
+            pictures["reliability after the last task"] = (f"reliability{suffix}.png", diagram)
         inline = {title: _write_picture(output / name, figure) for title, (name, figure) in pictures.items()}
         sections.append(_section(board, overview, details, inline))
     (output / "table.md").write_text("\n".join(markdown) + _footnote(notes))
+    (output / "table.tex").write_text(latex.document(tables, _footnote(notes)))
     (output / "report.html").write_text(_page(sections, notes))
-    console.print(f"table.md, report.html and figures are in {output}", soft_wrap=True, highlight=False)
+    console.print(f"table.md, table.tex, report.html and figures are in {output}", soft_wrap=True, highlight=False)
     return boards
 
 

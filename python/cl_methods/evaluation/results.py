@@ -165,6 +165,7 @@ def read_result(path: Path) -> dict[str, Any]:
         raise ResultError(
             f"{path}: accuracy has shape {shape}, zero_shot {len(result['zero_shot'])}, tasks are {tasks}"
         )
+    _check_reliability(path, result, tasks)
     return {**result, "path": str(path.parent)}
 
 
@@ -213,6 +214,18 @@ def published(scenario: str, order: str) -> list[Published]:
         Published(*key, values.get("transfer"), values.get("average"), values.get("last"))
         for key, values in rows.items()
     ]
+
+
+def _check_reliability(path: Path, result: dict[str, Any], tasks: int) -> None:
+    """Absent or empty in older results; otherwise three rows of equally many numbers per task."""
+    stored = result.get("reliability") or []
+    keys = ("count", "correct", "confidence")
+    lengths = {len(task[key]) if isinstance(task, dict) and key in task else 0 for task in stored for key in keys}
+    if stored and (len(stored) != tasks or len(lengths) != 1 or 0 in lengths):
+        raise ResultError(
+            f"{path}: reliability has {len(stored)} entries with {sorted(lengths)} bins; expected one for each of {tasks} "
+            f"tasks, with equally many numbers in {', '.join(keys)}"
+        )
 
 
 def _zero_shot_calibration(results: Sequence[dict[str, Any]]) -> np.ndarray:

@@ -92,8 +92,7 @@ def summary_table(board: Board) -> TextTable:
     full_shot = board.conditions.get("shots") is None  # as in all the papers of the table
     for entry in published(board.scenario, board.order) if full_shot else []:
         printed = [ABSENT if value is None else f"{value:.1f}" for value in (entry.transfer, entry.average, entry.last)]
-        split = "" if entry.split == "zscl" else f", {entry.split} splits"
-        rows.append([f"{entry.method} (published, {entry.source}{split})", "", *printed, ABSENT, ABSENT])
+        rows.append([f"{entry.method} (published, {entry.source}, {entry.split} splits)", "", *printed, ABSENT, ABSENT])
     columns = ["method", "seeds", "Transfer", "Average", "Last", "Forgetting", "ECE"]
     return TextTable(board.title, columns, rows, breaks, best)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -64,9 +66,32 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
         bins: number of bins.
     """
     confidence = confidence.double()
-    places = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
+    places = _bins(confidence, bins)
     gaps = confidence.new_zeros(bins).index_add_(0, places, correct.double() - confidence)
     return float(gaps.abs().sum() / len(confidence))
+
+
+def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> dict[str, list[Any]]:
+    """What a reliability diagram needs, in the bins of :func:`calibration_error`; sums, so that data sets and seeds can be pooled.
+
+    ``Σ_m |correct_m − confidence_m| / Σ_m count_m`` is the calibration error.
+
+    Args:
+        confidence: (N,) in [0, 1].
+        correct: (N,) bool.
+        bins: number of bins.
+
+    Returns:
+        ``{"count", "correct", "confidence"}``, each with one number per bin: images, images that were classified right, and the
+        sum of the confidences.
+    """
+    confidence = confidence.double()
+    places = _bins(confidence, bins)
+    return {
+        "count": places.bincount(minlength=bins).tolist(),
+        "correct": places[correct].bincount(minlength=bins).tolist(),
+        "confidence": confidence.new_zeros(bins).index_add_(0, places, confidence).tolist(),
+    }
 
 
 def novelty_detection(known: Tensor, novel: Tensor, kind: Uncertainty = "energy") -> dict[str, float]:
@@ -121,3 +146,8 @@ def separation(known: Tensor, novel: Tensor) -> dict[str, float]:
         "aupr": float(((hits - hits_before) * precision).sum() / len(known)),
         "fpr95": float(alarms[enough].double() / len(novel)),
     }
+
+
+def _bins(confidence: Tensor, bins: int) -> Tensor:
+    """(N,) number of the bin ``((m − 1)/M, m/M]`` of each confidence; 0 is in the first."""
+    return ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)

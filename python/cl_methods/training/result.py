@@ -21,6 +21,7 @@ def run_result(
     zero_shot: list[float],
     rows: list[list[float]],
     calibration_rows: list[list[float]],
+    reliability: list[dict[str, Any]],
     evaluation_seconds: list[float],
     training: TrainingProgress,
     peak_memory: int,
@@ -38,6 +39,7 @@ def run_result(
         zero_shot: (T,) percent, before any training.
         rows: accuracy rows in percent: T of them, or one for joint training, or none if nothing was trained.
         calibration_rows: expected calibration errors in percent, the zero-shot row first.
+        reliability: of each task after the last one, in bins of the confidence; empty if it was not stored.
         evaluation_seconds, training, peak_memory: costs.
         description: the content of ``run.json``.
     """
@@ -62,6 +64,7 @@ def run_result(
         "forgetting": None if joint else forgetting(matrix),
         "calibration_error": fmean(calibration_rows[-1]),
         "calibration_error_per_row": calibration_rows,
+        "reliability": reliability,
         "transfer_per_task": None if joint else metrics["transfer_per_task"],
         "average_per_task": metrics["average_per_task"],
         "last_per_task": metrics["last_per_task"],

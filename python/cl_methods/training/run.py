@@ -41,12 +41,14 @@ class Rows:
         accuracy: rows after each task learnt so far.
         calibration_error: rows of expected calibration errors, the zero-shot one first.
         seconds: duration of each evaluation, the zero-shot one first.
+        reliability: of each task in the latest evaluation; empty in files of runs that did not store it.
     """
 
     zero_shot: list[float] | None = None
     accuracy: list[list[float]] = field(default_factory=list)
     calibration_error: list[list[float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    reliability: list[dict[str, Any]] = field(default_factory=list)
 
 
 def run(
@@ -146,6 +148,7 @@ class Run:
             zero_shot=self.rows.zero_shot or [],
             rows=self.rows.accuracy,
             calibration_rows=self.rows.calibration_error,
+            reliability=self.rows.reliability,
             evaluation_seconds=self.rows.seconds,
             training=self.training,
             peak_memory=peak_memory_bytes(self.device),
@@ -267,6 +270,7 @@ class Run:
         else:
             self.rows.accuracy.append(row)
         self.rows.calibration_error.append([entry.calibration_error for entry in measured])
+        self.rows.reliability = [entry.reliability for entry in measured]
         self.directory.write_json("rows.json", vars(self.rows))
         self.reporter.row_finished(after, row)
 

@@ -1,0 +1,50 @@
+"""Tables for papers: LaTeX with the rules of the package ``booktabs``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from cl_methods.evaluation.tables import TextTable
+
+_SYMBOLS = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", '"': r"\textquotedbl{}", "±": r"$\pm$", "–": "--", "—": "---", "…": r"\ldots{}", "×": r"$\times$",
+    "λ": r"$\lambda$", "[": "{[}", "]": "{]}", "*": "{*}",
+    **{symbol: f"\\{symbol}" for symbol in "&%$#_{}"},
+}  # fmt: skip
+_TRANSLATION = str.maketrans(_SYMBOLS)
+
+
+def escape(text: str) -> str:
+    """The text as LaTeX prints it: no character of it is a command, and none is an argument of the line break before it."""
+    return " ".join(text.translate(_TRANSLATION).split())
+
+
+def latex(table: TextTable) -> str:
+    """A ``table`` environment with the table's title as its caption, best cells bold."""
+    lines = [
+        r"\begin{table}",
+        r"  \centering",
+        rf"  \caption{{{escape(table.title)}}}",
+        rf"  \begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
+        r"    \toprule",
+        _line(table.columns),
+        r"    \midrule",
+    ]
+    for number, row in enumerate(table.rows):
+        if number and number in table.breaks:
+            lines.append(r"    \midrule")
+        lines.append(_line(row, {column for line, column in table.emphasised if line == number}))
+    return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""])
+
+
+def document(tables: Sequence[TextTable], notes: str = "") -> str:
+    """Several tables to be read with ``\\input``; comments name the package they need, and carry the notes."""
+    head = [r"% needs \usepackage{booktabs} and \usepackage[T1]{fontenc}"]
+    head += [f"% {line}" for line in notes.splitlines() if line.strip()]
+    return "\n".join(head) + "\n\n" + "\n".join(latex(table) for table in tables)
+
+
+def _line(cells: Sequence[str], bold: Collection[int] = ()) -> str:
+    texts = [escape(cell) for cell in cells]
+    return "    " + " & ".join(rf"\textbf{{{text}}}" if n in bold else text for n, text in enumerate(texts)) + r" \\"
