@@ -33,6 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "aot": INTERPRETING,
         "nvcc": shutil.which("nvcc") is None,
         "gpu": not torch.cuda.is_available(),
+        "chromium": shutil.which("chromium") is None,
         "pyarrow": importlib.util.find_spec("pyarrow") is None,
         "native": os.environ.get("CL_KERNELS_NATIVE") == "0",
     }
