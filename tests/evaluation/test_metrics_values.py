@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cl_methods.evaluation import forgetting, mtil_metrics
+from cl_methods.evaluation import class_incremental_metrics, forgetting, mtil_metrics
 
 MATRIX = [[90.0, 50.0, 40.0], [80.0, 95.0, 30.0], [70.0, 85.0, 99.0]]
 
@@ -41,3 +41,19 @@ def test_refuses_what_is_not_square(matrix):
 def test_refuses_missing_entries():
     with pytest.raises(ValueError, match="row 1, column 0"):
         mtil_metrics([[1.0, 2.0], [float("nan"), 3.0]])
+
+
+def test_class_incremental_counts_images_and_only_what_was_learnt():
+    found = class_incremental_metrics(MATRIX, [10, 20, 70])
+    second, third = (10 * 80 + 20 * 95) / 30, (10 * 70 + 20 * 85 + 70 * 99) / 100
+    assert found["per_step"] == pytest.approx([90.0, second, third])
+    assert found["average"] == pytest.approx((90 + second + third) / 3)
+    assert found["last"] == pytest.approx(third)
+    other = [[90.0, 0.0, 7.0], [80.0, 95.0, 0.0], [70.0, 85.0, 99.0]]
+    assert class_incremental_metrics(other, [10, 20, 70]) == found
+
+
+@pytest.mark.parametrize("images", [[10, 20], [10, 20, 0], [10, -1, 5], [[1], [2], [3]]])
+def test_class_incremental_needs_a_number_of_images_per_task(images):
+    with pytest.raises(ValueError, match=r"images: expected 3 numbers > 0, one per task, got"):
+        class_incremental_metrics(MATRIX, images)

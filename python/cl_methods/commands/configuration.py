@@ -12,6 +12,7 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from cl_methods.evaluation.accuracy import LabelSpace
 from cl_methods.methods import METHODS, Method
 from cl_methods.methods.find import find_method
 from cl_methods.scenarios import SCENARIOS, ScenarioOptions
@@ -20,6 +21,9 @@ from cl_methods.training.config import RunConfig
 DEFAULT_METHOD = "moe_adapters"
 DEFAULT_MODELS = {"mini": ("mini", None)}
 """Model and weights of scenarios that bring their own; the others take OpenAI's ViT-B/16."""
+
+DEFAULT_LABEL_SPACES: dict[str, LabelSpace] = {"cil": "seen"}
+"""Label spaces of scenarios whose protocol is not to know the task."""
 
 
 class ConfigurationError(ValueError):
@@ -117,6 +121,7 @@ def validated(method: str, scenario: str, given: Mapping[str, Any]) -> RunConfig
     settings = method_type.default_config(_protocol(scenario, given))
     model, pretrained = DEFAULT_MODELS.get(scenario, ("ViT-B-16-quickgelu", "openai"))
     default = RunConfig(method=method, settings=settings, scenario=scenario, model=model, pretrained=pretrained)
+    default.evaluation.label_space = DEFAULT_LABEL_SPACES.get(scenario, default.evaluation.label_space)
     if "model" in given and "pretrained" not in given:
         default.pretrained = None
     known = {**default.as_dict(), "method": dataclasses.asdict(settings)}

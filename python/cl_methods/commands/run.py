@@ -18,7 +18,7 @@ from cl_methods.methods.find import find_method
 from cl_methods.training.checkpoints import RunDirectory, write_atomically
 from cl_methods.training.config import RunConfig
 from cl_methods.training.progress import progress_for
-from cl_methods.training.run import Run, StoppedError, select_scenario
+from cl_methods.training.run import Run, StoppedError, rows_after_learning, select_scenario
 
 DESCRIPTION = """Train a method on a sequence of tasks, evaluating all tasks after each.
 
@@ -30,6 +30,7 @@ examples:
   clk run --method zscl --method.lr 3e-4 --method.iterations 200
   clk run --method zero_shot,finetune,zscl --seed 0,1,2 --output runs/all     every combination, then `clk compare`
   clk run --scenario folders --data.root my_images --model ViT-B-16-quickgelu --pretrained openai
+  clk run --scenario cil --data.root /data --data.dataset CIFAR100 --data.steps 10 --method zscl
   clk run --config runs/zscl-1/config.yaml --seed 2 --output runs/zscl-2
   clk run --output runs/zscl-1 --method zscl --seed 1 --resume
   clk run --method my_method.py:MyMethod                        a method of your own, see docs/new_method.md
@@ -119,7 +120,7 @@ def _print_plan(config: RunConfig, output: Path) -> None:
         times = "x "
         console.print(f"{sessions} {times}{plan}, model {config.model}")
     images = sum(len(getattr(task, config.evaluation.split)) for task in scenario.tasks)
-    rows = 1 + (0 if not method.trains else 1 if method.joint else len(scenario.tasks))
+    rows = 1 + rows_after_learning(config, method, len(scenario.tasks))
     console.print(f"{rows} evaluations of {images:,} {config.evaluation.split} images")
     console.print(f"would write to {output}; nothing has been written", soft_wrap=True)
     console.print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(), highlight=False)

@@ -13,7 +13,7 @@ from cl_methods.training.config import RunConfig
 SeriesRun = tuple[RunConfig, Invocation, Path]
 """Settings, how it was called, and its directory."""
 
-_ORDERS = {"I", "II"}  # any other order lists the tasks of a folder, separated by commas as well
+_ORDERS = {"I", "II", "X-TAIL"}  # any other order lists the tasks of a folder, separated by commas as well
 
 
 def expand(arguments: Sequence[str]) -> list[list[str]]:

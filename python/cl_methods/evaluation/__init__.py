@@ -1,5 +1,5 @@
 """Evaluation: accuracy matrix, metrics, reports and figures."""
 
-from cl_methods.evaluation.metrics import forgetting, mtil_metrics
+from cl_methods.evaluation.metrics import class_incremental_metrics, forgetting, mtil_metrics
 
-__all__ = ["forgetting", "mtil_metrics"]
+__all__ = ["class_incremental_metrics", "forgetting", "mtil_metrics"]

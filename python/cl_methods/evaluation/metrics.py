@@ -70,6 +70,36 @@ def forgetting(matrix: Any) -> float:
     return float(np.mean([accuracy[task:-1, task].max() - accuracy[-1, task] for task in range(tasks - 1)]))
 
 
+def class_incremental_metrics(matrix: Any, images: Sequence[int]) -> dict[str, Any]:
+    """Average and Last of class-incremental learning: accuracies over the images of all classes learnt so far.
+
+    With ``R[t, i]`` the accuracy on task i after task t among the classes of all tasks up to t, and n_i test images::
+
+        a_t = Σ_{i <= t} n_i R[t, i] / Σ_{i <= t} n_i        Average = mean_t a_t        Last = a_{T - 1}
+
+    The first task counts, base classes or not. This is not MTIL's Average, which has tasks that were not learnt yet in it and gives
+    all tasks the same weight.
+
+    Args:
+        matrix: as for :func:`mtil_metrics`; what is above the diagonal is not looked at.
+        images: T numbers of test images, one per task.
+
+    Returns:
+        ``average``, ``last`` (floats) and ``per_step`` (T floats), in the matrix' unit.
+
+    Raises:
+        ValueError: as :func:`mtil_metrics`, or ``images`` are not T positive numbers.
+
+    Source: Rebuffi et al., "iCaRL: Incremental Classifier and Representation Learning" (CVPR 2017), section 4.1.
+    """
+    accuracy = _square(matrix)
+    weights = np.asarray(images, dtype=np.float64)
+    if weights.shape != (len(accuracy),) or not (weights > 0).all():
+        raise ValueError(f"images: expected {len(accuracy)} numbers > 0, one per task, got {list(images)}")
+    per_step = [float(np.average(row[: step + 1], weights=weights[: step + 1])) for step, row in enumerate(accuracy)]
+    return {"average": float(np.mean(per_step)), "last": per_step[-1], "per_step": per_step}
+
+
 def _square(matrix: Any) -> np.ndarray:
     rows: Sequence[Any] = matrix.tolist() if hasattr(matrix, "tolist") else matrix
     try:

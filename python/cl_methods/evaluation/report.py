@@ -13,7 +13,14 @@ from rich.console import Console
 
 from cl_methods.evaluation import diagrams, figures, latex
 from cl_methods.evaluation.results import Board, arrange, find_results, read_result
-from cl_methods.evaluation.tables import TextTable, cost_table, matrix_table, per_task_tables, summary_table
+from cl_methods.evaluation.tables import (
+    TextTable,
+    class_incremental_table,
+    cost_table,
+    matrix_table,
+    per_task_tables,
+    summary_table,
+)
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
@@ -30,7 +37,9 @@ td.best { font-weight: 700; } img { max-width: 100%; height: auto; margin: .6rem
 def write_run_report(result: dict[str, Any], output: Path, console: Console) -> None:
     """Print the accuracy matrix and the summary of one run; write ``report.md``, ``accuracy.png`` and ``matrix.png``."""
     (board,), _ = arrange([{**result, "path": str(output)}])
-    tables = [matrix_table(result), summary_table(board)] + ([cost_table(board)] if board.compared() else [])
+    incremental = class_incremental_table(board)
+    tables = [matrix_table(result), summary_table(board)] + ([incremental] if incremental is not None else [])
+    tables += [cost_table(board)] if board.compared() else []
     for table in tables:
         _print(table, console)
     text = "\n".join(table.markdown() for table in tables)
@@ -67,8 +76,10 @@ def compare(paths: Sequence[Path], output: Path, console: Console) -> list[Board
     markdown, tables, sections = [], list[TextTable](), []
     for number, board in enumerate(boards):
         suffix = "" if len(boards) == 1 else f"-{number + 1}"
-        overview, details = summary_table(board), [cost_table(board), *per_task_tables(board)]
-        for table in (overview, details[0]):
+        overview, incremental = summary_table(board), class_incremental_table(board)
+        shown = [cost_table(board)] if incremental is None else [incremental, cost_table(board)]
+        details = [*shown, *per_task_tables(board)]
+        for table in (overview, *shown):
             _print(table, console)
         tables += [overview, *details]
         markdown.append("\n".join(table.markdown() for table in (overview, *details)))

@@ -97,6 +97,26 @@ def summary_table(board: Board) -> TextTable:
     return TextTable(board.title, columns, rows, breaks, best)
 
 
+def class_incremental_table(board: Board) -> TextTable | None:
+    """Average and Last of class-incremental learning with the accuracy after every step; None where no run has them."""
+    groups = [group for group in board.groups if all("class_incremental" in result for result in group.results)]
+    if not groups:
+        return None
+    rows = []
+    for group in groups:
+        found = [result["class_incremental"] for result in group.results]
+        label = group.label if group.continual else f"{group.label} (bound)"
+        whole = [
+            spread(np.array([entry[name] for entry in found if entry[name] is not None]))
+            for name in ("average", "last")
+        ]
+        steps = [entry["per_step"] for entry in found if entry["per_step"] is not None]
+        cells = _numbers(np.mean(steps, axis=0)) if steps else [ABSENT] * len(board.tasks)
+        rows.append([label, str(len(found)), *whole, *cells])
+    columns = ["method", "seeds", "Average", "Last", *board.tasks]
+    return TextTable(f"Accuracy over all classes learnt so far, {board.title}", columns, rows)
+
+
 def cost_table(board: Board) -> TextTable:
     """What training each group took: means over seeds, the largest peak memory."""
     rows = []

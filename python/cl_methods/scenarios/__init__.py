@@ -11,6 +11,7 @@ from cl_methods.scenarios.base import DataError, Scenario
 SCENARIOS: dict[str, str] = {
     "mini": "the embedded offline world: seven small tasks, nothing to download",
     "folders": "your own images: every sub-folder of --data.root is a task in the ImageFolder layout",
+    "cil": "the classes of one dataset below --data.root a few at a time (`--data.dataset CIFAR100 --data.steps 10`)",
     "mtil": "eleven datasets below --data.root, in the published splits (`clk data check` says what is there)",
 }
 
@@ -20,16 +21,20 @@ class ScenarioOptions:
     """Where a scenario's data is and how it is split.
 
     Attributes:
-        root: folder that holds the data (scenarios `folders` and `mtil`).
+        root: folder that holds the data (scenarios `folders`, `mtil` and `cil`).
         validation_fraction: share of the training images that becomes the validation split where a task brings none; by default a
-            tenth for `folders`, and none for `mtil`, as in the published runs.
+            tenth for `folders`, and none for `mtil` and `cil`, as in the published runs.
         test_fraction: share of the images that becomes the test split where a task of `folders` brings none.
         split_seed: seed of those splits, and of few-shot draws.
-        split: family of published splits, class names and prompts for `mtil`: `zscl` (ZSCL, MoE-Adapters) or `coop` (CoOp, DIKI).
-        shots: training images per class for `mtil`; all of them by default.
-        sizes: `any` lets `mtil` run on datasets whose splits have other than the published sizes.
-        reference_images: folder of images for methods that distil, for `mtil`; `folders` has its own.
+        split: family of published splits, class names and prompts for `mtil` and `cil`: `zscl` (ZSCL, MoE-Adapters) or
+            `coop` (CoOp, DIKI).
+        shots: training images per class for `mtil` and `cil`; all of them by default.
+        sizes: `any` lets `mtil` and `cil` run on datasets whose splits have other than the published sizes.
+        reference_images: folder of images for methods that distil, for `mtil` and `cil`; `folders` has its own.
         reference_captions: captions for methods that distil: a text file with one per line, or a table of Conceptual Captions.
+        dataset: the one whose classes `cil` splits.
+        steps: tasks of `cil` with an equal share of the classes; 10 by default.
+        base_classes: classes of a further first task of `cil`; by default 100 for TinyImageNet, as published, and none elsewhere.
     """
 
     root: Path | None = None
@@ -41,6 +46,9 @@ class ScenarioOptions:
     sizes: Literal["published", "any"] = "published"
     reference_images: Path | None = None
     reference_captions: Path | None = None
+    dataset: str | None = None
+    steps: int | None = None
+    base_classes: int | None = None
 
     def protocol(self, scenario: str) -> str:
         """The section of the methods' files of settings that holds for ``scenario`` with these options."""
@@ -54,7 +62,8 @@ def load(name: str, options: ScenarioOptions | None = None, *, order: str = "I")
         name: a key of :data:`SCENARIOS`.
         options: where the data is; defaults for scenarios that need none.
         order: ``"I"`` or ``"II"`` for ``mini``. For ``folders`` comma-separated task names, or ``"I"`` (sorted by name)
-            and ``"II"`` (the reverse). For ``mtil`` the published orders ``"I"`` and ``"II"``, or comma-separated datasets.
+            and ``"II"`` (the reverse). For ``mtil`` the published orders ``"I"`` and ``"II"``, ``"X-TAIL"``, or comma-separated
+            datasets. For ``cil`` the order of the classes: ``"I"`` (published), ``"labels"``, ``"random-SEED"`` or a YAML file.
 
     Raises:
         DataError: unknown name or order, or data that is missing or damaged; the message says what to do.
@@ -70,6 +79,10 @@ def load(name: str, options: ScenarioOptions | None = None, *, order: str = "I")
         from cl_methods.scenarios import mtil
 
         return mtil.load_scenario(options, order)
+    if name == "cil":
+        from cl_methods.scenarios import cil
+
+        return cil.load_scenario(options, order)
     if name == "folders":
         if options.root is None:
             raise DataError("data.root: scenario folders needs the folder that holds one sub-folder per task")

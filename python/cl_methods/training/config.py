@@ -31,7 +31,8 @@ class RunConfig:
             run one after the other.
         settings: the method's own settings; naming another method resets them to its defaults.
         scenario: a name that `clk methods` lists.
-        order: order of the tasks: I, II, both (`I,II`), or for folders the task names separated by commas.
+        order: order of the tasks: I, II, both (`I,II`), or for folders the task names separated by
+            commas; for cil the order of the classes.
         seed: of everything random; several like methods.
         model: `mini`, or an open_clip model name.
         pretrained: checkpoint on disk or open_clip tag; None for `mini`.

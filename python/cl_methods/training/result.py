@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from cl_methods.evaluation.accuracy import guessing
-from cl_methods.evaluation.metrics import forgetting, mtil_metrics
+from cl_methods.evaluation.metrics import class_incremental_metrics, forgetting, mtil_metrics
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.checkpoints import TrainingProgress
 from cl_methods.training.config import RunConfig
@@ -30,7 +30,8 @@ def run_result(
     """What a complete run found, what it cost and what it depends on, as plain values.
 
     A method that learns nothing, or everything at once, has the same row after every task. For joint training Transfer
-    and forgetting would have no meaning and are None.
+    and forgetting would have no meaning and are None. Scenario ``cil`` has ``class_incremental`` besides, unless each task's
+    classes competed alone.
 
     Args:
         config, scenario: what was run.
@@ -68,6 +69,7 @@ def run_result(
         "transfer_per_task": None if joint else metrics["transfer_per_task"],
         "average_per_task": metrics["average_per_task"],
         "last_per_task": metrics["last_per_task"],
+        **_class_incremental(config, scenario, matrix, joint),
         "train": {
             "seconds": seconds,
             "samples_per_second": training.samples / seconds if seconds else None,
@@ -82,3 +84,14 @@ def run_result(
         "environment": description["environment"],
         "config": description["config"],
     }
+
+
+def _class_incremental(
+    config: RunConfig, scenario: Scenario, matrix: list[list[float]], joint: bool
+) -> dict[str, dict[str, Any]]:
+    """``class_incremental``: average, last and per_step; joint training, which has no steps, has the last alone."""
+    if config.scenario != "cil" or config.evaluation.label_space == "task":
+        return {}
+    images = [len(getattr(task, config.evaluation.split)) for task in scenario.tasks]
+    found = class_incremental_metrics(matrix, images)
+    return {"class_incremental": found | {"average": None, "per_step": None} if joint else found}

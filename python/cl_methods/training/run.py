@@ -134,6 +134,9 @@ class Run:
         latest = self._restore(steps)
         if self.rows.zero_shot is None:
             self._evaluate(0)
+        for index in range(rows_after_learning(self.config, self.method, len(tasks)) if not trains else 0):
+            if len(self.rows.accuracy) <= index:
+                self._evaluate(index + 1)
         for index in sessions:
             done = latest is not None and (index < latest.task or (index == latest.task and latest.step is None))
             if not done:
@@ -273,6 +276,16 @@ class Run:
         self.rows.reliability = [entry.reliability for entry in measured]
         self.directory.write_json("rows.json", vars(self.rows))
         self.reporter.row_finished(after, row)
+
+
+def rows_after_learning(config: RunConfig, method: Method | type[Method], tasks: int) -> int:
+    """Rows of accuracies besides the zero-shot one.
+
+    A method that learns nothing keeps that row, except in class-incremental runs, where more classes compete after every task.
+    """
+    if method.trains:
+        return 1 if method.joint else tasks
+    return tasks if config.scenario == "cil" and config.evaluation.label_space == "seen" else 0
 
 
 def select_scenario(config: RunConfig) -> Scenario:
