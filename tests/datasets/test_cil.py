@@ -191,7 +191,7 @@ def test_training_resuming_and_comparing(root, run, tmp_path):
     text = io.StringIO()
     compare([tmp_path / "runs"], tmp_path / "compare", Console(file=text, width=240))
     assert (
-        "Accuracy over all classes learnt so far, cil, order random-0 (ViT-B-16-quickgelu, label space seen"
+        "Accuracy over all classes learnt so far, cil CIFAR10, order random-0 (ViT-B-16-quickgelu, label space seen, zscl splits"
         in text.getvalue()
     )
     table = (tmp_path / "compare" / "table.md").read_text().split("### Accuracy over all classes")[1].split("###")[0]

@@ -69,7 +69,7 @@ class Board:
     Attributes:
         scenario, order: of the runs.
         tasks: their names.
-        conditions: model, label space, split, and for MTIL the family of splits and the shots, for headings.
+        conditions: model, label space and split; family of splits, shots and dataset where there are any; for headings.
         chance: (T,) accuracy of guessing in percent.
         zero_shot: (T,) accuracy of the model before any training.
         zero_shot_calibration: (1,) its mean calibration error; empty if it was not measured.
@@ -87,7 +87,7 @@ class Board:
 
     @property
     def title(self) -> str:
-        """Scenario and order, and whatever is not the default."""
+        """Scenario, the dataset of class-incremental runs, order, and whatever is not the default."""
         extra = [self.conditions["model"]] if self.conditions["model"] != self.scenario else []
         if self.conditions["label_space"] != "task":
             extra.append(f"label space {self.conditions['label_space']}")
@@ -97,7 +97,8 @@ class Board:
             extra.append(f"{self.conditions['family']} splits")
         if self.conditions.get("shots") is not None:
             extra.append(f"{self.conditions['shots']} shots")
-        return f"{self.scenario}, order {self.order}" + (f" ({', '.join(extra)})" if extra else "")
+        name = " ".join(filter(None, (self.scenario, self.conditions.get("dataset"))))
+        return f"{name}, order {self.order}" + (f" ({', '.join(extra)})" if extra else "")
 
     def compared(self) -> list[Group]:
         """The groups without zero-shot runs, whose row every board has anyway."""
@@ -236,7 +237,7 @@ def _zero_shot_calibration(results: Sequence[dict[str, Any]]) -> np.ndarray:
 def _conditions(result: dict[str, Any]) -> dict[str, Any]:
     config = result["config"]
     evaluation, data = config.get("evaluation", {}), config.get("data", {})
-    families = result["scenario"] == "mtil"
+    families = result["scenario"] in ("mtil", "cil")
     return {
         "model": config.get("model", "?"),
         "pretrained": config.get("pretrained"),
@@ -244,6 +245,7 @@ def _conditions(result: dict[str, Any]) -> dict[str, Any]:
         "split": evaluation.get("split", "test"),
         "family": data.get("split", "zscl") if families else None,
         "shots": data.get("shots") if families else None,
+        "dataset": data.get("dataset") if result["scenario"] == "cil" else None,
     }
 
 
