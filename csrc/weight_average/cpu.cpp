@@ -12,6 +12,7 @@ namespace clk {
 namespace {
 
 constexpr int64_t kPiece = 1 << 16;
+constexpr int64_t kOneThread = 1 << 19;  // elements in all that are averaged before a second thread has woken up
 
 Storage storage_of(ScalarType type) {
   switch (type) {
@@ -46,7 +47,7 @@ void average_cpu(std::vector<Tensor> averages, std::vector<Tensor> values, doubl
   const AverageRule rule{weight, other_weight, seed.has_value(), static_cast<uint64_t>(seed.value_or(0))};
   std::vector<Whole> tensors;
   tensors.reserve(averages.size());
-  int64_t pieces = 0, counter = 0;
+  int64_t pieces = 0, counter = 0, elements = 0;
   for (size_t i = 0; i < averages.size(); ++i) {
     const int64_t total = averages[i].numel();
     if (total == 0) continue;
@@ -62,9 +63,11 @@ void average_cpu(std::vector<Tensor> averages, std::vector<Tensor> values, doubl
     tensors.push_back({all, pieces});
     pieces += (total + kPiece - 1) / kPiece;
     counter += counters_of(total);
+    elements += total;
   }
   if (pieces == 0) return;
-  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = elements < kOneThread ? pieces : 1;
+  torch::stable::parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
     const auto after = [](int64_t piece, const Whole& whole) { return piece < whole.first_piece; };
     auto tensor = std::upper_bound(tensors.begin(), tensors.end(), begin, after) - 1;
     for (int64_t i = begin; i < end; ++i) {
