@@ -125,7 +125,7 @@ PEERS = {
     "moe_adapter": "plain PyTorch, expert by expert",
     "token_routing": "sort and grouped_mm",
     "feature_distill_kl": "logits, soft-max, cross-entropy",
-    "average_": "_foreach_lerp_",
+    "average_": "torch._foreach_lerp_",  # a label that begins with an underscore would not be drawn
 }
 
 
