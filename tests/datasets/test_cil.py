@@ -19,7 +19,7 @@ from cl_methods.commands.configuration import parse
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.datasets.texts import classes
 from cl_methods.evaluation.accuracy import EvaluationOptions, measure
-from cl_methods.evaluation.report import compare
+from cl_methods.evaluation.report import compare, write_run_report
 from cl_methods.methods import METHODS
 from cl_methods.scenarios import ScenarioOptions, load
 from cl_methods.scenarios.base import DataError
@@ -181,6 +181,10 @@ def test_training_resuming_and_comparing(root, run, tmp_path):
     steps = [(matrix[step, : step + 1] * weights[: step + 1]).sum() / weights[: step + 1].sum() for step in range(4)]
     assert result["class_incremental"]["per_step"] == pytest.approx(steps)
     assert json.loads((tmp_path / "runs" / "a" / "result.json").read_text()) == result
+    (tmp_path / "report").mkdir()
+    write_run_report(result, tmp_path / "report", Console(file=io.StringIO()))
+    cells = " | ".join(f"{value:.1f}" for value in steps)
+    assert f"| {np.mean(steps):.1f} | {steps[-1]:.1f} | {cells} |" in (tmp_path / "report" / "report.md").read_text()
     (tmp_path / "runs" / "a" / "result.json").unlink()
     assert (
         run(tmp_path / "runs" / "a", *arguments, "--method", "finetune", resume=True)["accuracy"] == result["accuracy"]
