@@ -10,9 +10,10 @@ from importlib.resources import files
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
-from cl_methods.evaluation import diagrams
+from cl_methods.evaluation import diagrams, figures
 from cl_methods.evaluation.latex import document, escape, latex
 from cl_methods.evaluation.report import compare
 from cl_methods.evaluation.results import ResultError, arrange, read_result
@@ -176,3 +177,16 @@ def test_bars_are_transfer_average_and_last_of_each_task(write_result):
     assert heights[0][1:] == [40.0]
     assert heights[1] == [85.0, 67.5]
     assert heights[2] == [80.0, 95.0, 91.0, 97.0]
+
+
+@pytest.mark.parametrize("length", [1, 12, 60])
+def test_legends_stay_inside_their_figures(write_result, length):
+    folders = [write_result(f"{n}", method="finetune", settings={"w" * length: n / 8}) for n in range(6)]
+    board = board_of(*folders)
+    for figure in (figures.accuracy_over_time(board), diagrams.bars(board)):
+        FigureCanvasAgg(figure).draw()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert figure.bbox.x0 <= box.x0
+        assert box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0

@@ -5,10 +5,11 @@ from __future__ import annotations
 from textwrap import fill
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cl_methods.evaluation.figures import FAINT, INK, colors_of
+from cl_methods.evaluation.figures import FAINT, INK, colors_of, legend_below
 from cl_methods.evaluation.results import Board, Group
 
 _METRICS = ("transfer", "average", "last")
@@ -24,8 +25,7 @@ def bars(board: Board) -> Figure:
     colors = colors_of(board.groups)
     count = len(board.tasks)
     width = min(26.0, max(7.0, 1.2 + count * (0.35 + 0.17 * max(len(groups), 1))))
-    rows_of_legend = -(-(len(groups) + 1) // max(2, int(width / 2.2)))
-    figure = Figure(figsize=(width, 6.6 + 0.22 * rows_of_legend), layout="constrained")
+    figure = Figure(figsize=(width, 6.6 + 0.1 * len(groups)), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True, sharey=True)
     places, bar = np.arange(count), _ROOM / max(len(groups), 1)
     zero_shot = np.array(board.zero_shot)
@@ -50,12 +50,11 @@ def bars(board: Board) -> Figure:
         _plain(panel)
     panels[-1].set_xticks(places, board.tasks, fontsize=8, rotation=25 if count > 4 else 0, ha="right" if count > 4 else "center",
                           rotation_mode="anchor")  # fmt: skip
-    handles = [panels[0].plot([], [], color=INK, linestyle=":", linewidth=1.3)[0]]
-    handles += [panels[0].plot([], [], "s", markersize=7, color=colors[group.label])[0] for group in groups]
+    handles: list[Artist] = [*panels[0].plot([], [], color=INK, linestyle=":", linewidth=1.3)]
+    for group in groups:
+        handles += panels[0].plot([], [], "s", markersize=7, color=colors[group.label])
     labels = ["zero-shot", *(group.label + ("" if group.continual else " (bound)") for group in groups)]
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=max(2, int(width / 2.2)), fontsize=9, frameon=False
-    )
+    legend_below(figure, handles, labels)
     figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     return figure
 

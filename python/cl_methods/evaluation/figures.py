@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -159,6 +160,15 @@ def colors_of(groups: list[Group]) -> dict[str, str]:
     return colors
 
 
+def legend_below(figure: Figure, handles: list[Artist], labels: list[str]) -> None:
+    """A legend under the panels, in as many columns as the longest label leaves room for."""
+    letter, handle = 0.105, 0.75  # inches: a wide letter of 9 points, and what stands before the label
+    labels = [fill(label, int((figure.get_figwidth() - handle) / letter)) for label in labels]
+    longest = max(len(line) for label in labels for line in label.splitlines())
+    columns = max(1, int(figure.get_figwidth() / (handle + letter * longest)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+
+
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
@@ -201,5 +211,4 @@ def _legend(figure: Figure, panel: Axes, groups: list[Group], colors: dict[str, 
         labels.append("chance")
     handles.append(Patch(facecolor=_BEFORE))
     labels.append("before it is learnt")
-    columns = max(2, int(figure.get_figwidth() / 1.7))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    legend_below(figure, handles, labels)
