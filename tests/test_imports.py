@@ -70,9 +70,16 @@ def test_shared_modules_do_not_import_operations():
         assert not {m for m in imported(KERNELS / f"{name}.py", "cl_kernels") if m.startswith(operations)}
 
 
-def test_components_know_no_method_and_nothing_above():
-    above = tuple(f"cl_methods.{name}" for name in ("methods", "training", "cli", "commands", "evaluation"))
+def test_components_know_nothing_above():
+    above = tuple(f"cl_methods.{name}" for name in ("cli", "commands", "evaluation"))
     for path in sources(METHODS / "components"):
+        assert not {m for m in imported(path, "cl_methods") if m.startswith(above)}, path
+
+
+def test_datasets_and_components_know_no_scenario():
+    """A scenario arranges tasks; what a task is made of must not know how it is arranged."""
+    above = tuple(f"cl_methods.{name}" for name in ("scenarios", "methods", "training"))
+    for path in [*sources(METHODS / "datasets"), *sources(METHODS / "components")]:
         assert not {m for m in imported(path, "cl_methods") if m.startswith(above)}, path
 
 

@@ -16,13 +16,13 @@ from rich.console import Console
 from tiny_clip import build_backbone, transform
 
 from cl_methods.commands.configuration import parse
+from cl_methods.datasets.images import DataError
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.datasets.texts import classes
 from cl_methods.evaluation.accuracy import EvaluationOptions, measure
 from cl_methods.evaluation.report import compare, write_run_report
 from cl_methods.methods import METHODS
 from cl_methods.scenarios import ScenarioOptions, load
-from cl_methods.scenarios.base import DataError
 from cl_methods.scenarios.cil import task_sizes
 from cl_methods.scenarios.class_order import class_order, protocol
 from cl_methods.scenarios.mtil import ORDERS

@@ -17,8 +17,8 @@ from miniatures import ORIGINALS, write, write_coop, write_image_folders, write_
 from scipy.io import loadmat, savemat
 
 from cl_methods.datasets.find import DataNotFoundError, SplitOptions, find_dataset
+from cl_methods.datasets.images import DataError
 from cl_methods.datasets.specification import DATASETS
-from cl_methods.scenarios.base import DataError
 
 Damage = Callable[[Path], object]
 

@@ -21,9 +21,9 @@ from miniatures import (
 )
 
 from cl_methods.datasets.find import Found, SplitOptions, find_dataset
+from cl_methods.datasets.images import DataError, ImageSource
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.datasets.texts import Family, classes
-from cl_methods.scenarios.base import DataError, ImageSource
 
 
 def find(root: Path, name: str, family: Family = "zscl", **options) -> Found:

@@ -15,11 +15,11 @@ from tiny_clip import build_backbone, transform
 
 from cl_methods.cli import main
 from cl_methods.commands.configuration import ConfigurationError, parse
+from cl_methods.datasets.images import DataError
 from cl_methods.datasets.reference import read_captions, read_reference
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.methods import METHODS
 from cl_methods.scenarios import ScenarioOptions, load
-from cl_methods.scenarios.base import DataError
 from cl_methods.scenarios.mtil import ORDERS
 from cl_methods.training import run as run_module
 from cl_methods.training.checkpoints import RunDirectoryError

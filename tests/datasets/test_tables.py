@@ -13,9 +13,9 @@ import pytest
 from miniatures import SIZES, paint, rows, spelt
 
 from cl_methods.datasets.find import SplitOptions, find_dataset
+from cl_methods.datasets.images import DataError
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.datasets.texts import classes
-from cl_methods.scenarios.base import DataError
 
 NAME = "DTD"
 

@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 import torch
 
+from cl_methods.datasets.images import DataError
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.datasets.splits import coop_shots, first_shots, set_aside, zscl_split
 from cl_methods.datasets.texts import FILES, classes
-from cl_methods.scenarios.base import DataError
 
 COUNTS = {
     "Aircraft": (100, 2),

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cl_methods.datasets.images import TensorImages
+from cl_methods.datasets.task import Task
 from cl_methods.evaluation.novelty import novelty_of_later_tasks
 from cl_methods.evaluation.uncertainty import novelty_detection
 from cl_methods.methods.base import Method
-from cl_methods.scenarios.base import Task, TensorImages
 
 
 class Linear(Method):

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cl_methods.backbone import Backbone
-from cl_methods.scenarios.base import Reference, Task, TensorImages
+from cl_methods.datasets.images import TensorImages
+from cl_methods.datasets.task import Reference, Task
 
 import open_clip  # isort: skip  # after cl_methods.backbone, which prepares torchvision
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from cl_methods.components.gaussian import fit_gaussian
 from cl_methods.components.prompt_attention import residual_prompt_attention
+from cl_methods.datasets.task import Task
 from cl_methods.methods import DIKI, Batch
-from cl_methods.scenarios.base import Task
 
 ATTENTION = [
     (name, str(case["case"])) for name in golden.names("diki_attention*") for case in golden.load(name)[1]["cases"]

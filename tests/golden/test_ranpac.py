@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cl_methods.datasets.images import TensorImages
+from cl_methods.datasets.task import Task
 from cl_methods.methods import Batch, RanPAC
-from cl_methods.scenarios.base import Task, TensorImages
 
 CASES = golden.names("ranpac*")
 NOTHING = TensorImages(torch.zeros(0, 3, 1, 1, dtype=torch.uint8))

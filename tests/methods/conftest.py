@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_clip import build_backbone, noise_images, transform
 
 from cl_methods.backbone import Backbone
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import Batch
-from cl_methods.scenarios.base import Reference, Task
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import cl_kernels as clk
 from cl_methods.backbone import Backbone
 from cl_methods.components.adapters import MountedAdapters
 from cl_methods.components.ddas import DDASConfig
+from cl_methods.datasets.task import Task
 from cl_methods.methods import Batch, MoEAdapters
 from cl_methods.methods.moe_adapters import MoEAdaptersConfig
-from cl_methods.scenarios.base import Task
 
 SYNCHRONISING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero", "aten::equal"}
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from trained import state
 
 from cl_methods.components.uncertainty import by_uncertainty, uncertainty
+from cl_methods.datasets.task import Task
 from cl_methods.methods import CLAP4CLIP, METHODS, Batch
 from cl_methods.methods.clap_config import ClapConfig
 from cl_methods.methods.variational_adapters import VariationalHead
-from cl_methods.scenarios.base import Task
 from cl_methods.training.task import Continuation, TaskTraining
 
 SMALL: dict[str, Any] = {

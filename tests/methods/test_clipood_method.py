@@ -14,8 +14,8 @@ from trained import SHORT, Batches, check_resuming, learn, state, train, weights
 import cl_kernels as clk
 from cl_kernels.profile import OperationCount
 from cl_methods.backbone import Backbone
+from cl_methods.datasets.task import Task
 from cl_methods.methods import METHODS
-from cl_methods.scenarios.base import Task
 
 import open_clip  # isort: skip  # after cl_methods.backbone, which prepares torchvision
 

@@ -19,8 +19,9 @@ from cl_methods.components import densities
 from cl_methods.components.densities import Density, Gaussian, KernelDensity, LowRankGaussian
 from cl_methods.components.density_selector import DensityConfig, DensitySelector, decide
 from cl_methods.components.gaussian import fit_gaussian
+from cl_methods.datasets.images import TensorImages
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import Batch, MoEAdapters
-from cl_methods.scenarios.base import Reference, Task, TensorImages
 
 CONFIG = DensityConfig(rank=4, shrinkage=0.05)
 KINDS = ("gaussian", "low_rank", "kernel")

@@ -16,8 +16,9 @@ from trained import SHORT, check_resuming, learn, state, train
 from cl_kernels.profile import OperationCount
 from cl_methods.components.exemplars import encode_source
 from cl_methods.components.gaussian import TaskGaussians, fit_gaussian, whiten
+from cl_methods.datasets.images import TensorImages
+from cl_methods.datasets.task import Task
 from cl_methods.methods import DIKI, Batch, Method
-from cl_methods.scenarios.base import Task, TensorImages
 
 import open_clip  # isort: skip  # after cl_methods.backbone, which prepares torchvision
 

@@ -12,9 +12,9 @@ from trained import SHORT, Batches, check_resuming, learn, train, weights
 
 from cl_methods.components.fisher import fisher_diagonal
 from cl_methods.components.weights import consolidation_value, fold_consolidation_gradient
+from cl_methods.datasets.task import Task
 from cl_methods.methods import EWC, METHODS
 from cl_methods.methods.ewc import EWCConfig
-from cl_methods.scenarios.base import Task
 
 
 def build(**settings: Any) -> EWC:

@@ -11,8 +11,8 @@ from trained import SHORT, Batches, check_resuming, learn, train, weights, with_
 
 import cl_kernels as clk
 from cl_methods.components.reference_features import random_texts
+from cl_methods.datasets.task import Task
 from cl_methods.methods import METHODS
-from cl_methods.scenarios.base import Task
 
 FEW: dict[str, Any] = {"texts": 7, "words": 4}
 

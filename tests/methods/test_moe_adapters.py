@@ -12,9 +12,9 @@ from tiny_clip import build_backbone, transform
 from torch import Tensor
 
 from cl_methods.components.ddas import DDASConfig
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import Batch, MoEAdapters
 from cl_methods.methods.moe_adapters import MoEAdaptersConfig
-from cl_methods.scenarios.base import Reference, Task
 from cl_methods.training.loop import train_on_batches
 
 Batches = Callable[..., list[Batch]]

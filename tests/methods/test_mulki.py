@@ -18,10 +18,10 @@ from cl_kernels.profile import OperationCount
 from cl_kernels.profile.waiting import READS
 from cl_methods.backbone import Backbone
 from cl_methods.components.teacher_weights import teacher_weights
+from cl_methods.datasets.task import Task
 from cl_methods.methods import METHODS, Batch
 from cl_methods.methods.mulki import MulKI
 from cl_methods.methods.mulki_config import MulKIConfig
-from cl_methods.scenarios.base import Task
 
 Batches = Callable[..., list[Batch]]
 OFF: dict[str, Any] = {

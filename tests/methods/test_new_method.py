@@ -12,9 +12,9 @@ from trained import SHORT, check_resuming
 
 from cl_kernels.profile import HostWaits
 from cl_methods.cli import main
+from cl_methods.datasets.task import Task
 from cl_methods.methods import METHODS, Batch
 from cl_methods.methods.find import find_method
-from cl_methods.scenarios.base import Task
 
 PAGE = Path(__file__).parents[2] / "docs" / "new_method.md"
 

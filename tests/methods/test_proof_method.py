@@ -15,8 +15,8 @@ from trained import SHORT, Batches, check_resuming, state
 from cl_kernels.profile import OperationCount
 from cl_methods.components.cross_modal_fusion import CrossModalFusion
 from cl_methods.components.exemplars import encode_source, herding
+from cl_methods.datasets.task import Task
 from cl_methods.methods import METHODS, Batch
-from cl_methods.scenarios.base import Task
 from cl_methods.training.task import TaskTraining
 
 SYNCHRONISING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero", "aten::equal"}

@@ -10,11 +10,11 @@ import torch
 from tiny_clip import build_backbone, transform
 from torch import Tensor
 
+from cl_methods.datasets.task import Task
 from cl_methods.methods import METHODS, Batch
 from cl_methods.methods.loranpac import least_squares, update_svd
 from cl_methods.methods.random_features import RandomFeatureMethod
 from cl_methods.methods.ranpac import choose_ridge, normal_equations, solve_ridge
-from cl_methods.scenarios.base import Task
 
 NAMES = ["ranpac", "loranpac"]
 SETTINGS = {"ranpac": {"width": 40}, "loranpac": {"width": 60, "rank": 30, "block": 7}}

@@ -9,9 +9,9 @@ import torch
 from tiny_clip import build_backbone, transform
 from torch.nn import functional as F
 
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import METHODS, Batch
 from cl_methods.methods.config import TrainConfig
-from cl_methods.scenarios.base import Reference, Task
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,8 +13,8 @@ from trained import SHORT, state, weights, with_sgd
 
 import cl_kernels as clk
 from cl_methods.components.exemplars import ExemplarMemory, Exemplars, encode_source, herding
+from cl_methods.datasets.task import Task
 from cl_methods.methods import METHODS, Batch
-from cl_methods.scenarios.base import Task
 from cl_methods.training.task import Continuation, TaskTraining
 
 

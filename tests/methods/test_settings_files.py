@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_clip import build_backbone
 
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.evaluation.accuracy import EvaluationOptions, LabelSpace, measure_row
 from cl_methods.methods import METHODS
 from cl_methods.methods.settings import FILES, build_settings, scenario_settings
-from cl_methods.scenarios.base import Reference, Task
 from cl_methods.training.config import RunConfig
 from cl_methods.training.task import TaskTraining
 

@@ -16,9 +16,9 @@ from trained import SHORT, check_resuming, learn, state, train
 from cl_kernels.profile import OperationCount
 from cl_kernels.profile.waiting import READS
 from cl_methods.components.dual_teachers import discrepancy_gate, feature_distances
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import METHODS, Batch
 from cl_methods.methods.snd import SnD, SnDConfig
-from cl_methods.scenarios.base import Reference, Task
 
 Batches = Callable[..., list[Batch]]
 

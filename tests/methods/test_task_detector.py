@@ -11,7 +11,7 @@ from tiny_clip import noise_images, transform
 
 from cl_methods.backbone import Backbone
 from cl_methods.components.ddas import DDAS, DDASConfig, decide
-from cl_methods.scenarios.base import TensorImages
+from cl_methods.datasets.images import TensorImages
 
 CONFIG = DDASConfig(
     features="backbone",

@@ -9,8 +9,8 @@ import torch
 from tiny_clip import build_backbone
 from trained import SHORT, Batches, check_resuming, learn, state, train, weights, with_sgd
 
+from cl_methods.datasets.task import Task
 from cl_methods.methods import METHODS
-from cl_methods.scenarios.base import Task
 
 
 def build(name: str, **settings: Any) -> Any:

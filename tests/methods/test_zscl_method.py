@@ -15,9 +15,9 @@ import cl_kernels as clk
 from cl_methods.backbone import Backbone
 from cl_methods.components.reference_features import FrozenFeatures, random_texts
 from cl_methods.components.weights import consolidation_value, fold_consolidation_gradient
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import ZSCL, Batch
 from cl_methods.methods.zscl_config import ZSCLConfig
-from cl_methods.scenarios.base import Reference, Task
 from cl_methods.training.loop import train_on_batches
 
 Batches = Callable[..., list[Batch]]

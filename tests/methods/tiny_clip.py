@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_methods.backbone import Backbone
-from cl_methods.scenarios.base import TensorImages
+from cl_methods.datasets.images import TensorImages
 
 import open_clip  # isort: skip  # after cl_methods.backbone, which prepares torchvision
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_methods.datasets.task import Task
 from cl_methods.methods import Batch, Method
-from cl_methods.scenarios.base import Task
 from cl_methods.seeding import seed_everything
 from cl_methods.training.loop import train_on_batches
 

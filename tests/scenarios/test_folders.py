@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from cl_methods.cli import main
+from cl_methods.datasets.images import DataError
 from cl_methods.scenarios import ScenarioOptions, load
-from cl_methods.scenarios.base import DataError
 from cl_methods.scenarios.folders import load_scenario
 
 

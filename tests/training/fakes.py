@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_methods.datasets.images import TensorImages
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Method
-from cl_methods.scenarios.base import Reference, Scenario, Task, TensorImages
+from cl_methods.scenarios.base import Scenario
 
 
 @dataclass

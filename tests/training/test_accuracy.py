@@ -6,9 +6,10 @@ import pytest
 import torch
 from fakes import TinyConfig, TinyMethod, tiny_backbone
 
+from cl_methods.datasets.images import TensorImages
+from cl_methods.datasets.task import Task
 from cl_methods.evaluation.accuracy import EvaluationOptions, competing_tasks, guessing, measure, measure_row
 from cl_methods.evaluation.uncertainty import expected_calibration_error
-from cl_methods.scenarios.base import Task, TensorImages
 
 
 class Oracle(TinyMethod):

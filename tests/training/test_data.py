@@ -6,8 +6,8 @@ import pytest
 import torch
 from fakes import tiny_scenario, to_float, to_noisy_float
 
+from cl_methods.datasets.images import DataError, ImageSource
 from cl_methods.datasets.loading import evaluation_batches
-from cl_methods.scenarios.base import DataError, ImageSource
 from cl_methods.training.data import TrainingSteps, one_pass, stream_indices, training_batches
 
 CPU = torch.device("cpu")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from fakes import TinyConfig, TinyMethod, tiny_backbone, tiny_images, tiny_scenario
 
+from cl_methods.datasets.images import DataError, Subset
+from cl_methods.datasets.task import Task
 from cl_methods.methods.base import Batch, Stage
-from cl_methods.scenarios.base import DataError, Subset, Task
 from cl_methods.training.loop import StepReport
 from cl_methods.training.schedule import warmup_cosine
 from cl_methods.training.task import Continuation, TaskTraining

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cl_methods.datasets.find import DataNotFoundError, Found, SplitOptions, find_dataset
+from cl_methods.datasets.images import DataError, FileImages
 from cl_methods.datasets.specification import DATASETS
-from cl_methods.scenarios.base import DataError, FileImages
 from cl_methods.scenarios.mtil import chosen_datasets
 from cl_methods.scenarios.verification import verify_images
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cl_methods.backbone import Backbone, Transform
 from cl_methods.checks import check_field
 from cl_methods.components.frozen_features import Extractor, alexnet_features, backbone_features
-from cl_methods.scenarios.base import ImageSource, Subset
+from cl_methods.datasets.images import ImageSource, Subset
 
 _CACHE_BYTES = 1 << 30
 _CHUNK = 256

@@ -13,8 +13,8 @@ from cl_methods.backbone import Backbone
 from cl_methods.checks import check_field
 from cl_methods.components.densities import Density, Gaussian, KernelDensity, LowRankGaussian
 from cl_methods.components.frozen_features import Extractor, backbone_features
+from cl_methods.datasets.images import ImageSource, Subset
 from cl_methods.datasets.loading import evaluation_batches
-from cl_methods.scenarios.base import ImageSource, Subset
 
 _BATCH = 256
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_methods.backbone import Backbone
+from cl_methods.datasets.images import ImageSource, RawImage, Subset
 from cl_methods.datasets.loading import evaluation_batches
-from cl_methods.scenarios.base import ImageSource, RawImage, Subset, Task
+from cl_methods.datasets.task import Task
 
 Selection = Callable[[Tensor, int], Tensor]
 """Rows (n,) of one class and a number -> that many of these rows (fewer if there are fewer), the most important first."""

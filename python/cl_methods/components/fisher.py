@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_methods.backbone import Backbone
+from cl_methods.datasets.images import ImageSource, Subset
 from cl_methods.datasets.loading import evaluation_batches
-from cl_methods.scenarios.base import ImageSource, Subset
 
 
 def fisher_diagonal(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cl_methods.backbone import Backbone, prompt
-from cl_methods.scenarios.base import Task
+from cl_methods.datasets.task import Task
 
 _TENSORS = ("texts", "sums", "counts")
 

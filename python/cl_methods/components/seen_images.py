@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cl_methods.components.exemplars import Exemplars
-from cl_methods.scenarios.base import Task
+from cl_methods.datasets.task import Task
 
 
 class SeenImages(Exemplars):

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from cl_methods.datasets.images import DataError
 from cl_methods.datasets.sources import ArrayImages
-from cl_methods.scenarios.base import DataError
 
 _PICKLED = {
     ("numpy.core.multiarray", "_reconstruct"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from cl_methods.datasets.images import DataError, ImageSource
 from cl_methods.datasets.listing import Listing, file_images, require_all_classes
 from cl_methods.datasets.texts import Classes
-from cl_methods.scenarios.base import DataError, ImageSource
 
 PARTS = ("train", "val", "test")
 

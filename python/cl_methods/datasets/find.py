@@ -14,14 +14,15 @@ import torch
 from cl_methods.datasets.coop import read_split_file
 from cl_methods.datasets.hugging_face import read_tables
 from cl_methods.datasets.image_folders import read_image_folders
+from cl_methods.datasets.images import DataError, ImageSource
 from cl_methods.datasets.listing import Listing
 from cl_methods.datasets.original import READERS
 from cl_methods.datasets.sources import take
 from cl_methods.datasets.specification import DatasetSpec
 from cl_methods.datasets.splits import coop_shots, first_shots, set_aside, zscl_split
+from cl_methods.datasets.task import Task
 from cl_methods.datasets.texts import Family
 from cl_methods.datasets.webdataset import read_shards
-from cl_methods.scenarios.base import DataError, ImageSource, Task
 
 COOP_FILES = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md links to it"
 _VALIDATION_SHOTS = 4

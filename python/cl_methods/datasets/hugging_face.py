@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
+from cl_methods.datasets.images import DataError, ImageSource
 from cl_methods.datasets.listing import SPLIT_NAMES, Listing, require_all_classes
 from cl_methods.datasets.sources import UNREADABLE
 from cl_methods.datasets.texts import Classes
-from cl_methods.scenarios.base import DataError, ImageSource
 
 
 class TableImages(ImageSource):

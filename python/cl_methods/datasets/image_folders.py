@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cl_methods.datasets.images import DataError, FileImages, ImageSource
 from cl_methods.datasets.listing import SPLIT_NAMES, Listing, file_images, images_below, require_all_classes
 from cl_methods.datasets.texts import Classes
-from cl_methods.scenarios.base import DataError, FileImages, ImageSource
 
 
 def read_image_folders(folder: Path, classes: Classes) -> Listing | None:

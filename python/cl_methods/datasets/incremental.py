@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from cl_methods.datasets.binary import read_cifar, read_cifar_pickle
+from cl_methods.datasets.images import DataError, FileImages, ImageSource
 from cl_methods.datasets.listing import file_images, images_below, lines, require_all_classes, require_folder
 from cl_methods.datasets.sources import ArrayImages
 from cl_methods.datasets.texts import Classes
-from cl_methods.scenarios.base import DataError, FileImages, ImageSource
 
 _BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from cl_methods.datasets.images import DataError, FileImages, ImageSource
 from cl_methods.datasets.texts import Classes
-from cl_methods.scenarios.base import DataError, FileImages, ImageSource
 
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"])
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cl_methods.scenarios.base import DataError, ImageSource, RawImage
+from cl_methods.datasets.images import DataError, ImageSource, RawImage
 
 Transform = Callable[[RawImage], Tensor]
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cl_methods.datasets.binary import read_cifar, read_cifar_pickle, read_idx_pair
+from cl_methods.datasets.images import DataError, FileImages, ImageSource
 from cl_methods.datasets.incremental import (
     read_cifar10,
     read_cub200,
@@ -19,7 +20,6 @@ from cl_methods.datasets.incremental import (
 )
 from cl_methods.datasets.listing import file_images, images_below, lines, require_all_classes, require_folder
 from cl_methods.datasets.texts import Classes
-from cl_methods.scenarios.base import DataError, FileImages, ImageSource
 
 Parts = dict[str, ImageSource]
 

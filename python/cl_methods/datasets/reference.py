@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from cl_methods.datasets.images import DataError, FileImages
 from cl_methods.datasets.listing import images_below
-from cl_methods.scenarios.base import DataError, FileImages, Reference
+from cl_methods.datasets.task import Reference
 
 
 def read_reference(images: Path | None, captions: Path | None) -> Reference | None:

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from typing_extensions import override
 
-from cl_methods.scenarios.base import DataError, FileImages, ImageSource, Subset
+from cl_methods.datasets.images import DataError, FileImages, ImageSource, Subset
 
 UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for bytes that are no image, are cut off or are damaged."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from cl_methods.scenarios.base import DataError
+from cl_methods.datasets.images import DataError
 
 Family = Literal["zscl", "coop"]
 """Published runs come in two families of splits, class names and prompts: ZSCL's, with the names and prompts of OpenAI's CLIP,

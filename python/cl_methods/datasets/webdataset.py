@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from cl_methods.datasets.images import DataError, ImageSource
 from cl_methods.datasets.listing import IMAGE_SUFFIXES, SPLIT_NAMES, Listing, lines, require_all_classes
 from cl_methods.datasets.sources import Member, TarImages
 from cl_methods.datasets.texts import Classes
-from cl_methods.scenarios.base import DataError, ImageSource
 
 
 def read_shards(folder: Path, classes: Classes) -> Listing | None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cl_methods.datasets.loading import evaluation_batches
+from cl_methods.datasets.task import Task
 from cl_methods.evaluation.uncertainty import calibration_error, reliability
 from cl_methods.methods.base import Method
-from cl_methods.scenarios.base import Task
 
 LabelSpace = Literal["task", "seen", "all"]
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from cl_methods.components.uncertainty import Uncertainty
 from cl_methods.datasets.loading import evaluation_batches
+from cl_methods.datasets.task import Task
 from cl_methods.evaluation.uncertainty import novelty_detection
 from cl_methods.methods.base import Method
-from cl_methods.scenarios.base import Task
 
 Scores = Callable[[Tensor, Task], Tensor]
 """Images (B, 3, R, R) and a task -> (B, C) scores of its classes, or (F, B, C) draws of them."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cl_methods.backbone import Backbone, prompt
+from cl_methods.datasets.images import ImageSource
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.settings import build_settings, scenario_settings
-from cl_methods.scenarios.base import ImageSource, Reference, Task
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from cl_methods.backbone import Backbone, prompt
 from cl_methods.components.exemplars import ExemplarMemory, Selection, herded
 from cl_methods.components.seen_images import SeenImages
 from cl_methods.components.uncertainty import by_uncertainty, uncertainty
+from cl_methods.datasets.images import ImageSource
 from cl_methods.datasets.loading import evaluation_batches
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts, Method, Stage
 from cl_methods.methods.clap_config import ClapConfig
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.variational_adapters import VariationalHead
 from cl_methods.methods.variational_loss import variational_loss
-from cl_methods.scenarios.base import ImageSource, Reference, Task
 
 _FINE_TUNING = "fine_tuning"
 _ROWS = 8192  # texts that the attention layer looks at together where every image has texts of its own; bounds memory

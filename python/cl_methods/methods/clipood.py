@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from cl_kernels.nn import BetaWeights, WeightAverager
 from cl_methods.backbone import Backbone
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts, Method
 from cl_methods.methods.config import TrainConfig
-from cl_methods.scenarios.base import Reference, Task
 
 _AVERAGE, _TOWER = "average.", "visual."
 

@@ -15,9 +15,9 @@ from cl_methods.components.density_selector import with_held_out
 from cl_methods.components.exemplars import encode_source
 from cl_methods.components.gaussian import TaskGaussians, fit_gaussian
 from cl_methods.components.prompt_attention import MountedPrompts
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts, Method
 from cl_methods.methods.config import TrainConfig
-from cl_methods.scenarios.base import Reference, Task
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from cl_methods.backbone import Backbone
 from cl_methods.checks import check_field
 from cl_methods.components.fisher import fisher_diagonal
 from cl_methods.components.weights import consolidation_value, fold_consolidation_gradient, snapshot
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.finetune import FineTune
-from cl_methods.scenarios.base import Reference, Task
 
 _FISHER = "ewc.fisher."
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_methods.datasets.task import Task
 from cl_methods.methods.base import Batch, Facts, Method
 from cl_methods.methods.config import TrainConfig
-from cl_methods.scenarios.base import Task
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from cl_methods.backbone import Backbone
 from cl_methods.checks import check_field
 from cl_methods.components.exemplars import Selection, encode_source, herded
 from cl_methods.components.reference_features import FrozenFeatures
+from cl_methods.datasets.images import Subset
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.replay import MemoryConfig, Replay
-from cl_methods.scenarios.base import Reference, Subset, Task
 
 _EXTRA = "icarl."
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from cl_methods.datasets.task import Task
 from cl_methods.methods.base import Batch, Facts
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.finetune import FineTune
-from cl_methods.scenarios.base import Task
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from cl_methods.components.reference_features import random_texts
+from cl_methods.datasets.task import Task
 from cl_methods.methods.base import Facts
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.lwf import LwF, LwFConfig
-from cl_methods.scenarios.base import Task
 
 
 @dataclass(frozen=True)

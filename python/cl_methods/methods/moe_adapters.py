@@ -16,9 +16,9 @@ from cl_methods.components.adapters import MountedAdapters
 from cl_methods.components.ddas import DDAS, DDASConfig
 from cl_methods.components.density_selector import DensityConfig, DensitySelector
 from cl_methods.components.expert_adamw import ExpertAdamW
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts, Method
 from cl_methods.methods.config import TrainConfig
-from cl_methods.scenarios.base import Reference, Task
 
 
 @dataclass(frozen=True)

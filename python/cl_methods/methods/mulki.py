@@ -14,11 +14,11 @@ from cl_methods.components.prototypes import class_prototypes, follow, symmetric
 from cl_methods.components.relations import relation_distillation
 from cl_methods.components.teacher_weights import teacher_weights
 from cl_methods.components.weights import assign, move_towards, snapshot
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.mulki_config import MulKIConfig
-from cl_methods.scenarios.base import Reference, Task
 
 _EXTRA = "mulki."
 

@@ -15,10 +15,11 @@ from cl_methods.checks import check_field
 from cl_methods.components.cross_modal_fusion import Shared
 from cl_methods.components.exemplars import ExemplarMemory, Exemplars, encode_source, herding
 from cl_methods.components.learnt_classes import LearntClasses
+from cl_methods.datasets.images import ImageSource
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts, Method
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.proof_network import ProofNetwork
-from cl_methods.scenarios.base import ImageSource, Reference, Task
 
 _PARTS = ("memory", "network", "classes")
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_methods.backbone import Backbone
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Method
-from cl_methods.scenarios.base import Reference, Task
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from torch import Tensor
 from cl_methods.backbone import Backbone, prompt
 from cl_methods.checks import check_field
 from cl_methods.components.exemplars import ExemplarMemory, Exemplars, Selection, herded
+from cl_methods.datasets.images import ImageSource
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.finetune import FineTune
-from cl_methods.scenarios.base import ImageSource, Reference, Task
 
 _MEMORY = "memory."
 

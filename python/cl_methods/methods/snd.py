@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from cl_methods.backbone import Backbone
 from cl_methods.checks import check_field
 from cl_methods.components.dual_teachers import Distance, DualTeachers, discrepancy_gate, feature_distances
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.finetune import FineTune
-from cl_methods.scenarios.base import Reference, Task
 
 _EXTRA = "snd."
 

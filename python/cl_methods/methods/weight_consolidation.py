@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cl_methods.backbone import Backbone
+from cl_methods.datasets.task import Reference
 from cl_methods.methods.base import Facts
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.zscl import ZSCL
 from cl_methods.methods.zscl_config import ZSCLConfig
-from cl_methods.scenarios.base import Reference
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 
 from cl_methods.backbone import Backbone
 from cl_methods.checks import check_field
+from cl_methods.datasets.task import Reference
 from cl_methods.methods.base import Facts
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.zscl import ZSCL
 from cl_methods.methods.zscl_config import ZSCLConfig
-from cl_methods.scenarios.base import Reference
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from cl_methods.components.weights import (
     move_towards,
     snapshot,
 )
+from cl_methods.datasets.images import ImageSource
+from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.finetune import FineTune
 from cl_methods.methods.zscl_config import ZSCLConfig
-from cl_methods.scenarios.base import ImageSource, Reference, Task
 
 _EXTRA = "zscl."
 

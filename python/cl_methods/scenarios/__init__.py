@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from cl_methods.scenarios.base import DataError, Scenario
+from cl_methods.datasets.images import DataError
+from cl_methods.scenarios.base import Scenario
 
 SCENARIOS: dict[str, str] = {
     "mini": "the embedded offline world: seven small tasks, nothing to download",

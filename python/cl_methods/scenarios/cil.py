@@ -11,9 +11,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_methods.datasets.find import find_dataset
+from cl_methods.datasets.images import DataError, ImageSource, Subset
 from cl_methods.datasets.reference import read_reference
 from cl_methods.datasets.specification import DATASETS
-from cl_methods.scenarios.base import DataError, ImageSource, Scenario, Subset, Task
+from cl_methods.datasets.task import Task
+from cl_methods.scenarios.base import Scenario
 from cl_methods.scenarios.class_order import class_order, protocol
 from cl_methods.scenarios.mtil import split_options
 

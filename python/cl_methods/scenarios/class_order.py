@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from cl_methods.scenarios.base import DataError
+from cl_methods.datasets.images import DataError
 
 FILES = files("cl_methods") / "scenarios" / "class_orders"
 """``NAME.yaml`` per dataset with a published protocol: ``class_order``, ``template``, and where they are not the usual ones

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cl_methods.scenarios.base import DataError
+from cl_methods.datasets.images import DataError
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from cl_methods.scenarios.base import DataError, FileImages, Reference, Scenario, Task
+from cl_methods.datasets.images import DataError, FileImages
+from cl_methods.datasets.task import Reference, Task
+from cl_methods.scenarios.base import Scenario
 from cl_methods.scenarios.folder_texts import class_names, numbered_lines, read_templates
 from cl_methods.scenarios.verification import join_problems, verify_images
 from cl_methods.seeding import derive_seed

@@ -8,9 +8,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cl_methods.datasets.find import SplitOptions, find_dataset
+from cl_methods.datasets.images import DataError
 from cl_methods.datasets.reference import read_reference
 from cl_methods.datasets.specification import DATASETS
-from cl_methods.scenarios.base import DataError, Scenario
+from cl_methods.scenarios.base import Scenario
 from cl_methods.scenarios.verification import join_problems
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cl_methods.scenarios.base import DataError
+from cl_methods.datasets.images import DataError
 from cl_methods.scenarios.cache import cache_folder
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)

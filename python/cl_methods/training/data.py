@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cl_methods.datasets.images import DataError, ImageSource, Subset
 from cl_methods.datasets.loading import Transform, evaluation_batches, load_items
+from cl_methods.datasets.task import Task
 from cl_methods.methods.base import Batch
-from cl_methods.scenarios.base import DataError, ImageSource, Subset, Task
 from cl_methods.seeding import derive_seed
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_methods.datasets.task import Task
 from cl_methods.methods.base import Method, Stage
-from cl_methods.scenarios.base import Task
 from cl_methods.seeding import derive_seed, seed_everything
 from cl_methods.training.data import TrainingSteps, one_pass, training_batches
 from cl_methods.training.loop import StepReport, learn_from_batches, train_on_batches

@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cl_methods.scenarios.base import Reference, Scenario, Task, TensorImages
+from cl_methods.datasets.images import TensorImages
+from cl_methods.datasets.task import Reference, Task
+from cl_methods.scenarios.base import Scenario
 from cl_methods.scenarios.cache import cache_folder
 from cl_methods.scenarios.mini.captions import mention, write
 from cl_methods.scenarios.mini.generic import KINDS, SHARES, render
