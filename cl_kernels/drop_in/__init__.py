@@ -1,0 +1,10 @@
+"""The kernels inside other people's training code: by instance, reversible, and with a report of what was replaced.
+
+Each codebase has a file. None of them is imported: what can be replaced is recognised by its structure.
+"""
+
+from cl_kernels.drop_in.mammoth import patch_mammoth_moe_adapters
+from cl_kernels.drop_in.moe_adapters4cl import patch_moe_adapters4cl
+from cl_kernels.drop_in.patch import Patch
+
+__all__ = ["Patch", "patch_mammoth_moe_adapters", "patch_moe_adapters4cl"]
