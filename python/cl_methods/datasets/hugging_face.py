@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
-from cl_methods.datasets.images import DataError, ImageSource
+from cl_methods.datasets.images import DataError, ImageSource, file_stamp
 from cl_methods.datasets.listing import SPLIT_NAMES, Listing, require_all_classes
 from cl_methods.datasets.sources import UNREADABLE
 from cl_methods.datasets.texts import Classes
@@ -44,9 +44,7 @@ class TableImages(ImageSource):
         try:
             return Image.open(io.BytesIO(self._bytes(index))).convert("RGB")
         except UNREADABLE as error:
-            raise DataError(
-                f"row {index} of {self.root / self.files[0]} … is not a readable image ({error})"
-            ) from error
+            raise DataError(f"{self.origin(index)} is not a readable image ({error})") from error
 
     @override
     def fingerprint(self) -> str:
@@ -55,6 +53,21 @@ class TableImages(ImageSource):
         for index in range(len(self)):
             digest.update(self._bytes(index))
         return digest.hexdigest()
+
+    @override
+    def location(self) -> str:
+        told = ["table", str(self.root.absolute()), self.column, str(len(self)), *self.files]
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+    @override
+    def origin(self, index: int) -> str:
+        return f"row {index} of {self.root / self.files[0]} …"
+
+    @override
+    def stamp(self, index: int) -> int:
+        """Over all files: a row's place does not tell which of them holds it."""
+        stamps = "".join(str(file_stamp(self.root / name)) for name in self.files)
+        return int.from_bytes(hashlib.blake2b(stamps.encode(), digest_size=8).digest(), "little")
 
     def _bytes(self, index: int) -> bytes:
         if self._rows is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,25 @@ class ImageSource(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """sha256 over what identifies the images (tensor contents, or the sorted relative file list) and the labels."""
+
+    def locate(self, index: int) -> tuple[ImageSource, int]:
+        """The source that holds the image at ``index``, and its place there."""
+        return self, index
+
+    def location(self) -> str | None:
+        """What tells the images from all others, place by place, on this machine; None where they are held in memory.
+
+        With :meth:`stamp` it decides whether something that was derived from an image is still true.
+        """
+        return None
+
+    def origin(self, index: int) -> str:
+        """Where an image comes from, for messages."""
+        return f"image {index}"
+
+    def stamp(self, index: int) -> int:
+        """64 bits that change when the file behind an image does; 0 where no file can, or where there is none any more."""
+        return 0
 
 
 class TensorImages(ImageSource):
@@ -102,6 +122,18 @@ class FileImages(ImageSource):
         rows = sorted(f"{path}\t{label}" for path, label in zip(self.paths, self.labels.tolist(), strict=True))
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
+    @override
+    def location(self) -> str:
+        return hashlib.sha256("\n".join(["files", str(self.root.absolute()), *self.paths]).encode()).hexdigest()
+
+    @override
+    def origin(self, index: int) -> str:
+        return str(self.root / self.paths[index])
+
+    @override
+    def stamp(self, index: int) -> int:
+        return file_stamp(f"{self.root}{os.sep}{self.paths[index]}")
+
 
 class Subset(ImageSource):
     """Some images of another source, in the order of ``indices`` (N,) int64."""
@@ -116,3 +148,25 @@ class Subset(ImageSource):
     @override
     def fingerprint(self) -> str:
         return hashlib.sha256(self.source.fingerprint().encode() + self.indices.numpy().tobytes()).hexdigest()
+
+    @override
+    def locate(self, index: int) -> tuple[ImageSource, int]:
+        return self.source.locate(int(self.indices[index]))
+
+    @override
+    def origin(self, index: int) -> str:
+        return self.source.origin(int(self.indices[index]))
+
+    @override
+    def stamp(self, index: int) -> int:
+        return self.source.stamp(int(self.indices[index]))
+
+
+def file_stamp(path: str | Path) -> int:
+    """64 bits over the size of a file and the times at which its content and its entry last changed; 0 if there is none."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a Path for each of many images costs more than the look at it
+    except OSError:
+        return 0
+    state = b"%d %d %d" % (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little")

@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cl_methods.datasets.image_cache import CachedImages
 from cl_methods.datasets.images import DataError, ImageSource, RawImage
+from cl_methods.datasets.two_stage import two_stage
 
 Transform = Callable[[RawImage], Tensor]
+_TOGETHER = 8
+"""Images that are normalised together: few enough to stay in a core's cache."""
+
+
+def read_images(source: ImageSource, indices: Sequence[int], transform: Transform) -> Tensor:
+    """``transform(source.image(i))`` for every i, stacked; pixels from the cache where the source has one.
+
+    Args:
+        source: where the images are.
+        indices: B positions in it.
+        transform: of each image.
+
+    Returns:
+        (B, 3, R, R), the same to the bit with a cache and without.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    stages = two_stage(transform)
+    located = [source.locate(index) for index in indices] if stages is not None else []
+    if stages is None or not all(isinstance(holder, CachedImages) for holder, _ in located):
+        return torch.stack([transform(source.image(index)) for index in indices])
+    pixels = [np.asarray(holder.pixels(place, stages)) for holder, place in located if isinstance(holder, CachedImages)]
+    first = stages.numbers(torch.from_numpy(np.stack(pixels[:_TOGETHER])))
+    images = first.new_empty(len(pixels), *first.shape[1:])
+    images[:_TOGETHER] = first
+    for start in range(_TOGETHER, len(pixels), _TOGETHER):
+        part = slice(start, start + _TOGETHER)
+        images[part] = stages.numbers(torch.from_numpy(np.stack(pixels[part])))
+    return images
+
+
+def open_cache(source: ImageSource, transform: Transform) -> None:
+    """Open what is kept of a source's images, so that worker processes that are started now find it open.
+
+    Raises:
+        DataError: nothing is kept yet, and the first image cannot be read.
+    """
+    stages = two_stage(transform)
+    if stages is not None and len(source):
+        holder, place = source.locate(0)
+        if isinstance(holder, CachedImages):
+            holder.prepare(place, stages)
 
 
 class _InOrder(Dataset):
@@ -22,10 +68,10 @@ class _InOrder(Dataset):
     def __getitem__(self, batch: int) -> dict[str, Tensor] | DataError:
         indices = range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.source)))
         try:
-            images = [self.transform(self.source.image(index)) for index in indices]
+            images = read_images(self.source, indices, self.transform)
         except DataError as error:
             return error
-        return {"images": torch.stack(images), "labels": self.source.labels[indices.start : indices.stop]}
+        return {"images": images, "labels": self.source.labels[indices.start : indices.stop]}
 
 
 def evaluation_batches(
@@ -39,6 +85,7 @@ def evaluation_batches(
     Raises:
         DataError: an image cannot be read.
     """
+    open_cache(source, transform)
     count = -(-len(source) // batch_size)
     for data in load_items(_InOrder(source, transform, batch_size), range(count), device, workers):
         yield data["images"].to(device, non_blocking=True), data["labels"].to(device, non_blocking=True)

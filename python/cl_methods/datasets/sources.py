@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from typing_extensions import override
 
-from cl_methods.datasets.images import DataError, FileImages, ImageSource, Subset
+from cl_methods.datasets.images import DataError, FileImages, ImageSource, Subset, file_stamp
 
 UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for bytes that are no image, are cut off or are damaged."""
@@ -47,6 +47,13 @@ class ArrayImages(ImageSource):
     def fingerprint(self) -> str:
         digest = hashlib.sha256(np.ascontiguousarray(self.pixels).data)
         digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+    @override
+    def location(self) -> str:
+        """Over the pixels themselves: decoded they are, but not resized."""
+        digest = hashlib.sha256(f"array\n{self.pixels.shape}\n".encode())
+        digest.update(np.ascontiguousarray(self.pixels).data)
         return digest.hexdigest()
 
 
@@ -85,9 +92,7 @@ class TarImages(ImageSource):
                 file.seek(member.offset)
                 return Image.open(io.BytesIO(file.read(member.size))).convert("RGB")
         except UNREADABLE as error:
-            raise DataError(
-                f"{member.name} in {self.root / member.archive} is not a readable image ({error}); replace the archive"
-            ) from error
+            raise DataError(f"{self.origin(index)} is not a readable image ({error}); replace the archive") from error
 
     @override
     def fingerprint(self) -> str:
@@ -96,6 +101,19 @@ class TarImages(ImageSource):
             for member, label in zip(self.members, self.labels.tolist(), strict=True)
         )
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+    @override
+    def location(self) -> str:
+        rows = [f"{member.archive}\t{member.offset}\t{member.size}" for member in self.members]
+        return hashlib.sha256("\n".join(["tar", str(self.root.absolute()), *rows]).encode()).hexdigest()
+
+    @override
+    def origin(self, index: int) -> str:
+        return f"{self.members[index].name} in {self.root / self.members[index].archive}"
+
+    @override
+    def stamp(self, index: int) -> int:
+        return file_stamp(self.root / self.members[index].archive)
 
 
 def take(source: ImageSource, indices: Tensor) -> ImageSource:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from cl_methods.datasets.images import DataError
+from cl_methods.datasets.cache_folder import CacheFolder
+from cl_methods.datasets.image_cache import cached
+from cl_methods.datasets.images import DataError, ImageSource
 from cl_methods.scenarios.base import Scenario
+from cl_methods.scenarios.cache import cache_folder
 
 SCENARIOS: dict[str, str] = {
     "mini": "the embedded offline world: seven small tasks, nothing to download",
@@ -35,6 +39,9 @@ class ScenarioOptions:
         reference_captions: captions for methods that distil: a text file with one per line, or a table of Conceptual Captions.
         dataset: the one whose classes `cil` splits.
         steps: tasks of `cil` with an equal share of the classes; 10 by default.
+        cache: folder for decoded and resized images and for features of frozen models, `none` to keep nothing, or `auto`: the
+            user's cache folder (`$CLK_CACHE`, else `~/.cache/cl-kernels`), for scenarios whose images lie on disk.
+        cache_gib: what may lie there, in GiB; the oldest is removed first. 2 GiB of the disk stay free.
         base_classes: classes of a further first task of `cil`; by default 100 for TinyImageNet, as published, and none elsewhere.
     """
 
@@ -50,6 +57,8 @@ class ScenarioOptions:
     dataset: str | None = None
     steps: int | None = None
     base_classes: int | None = None
+    cache: str = "auto"
+    cache_gib: float = 16.0
 
     def protocol(self, scenario: str) -> str:
         """The section of the methods' files of settings that holds for ``scenario`` with these options."""
@@ -57,7 +66,7 @@ class ScenarioOptions:
 
 
 def load(name: str, options: ScenarioOptions | None = None, *, order: str = "I") -> Scenario:
-    """The scenario ``name`` with its tasks in the given order.
+    """The scenario ``name`` with its tasks in the given order, its images cached as the options say.
 
     Args:
         name: a key of :data:`SCENARIOS`.
@@ -70,6 +79,51 @@ def load(name: str, options: ScenarioOptions | None = None, *, order: str = "I")
         DataError: unknown name or order, or data that is missing or damaged; the message says what to do.
     """
     options = options or ScenarioOptions()
+    folder = cache_for(name, options)
+    scenario = _arranged(name, options, order)
+    return scenario if folder is None else _cached(scenario, folder)
+
+
+def cache_for(name: str, options: ScenarioOptions) -> CacheFolder | None:
+    """Where derived data of the scenario ``name`` is kept; None for nowhere.
+
+    Raises:
+        DataError: the folder that was asked for is none or cannot be written, or the size is not positive.
+    """
+    if not options.cache_gib > 0:
+        raise DataError(
+            f"data.cache_gib: expected a number > 0, got {options.cache_gib}; --data.cache none keeps nothing"
+        )
+    if options.cache == "none" or (options.cache == "auto" and name == "mini") or not CacheFolder.supported():
+        return None
+    path = cache_folder() if options.cache == "auto" else Path(options.cache).expanduser().absolute()
+    if options.cache != "auto":
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if not there.is_dir():
+            raise DataError(f"data.cache: {there} is a file; give a folder, or none")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise DataError(f"data.cache: {there} cannot be written; give another folder, or none")
+    return CacheFolder(path, round(options.cache_gib * 2**30))
+
+
+def _cached(scenario: Scenario, folder: CacheFolder) -> Scenario:
+    known: dict[int, ImageSource] = {}
+    tasks = tuple(
+        replace(
+            task,
+            train=cached(task.train, folder, known),
+            validation=cached(task.validation, folder, known),
+            test=cached(task.test, folder, known),
+        )
+        for task in scenario.tasks
+    )
+    reference = scenario.reference
+    if reference is not None:
+        reference = replace(reference, images=cached(reference.images, folder, known))
+    return replace(scenario, tasks=tasks, reference=reference)
+
+
+def _arranged(name: str, options: ScenarioOptions, order: str) -> Scenario:
     if name == "mini":
         from cl_methods.scenarios import mini
 

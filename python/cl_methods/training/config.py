@@ -18,6 +18,8 @@ WITHOUT_EFFECT = (
     "data.root",
     "data.reference_images",
     "data.reference_captions",
+    "data.cache",
+    "data.cache_gib",
 )
 """Settings that cannot change a result, or whose effect the scenario's fingerprint covers: a resumed run may change them."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cl_methods.datasets.images import DataError, ImageSource, Subset
-from cl_methods.datasets.loading import Transform, evaluation_batches, load_items
+from cl_methods.datasets.loading import Transform, evaluation_batches, load_items, open_cache, read_images
 from cl_methods.datasets.task import Task
 from cl_methods.methods.base import Batch
 from cl_methods.seeding import derive_seed
@@ -106,9 +106,7 @@ class TrainingSteps(Dataset):
         if self.reference is not None:
             size = self.reference_batch_size
             chosen = stream_indices(len(self.reference), step * size, size, self.seed, "reference", self.task_index)
-            data["reference_images"] = torch.stack(
-                [self.eval_transform(self.reference.image(index)) for index in chosen.tolist()]
-            )
+            data["reference_images"] = read_images(self.reference, chosen.tolist(), self.eval_transform)
             data["reference_indices"] = chosen
         return data
 
@@ -127,6 +125,8 @@ def training_batches(
     Raises:
         DataError: an image cannot be read.
     """
+    if steps.reference is not None:
+        open_cache(steps.reference, steps.eval_transform)
     for data in load_items(steps, range(start_step, iterations + 1), device, workers):
         step = int(data["step"])
         task = steps.tasks[(step - steps.first_step) % len(steps.tasks)]

@@ -8,6 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from cl_methods.datasets.two_stage import TwoStage
+
 MEAN, STD = 0.5, 0.28
 MAX_SHIFT = 2
 
@@ -23,13 +25,13 @@ def _pixels(image: Image.Image | Tensor) -> Tensor:
     return image
 
 
-def eval_transform(image: Image.Image | Tensor) -> Tensor:
-    """Float32 (..., 3, 32, 32), ``(pixel / 255 - 0.5) / 0.28``, from uint8 of the same shape or a PIL image (3, 32, 32).
+def _numbers(pixels: Tensor) -> Tensor:
+    return (pixels.float() / 255.0 - MEAN) / STD
 
-    Raises:
-        ValueError: a tensor that is not uint8 (..., 3, 32, 32).
-    """
-    return (_pixels(image).float() / 255.0 - MEAN) / STD
+
+eval_transform = TwoStage(_pixels, _numbers, "mini: 32 x 32, bicubic", f"mini: (p / 255 - {MEAN}) / {STD}")
+"""Float32 (..., 3, 32, 32), ``(pixel / 255 - 0.5) / 0.28``, from uint8 of the same shape or a PIL image; ``ValueError`` for a
+tensor that is not uint8 (..., 3, 32, 32)."""
 
 
 def train_transform(image: Image.Image | Tensor) -> Tensor:
