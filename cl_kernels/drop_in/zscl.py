@@ -1,0 +1,267 @@
+"""ZSCL (github.com/Thunderbeee/ZSCL) and what was forked from it: the functions of its helper modules."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_kernels.distill_kl import distill_kl
+from cl_kernels.drop_in.patch import Patch
+from cl_kernels.drop_in.storage import own_storage
+from cl_kernels.weight_average import average_, blend_
+
+_CHUNK = 1 << 24
+"""Elements whose differences are held together: 64 MiB in float32."""
+
+
+def patch_zscl(helpers_module: ModuleType, *, differentiate_teacher: bool = True) -> Patch:
+    """Run ``distillation``, ``merge_we``, ``wise_we``, ``moving_avg`` and ``l2_loss`` of this module through the kernels.
+
+    Signatures, results and their dtypes stay; averages are computed in fp32 from the same formulas. Models that share memory with
+    the averaged one keep their values, as they do when the published code puts new tensors in the place of the old ones. Calls
+    that the kernels do not serve (mixed dtypes or devices, for instance) run the function that was there before.
+
+    ``from helpers import merge_we`` binds the old function for good: patch before such an import, or patch the importing module
+    too. The report names the modules that still hold an old function.
+
+    Args:
+        helpers_module: ``mtil/src/models/helpers.py``, ``cil/continual_clip/utils.py``, or a module that imported from them.
+        differentiate_teacher: whether teacher logits that need a gradient get it, as published. ZSCL's do, for the sake of
+            ``logit_scale``, which no optimiser holds: False saves that work, and leaves ``logit_scale.grad`` to the student.
+
+    Returns:
+        The patch: ``replaced`` names the functions.
+
+    Raises:
+        ValueError: the module has none of these functions, or others under their names.
+        TypeError: ``helpers_module`` is not a module.
+
+    Source: ZSCL (Zheng et al., ICCV 2023), sections 3.2 and 3.3 and its public code.
+    """
+    if not isinstance(helpers_module, ModuleType):
+        raise TypeError(
+            f"helpers_module: got {type(helpers_module).__name__}, expected the module that holds the functions, not its name"
+        )
+    patch, where = Patch("patch_zscl"), helpers_module.__name__
+    functions: dict[FunctionType, str] = {}
+    for name, make in _MAKERS.items():
+        if name not in vars(helpers_module):
+            continue
+        original = getattr(helpers_module, name)
+        reason = _why_not(name, original, make)
+        if reason is not None:
+            patch.left[f"{where}.{name}"] = reason
+            continue
+        functions[original] = name
+        options = (differentiate_teacher,) if name == "distillation" else ()
+        patch.change_attribute(f"{where}.{name}", helpers_module, name, make(original, *options))
+    for other in list(sys.modules.values()):
+        for name, value in list(getattr(other, "__dict__", {}).items()) if other is not helpers_module else ():
+            if isinstance(value, FunctionType) and value in functions:
+                patch.left[f"{other.__name__}.{name}"] = (
+                    "still the old function, imported by name: patch this module too"
+                )
+    return patch.require(f"functions of ZSCL's helpers ({', '.join(_MAKERS)}) in module {where}")
+
+
+def _like(original: FunctionType, function: Callable) -> Callable:
+    """``function`` under the name and signature of the one that it replaces."""
+    function.__name__, function.__qualname__, function.__module__ = (
+        original.__name__,
+        original.__qualname__,
+        original.__module__,
+    )
+    function._cl_kernels_original = original  # type: ignore[attr-defined]
+    return function
+
+
+def _distillation(original: FunctionType, differentiate_teacher: bool = True) -> Callable:
+    def distillation(t: Tensor, s: Tensor, T: float = 2) -> Tensor:
+        if not (_same_kind([t, s]) and t.dim() >= 2 and t.shape[1] and isinstance(T, int | float) and T > 0):
+            return original(t, s, T)
+        autocast = torch.is_autocast_enabled(s.device.type)
+        if autocast and s.dtype not in (torch.float32, torch.float64):
+            return original(t, s, T)
+        loss = distill_kl(s, t, temperature=T, dim=1)
+        if differentiate_teacher and t.requires_grad and torch.is_grad_enabled():
+            loss = loss + _TeacherGradient.apply(t, s.detach(), float(T))
+        return loss.to(s.dtype)
+
+    return _like(original, distillation)
+
+
+class _TeacherGradient(torch.autograd.Function):
+    """Zero, with the gradient of the distillation in the teacher's logits: ``T / rows · p_t (Σ p_t log p_s − log p_s)``."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, s: Tensor, T: float) -> Tensor:
+        ctx.save_for_backward(t, s)
+        ctx.temperature = T
+        return t.new_zeros((), dtype=torch.promote_types(t.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        t, s = ctx.saved_tensors
+        T = ctx.temperature
+        log_p_s = (s / T).log_softmax(1)
+        p_t = (t / T).softmax(1)
+        mean = (p_t * log_p_s).sum(1, keepdim=True)
+        rows = t.numel() // t.shape[1]
+        return (mean - log_p_s).mul_(p_t).mul_(grads[0] * (T / rows)).to(t.dtype), None, None
+
+
+def _merge_we(original: FunctionType) -> Callable:
+    def merge_we(model_0: nn.Module, model_1: nn.Module, sma_count: float) -> nn.Module:
+        lists = _parameters(model_1, model_0)
+        if not _all_served(lists, sma_count):
+            return original(model_0, model_1, sma_count)
+        average_(own_storage(lists[0]), lists[1], 1 / (1.0 + sma_count))
+        return model_1
+
+    return _like(original, merge_we)
+
+
+def _wise_we(original: FunctionType) -> Callable:
+    def wise_we(
+        model_0: nn.Module, model_1: nn.Module, sma_count: float, model_n: nn.Module, alpha: float = 0.95
+    ) -> nn.Module:
+        lists = _parameters(model_1, model_0, model_n)
+        if not _all_served(lists, sma_count, alpha):
+            return original(model_0, model_1, sma_count, model_n, alpha)
+        blend_(own_storage(lists[0]), lists[1], lists[2], alpha / (1.0 + sma_count), 1 - alpha)
+        return model_1
+
+    return _like(original, wise_we)
+
+
+def _moving_avg(original: FunctionType) -> Callable:
+    def moving_avg(model_0: nn.Module, model_1: nn.Module, alpha: float = 0.999) -> None:
+        lists = _parameters(model_0, model_1)
+        if not _all_served(lists, alpha):
+            return original(model_0, model_1, alpha)
+        average_(own_storage(lists[0]), lists[1], 1 - alpha)
+        return None
+
+    return _like(original, moving_avg)
+
+
+def _l2_loss(original: FunctionType) -> Callable:
+    def l2_loss(model: nn.Module, model_ref: nn.Module) -> Tensor | float:
+        lists = _parameters(model, model_ref, data=False)
+        served = _all_served(lists) and lists[0][0].dtype in (torch.float32, torch.float64)
+        if not served or torch.is_autocast_enabled(lists[0][0].device.type):
+            return original(model, model_ref)
+        return _SquaredDistance.apply(len(lists[0]), *lists[0], *(p.detach() for p in lists[1]))
+
+    return _like(original, l2_loss)
+
+
+class _SquaredDistance(torch.autograd.Function):
+    """``Σ ‖q − k‖²`` over two lists of tensors; its gradient is ``2 (q − k)``."""
+
+    @staticmethod
+    def forward(ctx: Any, number: int, *tensors: Tensor) -> Tensor:
+        ctx.number = number
+        ctx.save_for_backward(*tensors)
+        norms: list[Tensor] = []
+        for start, end in _chunks(tensors[:number]):
+            differences = torch._foreach_sub(tensors[start:end], tensors[number + start : number + end])
+            norms += torch._foreach_norm(differences)
+            del differences
+        return torch.stack(norms).square_().sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        number = ctx.number
+        wanted = [i for i in range(number) if ctx.needs_input_grad[1 + i]]
+        tensors = ctx.saved_tensors
+        differences = torch._foreach_sub([tensors[i] for i in wanted], [tensors[number + i] for i in wanted])
+        torch._foreach_mul_(differences, 2 * grads[0])
+        found = dict(zip(wanted, differences, strict=True))
+        return (None, *(found.get(i) for i in range(number)), *(None,) * number)
+
+
+def _chunks(tensors: tuple[Tensor, ...]) -> list[tuple[int, int]]:
+    ranges, start, elements = [], 0, 0
+    for i, tensor in enumerate(tensors):
+        elements += tensor.numel()
+        if elements >= _CHUNK or i == len(tensors) - 1:
+            ranges.append((start, i + 1))
+            start, elements = i + 1, 0
+    return ranges
+
+
+def _parameters(*models: nn.Module, data: bool = True) -> list[list[Tensor]]:
+    """Corresponding parameters of the models; the published loops stop with the shortest model.
+
+    Of the averaged one come the parameters themselves, of the others (``data``) what they hold.
+    """
+    rows = list(zip(*(model.parameters() for model in models), strict=False))
+    lists: list[list[Tensor]] = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in models]
+    return [lists[0], *([p.data for p in column] for column in lists[1:])] if data else lists
+
+
+def _all_served(lists: list[list[Tensor]], *numbers: Any) -> bool:
+    return (
+        len(lists[0]) > 0
+        and all(isinstance(n, int | float) for n in numbers)
+        and _same_kind([p for column in lists for p in column], shapes=False)
+        and all(a.shape == b.shape for column in lists[1:] for a, b in zip(lists[0], column, strict=True))
+    )
+
+
+def _same_kind(tensors: list[Any], shapes: bool = True) -> bool:
+    first = tensors[0]
+    return (
+        all(isinstance(t, Tensor) and t.is_floating_point() and t.layout == torch.strided for t in tensors)
+        and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
+        and (not shapes or all(t.shape == first.shape for t in tensors))
+    )
+
+
+_MAKERS: dict[str, Callable] = {
+    "distillation": _distillation,
+    "merge_we": _merge_we,
+    "wise_we": _wise_we,
+    "moving_avg": _moving_avg,
+    "l2_loss": _l2_loss,
+}
+
+
+def _why_not(name: str, original: Any, make: Callable) -> str | None:
+    if hasattr(original, "_cl_kernels_original"):
+        return "already patched"
+    if not isinstance(original, FunctionType):
+        return f"it is {type(original).__name__}, not a function"
+    ours = make(original)
+    given, expected = (list(inspect.signature(f).parameters) for f in (original, ours))
+    if given != expected:
+        return f"its parameters are {given}, expected {expected}"
+    if any(
+        not torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+        for a, b in zip(_try(name, original), _try(name, ours), strict=True)
+    ):
+        return "it computes something else than the published function of this name"
+    return None
+
+
+def _try(name: str, function: Callable) -> list[Tensor]:
+    """What ``function`` gives, and makes of its arguments, on small ones that are the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    if name == "distillation":
+        return [function(*torch.randn(2, 3, 4, generator=generator), T=3)]
+    models = [nn.ParameterList([torch.randn(n, generator=generator) for n in (3, 2)]) for _ in range(3)]
+    arguments = {
+        "merge_we": (*models[:2], 3),
+        "wise_we": (*models[:2], 3, models[2], 0.8),
+        "moving_avg": (*models[:2], 0.9),
+        "l2_loss": models[:2],
+    }
+    result = function(*arguments[name])
+    return [p.detach() for model in models for p in model] + ([result.detach()] if isinstance(result, Tensor) else [])
