@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cl_methods.torchvision_compat import prepare_torchvision
+from cl_methods.weights import WeightsOrigin, file_sha256, fingerprint
 
 prepare_torchvision()
 
@@ -17,6 +19,8 @@ from open_clip.transformer import text_global_pool  # noqa: E402
 
 Transform = Callable[[Any], Tensor]
 _TEXT_CHUNK = 1024
+MINI_WEIGHTS = "mini_model.safetensors"
+"""File of a folder with weights of the embedded tiny model's architecture, which no configuration of open_clip describes."""
 
 
 class Backbone:
@@ -28,6 +32,7 @@ class Backbone:
         train_transform, eval_transform: PIL image or uint8 (3, H, W) tensor -> float32 (3, R, R).
         device: where the model is.
         name: what was asked for, for logs.
+        origin: where the weights come from; None for a model that was not loaded by :func:`load_backbone`.
     """
 
     def __init__(
@@ -39,10 +44,11 @@ class Backbone:
         *,
         name: str,
         device: str | torch.device = "cpu",
+        origin: WeightsOrigin | None = None,
     ) -> None:
         self.model: Any = model.to(device)
         self.tokenize, self.train_transform, self.eval_transform = tokenize, train_transform, eval_transform
-        self.device, self.name = torch.device(device), name
+        self.device, self.name, self.origin = torch.device(device), name, origin
 
     @property
     def logit_scale(self) -> Tensor:
@@ -148,7 +154,13 @@ class Backbone:
         """A copy with weights of its own that take no gradient, in evaluation mode."""
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
         return Backbone(
-            model, self.tokenize, self.train_transform, self.eval_transform, name=self.name, device=self.device
+            model,
+            self.tokenize,
+            self.train_transform,
+            self.eval_transform,
+            name=self.name,
+            device=self.device,
+            origin=self.origin,
         )
 
     @property
@@ -212,23 +224,36 @@ def load_backbone(model: str, pretrained: str | None = None, *, device: str | to
     centre-cropped: the transforms of the published MTIL runs.
 
     Args:
-        model: ``"mini"``, or an open_clip name such as ``"ViT-B-16-quickgelu"``, or ``"local-dir:PATH"``.
-        pretrained: path of a checkpoint (safetensors, state dict, or OpenAI's TorchScript archive), or an open_clip tag.
+        model: ``"mini"``, or an open_clip name such as ``"ViT-B-16-quickgelu"``, or ``"local-dir:PATH"``, a folder such as
+            ``clk export`` writes.
+        pretrained: path of a file in any form that :func:`cl_methods.weights.read_weights` reads, or an open_clip tag.
             None: only with ``"mini"`` and ``"local-dir:"``, which bring their weights.
         device: where to put the model.
 
     Raises:
-        ValueError: the model's name is unknown, or weights are needed and not named.
+        ValueError: the model's name is unknown, or weights are needed and not named; they do not fit the model, or were
+            trained with another activation than it has.
         FileNotFoundError: the weights are neither on disk nor can they be downloaded.
     """
-    if model == "mini":
+    folder = Path(model.removeprefix("local-dir:"))
+    if model == "mini" or (model.startswith("local-dir:") and (folder / MINI_WEIGHTS).is_file()):
         if pretrained is not None:
-            raise ValueError(f"pretrained: 'mini' brings its own weights; got {pretrained!r}")
+            raise ValueError(f"pretrained: {model!r} brings its own weights; got {pretrained!r}")
         from cl_methods.scenarios import mini
 
-        return Backbone(
-            mini.load_model(), mini.tokenize, mini.train_transform, mini.eval_transform, name="mini", device=device
+        network = mini.load_model() if model == "mini" else mini.load_model(folder / MINI_WEIGHTS)
+        file = mini.CHECKPOINT if model == "mini" else folder / MINI_WEIGHTS
+        origin = WeightsOrigin(
+            model=model,
+            source="embedded" if model == "mini" else str(file),
+            form="safetensors",
+            sha256=file_sha256(file),
+            fingerprint=fingerprint(network.state_dict()),
+            activation="GELU",
         )
+        parts = network, mini.tokenize, mini.train_transform, mini.eval_transform
+        return Backbone(*parts, name=model, device=device, origin=origin)
     from cl_methods.open_clip_loading import load_open_clip
 
-    return Backbone(*load_open_clip(model, pretrained), name=model, device=device)
+    loaded, origin = load_open_clip(model, pretrained)
+    return Backbone(*loaded, name=model, device=device, origin=origin)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from cl_methods.torchvision_compat import prepare_torchvision
+from cl_methods.weights import (
+    WeightsError,
+    WeightsFile,
+    WeightsOrigin,
+    activation,
+    file_sha256,
+    fingerprint,
+    read_weights,
+)
+from cl_methods.weights.activation import read_json
 
 prepare_torchvision()
 
 import open_clip  # noqa: E402
-from open_clip.transformer import QuickGELU  # noqa: E402
+from open_clip.model import convert_to_custom_text_state_dict  # noqa: E402
+from open_clip.pretrained import download_pretrained, get_pretrained_cfg  # noqa: E402
+
+_LOCAL = "local-dir:"
+_BIG_VISION = (".npz", ".npy")
+_FOLDER_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+_LISTED = 6
 
 Transform = Callable[[Any], Tensor]
 
@@ -26,23 +42,30 @@ Parts = tuple[nn.Module, Callable[[Sequence[str]], Tensor], Transform, Transform
 """Network, tokenizer, training transform, evaluation transform."""
 
 
-def load_open_clip(model: str, pretrained: str | None) -> Parts:
-    """(network, tokenizer, training transform, evaluation transform) of an open_clip model.
+def load_open_clip(model: str, pretrained: str | None) -> tuple[Parts, WeightsOrigin]:
+    """An open_clip model with its tokenizer and transforms, and where its weights come from.
 
     Args:
         model: open_clip name, or ``"local-dir:PATH"`` (configuration and weights in one folder).
-        pretrained: path of a checkpoint (safetensors, state dict, or OpenAI's TorchScript archive), or an open_clip tag.
+        pretrained: path of a file in any form that :func:`cl_methods.weights.read_weights` reads, or an open_clip tag.
 
     Raises:
-        ValueError: the name is unknown, or weights are needed and not named.
+        ValueError: the name is unknown, or weights are needed and not named, or are named for a folder that brings its own;
+            they do not fit the model, or were trained with another activation than it has.
         FileNotFoundError: the weights are neither on disk nor can they be downloaded.
     """
-    local = model.startswith("local-dir:")
-    if not local:
+    if model.startswith(_LOCAL):
+        if pretrained is not None:
+            raise ValueError(f"pretrained: {model} brings its own weights; got {pretrained!r}")
+        network, origin = _from_folder(model)
+    else:
         _check_name(model)
-    if not local and pretrained is None:
-        raise ValueError(f"pretrained: {model} needs weights; give the path of a checkpoint, or an open_clip tag")
-    return _parts(model, _network(model, pretrained))
+        if pretrained is None:
+            raise ValueError(f"pretrained: {model} needs weights; give the path of a checkpoint, or an open_clip tag")
+        network, origin = (
+            _from_file(model, Path(pretrained)) if Path(pretrained).is_file() else _tagged(model, pretrained)
+        )
+    return _parts(model, network), origin
 
 
 def untrained_open_clip(model: str) -> Parts:
@@ -52,11 +75,15 @@ def untrained_open_clip(model: str) -> Parts:
         ValueError: the name is unknown.
     """
     _check_name(model)
+    return _parts(model, _untrained(model))
+
+
+def _untrained(model: str, **options: Any) -> nn.Module:
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)  # that the weights are random is the point here
     try:
-        return _parts(model, open_clip.create_model(model))
+        return open_clip.create_model(model, pretrained_text=False, **options)
     finally:
         logger.setLevel(level)
 
@@ -70,50 +97,135 @@ def _parts(model: str, network: nn.Module) -> Parts:
     return network, open_clip.get_tokenizer(model), *image_transforms(open_clip.get_model_preprocess_cfg(network))
 
 
-def _network(model: str, pretrained: str | None) -> nn.Module:
-    path = Path(pretrained) if pretrained is not None else None
-    if path is not None and path.is_file():
-        archive = _is_torchscript(path)
-        if not archive:
-            return open_clip.create_model(model, pretrained=str(path))
-        network = open_clip.create_model(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # OpenAI's archives exist in this form only
-            state = torch.jit.load(str(path), map_location="cpu").state_dict()
-        sizes = ("input_resolution", "context_length", "vocab_size")
-        network.load_state_dict({name: value.float() for name, value in state.items() if name not in sizes})
-        _warn_if_gelu_differs(network, model, str(path))
-        return network
-    known = pretrained is None or open_clip.get_pretrained_cfg(model, pretrained)
-    if not known:
+def _from_file(model: str, path: Path) -> tuple[nn.Module, WeightsOrigin]:
+    if path.suffix in _BIG_VISION:  # arrays of JAX, which open_clip knows how to name
+        network = open_clip.create_model(model, pretrained=str(path))
+        return network, _origin(model, str(path), "arrays of big_vision", file_sha256(path), network)
+    return _from_weights(model, read_weights(path))
+
+
+def loaded_from(model: str, file: WeightsFile) -> tuple[Parts, WeightsOrigin]:
+    """:func:`load_open_clip` of tensors that have been read already.
+
+    Raises:
+        ValueError: the name is unknown; the weights do not fit it, or were trained with another activation than it has.
+    """
+    _check_name(model)
+    network, origin = _from_weights(model, file)
+    return _parts(model, network), origin
+
+
+def _from_weights(model: str, file: WeightsFile) -> tuple[nn.Module, WeightsOrigin]:
+    path = file.path
+    preprocessing = read_json(path.with_name("open_clip_config.json")).get("preprocess_cfg")
+    network = _untrained(model, force_preprocess_cfg=preprocessing if path.name.startswith("open_clip_") else None)
+    uses = activation.of_model(network)
+    refusal, note = activation.compare(file.activation, model, uses, str(path))
+    if refusal is not None:
+        raise WeightsError(refusal)
+    _fill(network, file, model)
+    if note is not None and file.activation is not None and file.activation.name != uses:
+        warnings.warn(note, stacklevel=5)
+    tag = file.released_as[1] if file.released_as else None
+    return network, _origin(model, str(path), file.form, file.sha256, network, tag, note)
+
+
+def _fill(network: nn.Module, file: WeightsFile, model: str) -> None:
+    """Load a file's tensors; every name and shape must fit.
+
+    Raises:
+        WeightsError: the file holds adapters besides CLIP, or other names or shapes than the model.
+    """
+    if any(".adaptmlp" in name for name in file.state):
+        raise WeightsError(
+            f"pretrained: {file.path} holds adapters of MoE-Adapters4CL besides CLIP, which a plain {model} would ignore. "
+            f"`clk export {file.path} --model {model} --output DIR` makes an adapter file of it"
+        )
+    wanted, state = network.state_dict(), file.state
+    if "positional_embedding" in state and "positional_embedding" not in wanted:
+        state = convert_to_custom_text_state_dict(dict(state))
+    state = {
+        name: value.reshape(wanted[name].shape)
+        if name in wanted and value.numel() == wanted[name].numel() == 1
+        else value
+        for name, value in state.items()
+    }
+    problems = [
+        *_listed("it lacks", [name for name in wanted if name not in state]),
+        *_listed(f"{model} does not know its", [name for name in state if name not in wanted]),
+        *_listed(
+            "of another shape are",
+            [
+                f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
+                for name, value in wanted.items()
+                if name in state and state[name].shape != value.shape
+            ],
+        ),
+    ]
+    if problems:
+        raise WeightsError(f"pretrained: {file.path} ({file.form}) does not fit {model}: {'; '.join(problems)}")
+    network.load_state_dict(state)
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return [f"{what} {', '.join(names[:_LISTED])}{more}"] if names else []
+
+
+def _tagged(model: str, tag: str) -> tuple[nn.Module, WeightsOrigin]:
+    config = get_pretrained_cfg(model, tag)
+    if not config:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-        raise FileNotFoundError(f"pretrained: {pretrained!r} is neither a file nor a tag of {model} (tags: {tags})")
+        raise FileNotFoundError(f"pretrained: {tag!r} is neither a file nor a tag of {model} (tags: {tags})")
+    quick = bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False))
+    uses = activation.QUICK if quick else activation.EXACT
+    refusal, _ = activation.compare(activation.of_tag(model, tag), model, uses, repr(tag))
+    if refusal is not None:
+        raise WeightsError(refusal)
     try:
-        network = open_clip.create_model(model, pretrained=pretrained)
-    except RuntimeError as error:
+        file = Path(download_pretrained(config))
+        network = open_clip.create_model(model, pretrained=tag)
+    except (RuntimeError, OSError) as error:
         raise FileNotFoundError(
-            f"pretrained: the weights {pretrained!r} of {model} are not on disk and could not be downloaded "
+            f"pretrained: the weights {tag!r} of {model} are not on disk and could not be downloaded "
             f"({error}). Download them on a machine with a connection and pass the file's path instead."
         ) from error
-    if pretrained == "openai":
-        _warn_if_gelu_differs(network, model, pretrained)
-    return network
+    return network, _origin(model, tag, "open_clip tag", file_sha256(file), network, tag)
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _warn_if_gelu_differs(network: nn.Module, model: str, weights: str) -> None:
-    if not any(isinstance(module, QuickGELU) for module in network.modules()):
-        warnings.warn(
-            f"{weights} holds OpenAI weights, trained with QuickGELU, but {model} uses GELU: features will be off. "
-            f"Use the model '{model}-quickgelu'.",
-            stacklevel=4,
+def _from_folder(model: str) -> tuple[nn.Module, WeightsOrigin]:
+    folder = Path(model.removeprefix(_LOCAL))
+    config = read_json(folder / "open_clip_config.json").get("model_cfg")
+    files = [folder / name for name in _FOLDER_FILES if (folder / name).is_file()]
+    if not config or not files:
+        raise FileNotFoundError(
+            f"model: {folder} needs open_clip_config.json and one of {', '.join(_FOLDER_FILES)}, as `clk export` writes them"
         )
+    network = open_clip.create_model(model)
+    origin = _origin(model, str(files[0]), "folder of open_clip", file_sha256(files[0]), network)
+    return network, replace(origin, model_cfg=config)
+
+
+def _origin(
+    model: str,
+    source: str,
+    form: str,
+    sha256: str,
+    network: nn.Module,
+    tag: str | None = None,
+    note: str | None = None,
+) -> WeightsOrigin:
+    return WeightsOrigin(
+        model=model,
+        source=source,
+        form=form,
+        sha256=sha256,
+        fingerprint=fingerprint(network.state_dict()),
+        activation=activation.of_model(network),
+        released_as=tag,
+        notes=(note,) if note else (),
+        model_cfg=open_clip.get_model_config(model) if not model.startswith(_LOCAL) else None,
+    )
 
 
 def image_transforms(config: dict[str, Any]) -> tuple[Transform, Transform]:

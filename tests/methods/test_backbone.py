@@ -161,9 +161,9 @@ def test_missing_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*args: object, **options: object) -> nn.Module:
         raise RuntimeError("no connection")
 
-    monkeypatch.setattr(open_clip, "create_model", fail)
+    monkeypatch.setattr("cl_methods.open_clip_loading.download_pretrained", fail)
     with pytest.raises(FileNotFoundError, match=r"not on disk and could not be downloaded.*pass the file's path"):
-        load_backbone("ViT-B-16", "openai")
+        load_backbone("ViT-B-16-quickgelu", "openai")
 
 
 def test_transforms_take_pictures_and_tensors() -> None:

@@ -81,6 +81,7 @@ def run_result(
         "evaluation_seconds": evaluation_seconds,
         "data": scenario.notes,
         "scenario_fingerprint": description["scenario_fingerprint"],
+        "weights": description.get("weights"),
         "environment": description["environment"],
         "config": description["config"],
     }

@@ -97,9 +97,12 @@ class Run:
         self.scenario = scenario = select_scenario(config)
         self.method = build_method(config, scenario, self.device)
         self.directory = RunDirectory(output)
+        origin = getattr(self.method.backbone, "origin", None)
         self.description: dict[str, Any] = {
             "config": config.as_dict(),
             "scenario_fingerprint": scenario.fingerprint(),
+            "tasks": [task.name for task in scenario.tasks],
+            "weights": origin.as_dict() if origin is not None else None,
             "environment": describe_environment(self.device),
             "command": shlex.join(sys.argv),
         }
@@ -108,6 +111,8 @@ class Run:
             self._check_same(self.directory.read_json("run.json"))
         else:
             self.directory.write_json("run.json", self.description)
+        if origin is not None and origin.source != "embedded":
+            self.reporter.note(origin.sentence())
         self.rows = Rows(**(self.directory.read_json("rows.json") or {}))
         self.training = TrainingProgress()
 
@@ -173,6 +178,13 @@ class Run:
                 f"resume: the data of scenario {self.config.scenario} has changed since the run in "
                 f"{self.directory.path} began (fingerprint {before['scenario_fingerprint'][:12]}, "
                 f"now {self.description['scenario_fingerprint'][:12]}). Restore the data, or start a new run"
+            )
+        was, now = (entry.get("weights") or {} for entry in (before, self.description))
+        if was.get("fingerprint") and was["fingerprint"] != now.get("fingerprint"):
+            raise RunDirectoryError(
+                f"resume: the weights of {self.config.model} have changed since the run in {self.directory.path} began "
+                f"(fingerprint {was['fingerprint'][:12]} of {was['source']}, now {str(now.get('fingerprint'))[:12]}). "
+                "Restore the file, or start a new run"
             )
         old, new = before["environment"], self.description["environment"]
         moved = [f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]]

@@ -6,8 +6,17 @@ See ``docs/mini.md``.
 """
 
 from cl_methods.scenarios.mini.data import FINGERPRINT, VERSION, load_scenario
-from cl_methods.scenarios.mini.model import load_model
+from cl_methods.scenarios.mini.model import CHECKPOINT, load_model
 from cl_methods.scenarios.mini.tokenizer import tokenize
 from cl_methods.scenarios.mini.transforms import eval_transform, train_transform
 
-__all__ = ["FINGERPRINT", "VERSION", "eval_transform", "load_model", "load_scenario", "tokenize", "train_transform"]
+__all__ = [
+    "CHECKPOINT",
+    "FINGERPRINT",
+    "VERSION",
+    "eval_transform",
+    "load_model",
+    "load_scenario",
+    "tokenize",
+    "train_transform",
+]
