@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from cl_kernels.drop_in import experts
 from cl_kernels.drop_in.patch import Patch, Patched
+from cl_kernels.drop_in.probe import COUNTERS, relative_difference, undisturbed
 from cl_kernels.moe_adapter import moe_adapter
 from cl_kernels.routed import routed_adapter
 
 _PARTS = ("attention", "ln_1", "ln_2", "mlp", "adaptmlp_list", "top_k", "is_train")
-COUNTERS = ("choose_map_image", "choose_map_text")
 Router = tuple[Tensor, Tensor, str | None]
 
 
@@ -158,7 +158,7 @@ def patch_blocks(
         expected = _probe(block)
         patch.change_class(name, block, behaviour, _globals=variables)
         block.__dict__["_pending"] = {}
-        difference = (expected - _probe(block)).abs().max() / expected.abs().max()
+        difference = relative_difference(expected, _probe(block))
         if not difference < _AGREES:
             patch.take_back(f"its forward computes something else: outputs differ by {difference:.1e} of the largest")
     return patch
@@ -168,7 +168,6 @@ _AGREES = 1e-2
 """A block that is not the published one differs by far more; the published one under autocast or in 16 bits by less."""
 
 
-@torch.no_grad()
 def _probe(block: Any) -> Tensor:
     """The block's output for random tokens, routers and experts, without dropout; nothing of the block or of torch's state changes.
 
@@ -188,20 +187,12 @@ def _probe(block: Any) -> Tensor:
         if p is not None and any(part in f"{name}.{key}" for part in ("adaptmlp", "router", "noise"))
     ]
     x = normal(2, 5 if mask is None else mask.shape[-1], like.shape[-1]).permute(1, 0, 2)
-    counts = {name: value.clone() for name, value in vars(block).items() if name in COUNTERS}
-    modes = [(module, module.training) for module in block.modules()]
     try:
         # Not torch.func.functional_call: it leaves plain tensors in the place of the last expert, which has two names.
         for parameters, key, p in places:
             parameters[key] = nn.Parameter(0.1 * normal(*p.shape), requires_grad=False)
-        block.eval()
-        with torch.random.fork_rng([like.device] if like.is_cuda else []):
-            torch.manual_seed(0)
+        with undisturbed(block, like):
             return block(x).float()
     finally:
         for parameters, key, p in places:
             parameters[key] = p
-        for module, mode in modes:
-            module.training = mode
-        for name, value in counts.items():
-            getattr(block, name).copy_(value)

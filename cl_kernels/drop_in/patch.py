@@ -14,7 +14,7 @@ class Patched:
     A copy of a patched instance is patched; what is pickled is an instance of the class it had, so files hold nothing of ours.
     """
 
-    _cl_kernels_original: type
+    _cl_kernels_original: Any
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = type(self).__new__(type(self))
@@ -76,6 +76,11 @@ class Patch:
         self._undo.append(
             (name, lambda: vars(owner).get(attribute) is value, lambda: setattr(owner, attribute, original))
         )
+        self.replaced.append(name)
+
+    def adopt(self, name: str, other: Patch) -> None:
+        """Take over the changes of ``other`` as one replacement."""
+        self._undo += other._undo
         self.replaced.append(name)
 
     def take_back(self, reason: str) -> None:
