@@ -143,12 +143,32 @@ class Backbone:
         Raises:
             ValueError: no class, no template, or a template without ``{}``.
         """
-        if not class_names or not templates:
-            raise ValueError(f"expected class names and templates, got {len(class_names)} and {len(templates)}")
-        prompts = [prompt(template, name) for name in class_names for template in templates]
-        features = self.frozen_text_features(self.tokenize(prompts))
-        mean = features.view(len(class_names), len(templates), -1).mean(dim=1)
-        return mean / mean.norm(dim=-1, keepdim=True)
+        return self.class_embeddings_of([(class_names, templates)])[0]
+
+    def class_embeddings_of(self, label_spaces: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[Tensor]:
+        """:meth:`class_embeddings` of several label spaces: all their different prompts go through the text tower together.
+
+        Args:
+            label_spaces: class names and templates of each.
+
+        Returns:
+            (C, d) for each label space, without gradient.
+
+        Raises:
+            ValueError: as there.
+        """
+        for class_names, templates in label_spaces:
+            if not class_names or not templates:
+                raise ValueError(f"expected class names and templates, got {len(class_names)} and {len(templates)}")
+        prompts = [[prompt(template, name) for name in names for template in some] for names, some in label_spaces]
+        rows = {text: row for row, text in enumerate(dict.fromkeys(text for some in prompts for text in some))}
+        features = self.frozen_text_features(self.tokenize(list(rows)))
+        found = []
+        for (class_names, templates), texts in zip(label_spaces, prompts, strict=True):
+            own = features[torch.tensor([rows[text] for text in texts], device=features.device)]
+            mean = own.view(len(class_names), len(templates), -1).mean(dim=1)
+            found.append(mean / mean.norm(dim=-1, keepdim=True))
+        return found
 
     def frozen_copy(self) -> Backbone:
         """A copy with weights of its own that take no gradient, in evaluation mode."""

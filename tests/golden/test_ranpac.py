@@ -39,7 +39,7 @@ def learn_tasks(name: str) -> list[tuple[int, int, dict[str, Tensor], dict[str, 
             method.learn(Batch(expected["features"][rows], expected["labels"][rows] - before, step))
         method.after_task(index, task)
         state = {key: value.clone() for key, value in method.state_dict().items()}
-        state["scores"] = method.scores(tensors["test"])
+        state["scores"] = method.head_scores(tensors["test"])
         found.append((index, seen, expected, state, method))
     assert found
     return found
@@ -66,6 +66,6 @@ def test_logits_rank_the_learnt_classes_as_the_head_does(name: str) -> None:
     everything = Task("all", tuple(f"class {row}" for row in range(seen)), ("{}",), *[NOTHING] * 3)
     test = tensors["test"] / tensors["test"].norm(dim=1, keepdim=True)
     scaled = method.logits(test, everything)
-    assert torch.equal(scaled.argmax(dim=1), method.scores(test).argmax(dim=1))
+    assert torch.equal(scaled.argmax(dim=1), method.head_scores(test).argmax(dim=1))
     assert meta["M"] == method.stored("gram").shape[0]
     assert expected["weight"].shape == method.stored("weight").shape

@@ -228,9 +228,9 @@ def test_scores(scope: str, normalise: bool, tasks: list[Task]) -> None:
         every = every.mean(dim=0).expand_as(every)
     pairs = torch.einsum("bd,bcd->bc", out, every)
     expected = projected @ torch.stack(texts).T + pairs[:, :5] + pairs[:, 5:]
-    scores = method.scores(raw)
+    scores = method.head_scores(raw)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
-    alone = torch.cat([method.scores(one[None]) for one in raw])
+    alone = torch.cat([method.head_scores(one[None]) for one in raw])
     assert torch.allclose(alone, scores, rtol=1e-5, atol=1e-5) == (scope == "sample")
 
 
@@ -240,7 +240,7 @@ def test_unlearnt_classes_are_zero_shot_and_learnt_ones_share(tasks: list[Task])
     assert torch.equal(method.logits(images, tasks[1]), zero_shot.logits(images, tasks[1]))
     scores, plain = method.logits(images, tasks[0]), zero_shot.logits(images, tasks[0])
     raw = method.backbone.encode_images(images, normalise=False)
-    assert torch.equal(scores.argsort(dim=1), method.scores(raw).argsort(dim=1))
+    assert torch.equal(scores.argsort(dim=1), method.head_scores(raw).argsort(dim=1))
     torch.testing.assert_close(scores.logsumexp(dim=1), plain.logsumexp(dim=1))
     both = third(tasks)[2]  # one class learnt, two not
     mixed = method.logits(images, both)

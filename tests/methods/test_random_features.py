@@ -53,7 +53,7 @@ def test_ranpac_is_ridge_regression_on_all_tasks(tasks: list[Task]) -> None:
     expected = torch.linalg.solve(rows.T @ rows + torch.eye(40), rows.T @ targets).T
     torch.testing.assert_close(method.stored("weight").double(), expected, rtol=1e-4, atol=1e-5)
     images = stack(tasks[1].test)
-    right = method.scores(method.backbone.encode_images(images)).argmax(dim=1) == tasks[1].test.labels + 3
+    right = method.head_scores(method.backbone.encode_images(images)).argmax(dim=1) == tasks[1].test.labels + 3
     assert right.float().mean() > 0.5  # among five classes, guessing is 0.2
 
 
@@ -200,7 +200,7 @@ def test_who_scores_which_class(name: str, tasks: list[Task]) -> None:
     torch.testing.assert_close(
         scores.logsumexp(dim=1), zero_shot.logsumexp(dim=1)
     )  # shared out among the learnt classes
-    head = method.scores(method.backbone.encode_images(images))
+    head = method.head_scores(method.backbone.encode_images(images))
     assert torch.equal(scores.argsort(dim=1), head.argsort(dim=1))
     assert not torch.equal(scores.argsort(dim=1), zero_shot.argsort(dim=1))
     mixed = replace(tasks[0], class_names=("dog", "cat", "ant"))

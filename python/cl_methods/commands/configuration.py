@@ -216,11 +216,11 @@ def _merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
 
 
 def _messages(error: ValidationError, prefix: str) -> list[str]:
-    messages = []
+    messages: dict[str, str] = {}
     for problem in error.errors():
-        where = prefix + ".".join(str(part) for part in problem["loc"])
+        # of a union every member complains, each under a location of its own; the first says what is expected
+        where = prefix + ".".join(str(part) for part in problem["loc"] if "[" not in str(part))
         text = problem["msg"].removeprefix("Value error, ")
-        messages.append(
-            f"{where.rstrip('.')}: {text}, got {problem['input']!r}" if problem["loc"] else f"{prefix}{text}"
-        )
-    return messages
+        message = f"{where.rstrip('.')}: {text}, got {problem['input']!r}" if problem["loc"] else f"{prefix}{text}"
+        messages.setdefault(where if problem["loc"] else message, message)
+    return list(messages.values())

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from cl_methods.backbone import Backbone, Transform
 from cl_methods.checks import check_field
 from cl_methods.components.frozen_features import Extractor, alexnet_features, backbone_features
+from cl_methods.components.image_batch import ImageBatch
 from cl_methods.datasets.images import ImageSource, Subset
 
 _CACHE_BYTES = 1 << 30
@@ -143,10 +144,17 @@ class DDAS(nn.Module):
             features = (features - self.shift) / self.spread
         return torch.sigmoid(features)
 
+    def features_of(self, images: ImageBatch) -> Tensor:
+        """The extractor's features (B, D) of a batch; the extractor is frozen."""
+        return images.frozen("detector", self.extractor.features)
+
     @torch.no_grad()
     def errors(self, images: Tensor) -> Tensor:
         """(B, 1 + tasks) reconstruction errors of images (B, 3, R, R); infinite in column 0 without generic data."""
-        z = self.inputs(images)
+        return self._errors(self.features_of(ImageBatch(images)))
+
+    def _errors(self, features: Tensor) -> Tensor:
+        z = self._squash(features)
         unknown = z.new_full((len(z),), torch.inf)
         generic = unknown if self.generic is None else self.generic.errors(z)
         return torch.stack([generic, *(coder.errors(z) for coder in self._coders())], dim=1)
@@ -161,11 +169,18 @@ class DDAS(nn.Module):
         """(B,) int64: task of each of the ``images`` (B, 3, R, R), -1 for the plain model; -1 throughout before the first task."""
         if not len(self.tasks):
             return torch.full((len(images),), -1, device=images.device)
+        return self.decide_features(self.features_of(ImageBatch(images)))
+
+    @torch.no_grad()
+    def decide_features(self, features: Tensor) -> Tensor:
+        """:meth:`decide` from the extractor's ``features`` (B, D)."""
+        if not len(self.tasks):
+            return torch.full((len(features),), -1, device=features.device)
         threshold: float | Tensor = self.config.threshold
         if self.config.relative:
             units = torch.stack([coder.unit for coder in self._coders()])
             threshold = threshold * torch.cat([units.new_full((1,), torch.inf), units])
-        return decide(self.errors(images), threshold, self.config.scope)
+        return decide(self._errors(features), threshold, self.config.scope)
 
     def learn_generic(self, images: ImageSource) -> None:
         """Train the autoencoder of generic data, column 0."""

@@ -13,6 +13,7 @@ from cl_methods.backbone import Backbone
 from cl_methods.checks import check_field
 from cl_methods.components.densities import Density, Gaussian, KernelDensity, LowRankGaussian
 from cl_methods.components.frozen_features import Extractor, backbone_features
+from cl_methods.components.image_batch import PLAIN, ImageBatch
 from cl_methods.datasets.images import ImageSource, Subset
 from cl_methods.datasets.loading import evaluation_batches
 
@@ -122,12 +123,21 @@ class DensitySelector(nn.Module):
     @torch.no_grad()
     def inputs(self, images: Tensor) -> Tensor:
         """Standardised features (B, d) of ``images`` (B, 3, R, R)."""
-        return (self.extractor.features(images) - self.shift) / self.spread
+        return (self.features_of(ImageBatch(images)) - self.shift) / self.spread
+
+    def features_of(self, images: ImageBatch) -> Tensor:
+        """The frozen features (B, d) of a batch, not standardised."""
+        if self.config.features == "embedding":
+            return images.frozen(PLAIN, self._backbone[0].encode_images).float()
+        return images.frozen("detector", self.extractor.features)
 
     @torch.no_grad()
     def log_densities(self, images: Tensor) -> Tensor:
         """(B, 1 + tasks) log densities of ``images`` (B, 3, R, R); minus infinity in column 0 without generic data."""
-        features = self.inputs(images)
+        return self._log_densities(self.features_of(ImageBatch(images)))
+
+    def _log_densities(self, features: Tensor) -> Tensor:
+        features = (features - self.shift) / self.spread
         impossible = features.new_full((len(features),), -torch.inf)
         generic = impossible if self.generic is None else self.generic.log_prob(features)
         return torch.stack([generic, *(density.log_prob(features) for density in self._densities())], dim=1)
@@ -137,9 +147,16 @@ class DensitySelector(nn.Module):
         """(B,) int64: task of each of the ``images`` (B, 3, R, R), -1 for none; -1 throughout before the first task."""
         if not len(self.tasks):
             return torch.full((len(images),), -1, device=images.device)
+        return self.decide_features(self.features_of(ImageBatch(images)))
+
+    @torch.no_grad()
+    def decide_features(self, features: Tensor) -> Tensor:
+        """:meth:`decide` from frozen ``features`` (B, d), not standardised."""
+        if not len(self.tasks):
+            return torch.full((len(features),), -1, device=features.device)
         rows = [density.typical for density in self._densities()]
         typical = torch.stack([torch.zeros_like(rows[0]), *rows])  # -1 wins with column 0 whatever is typical of it
-        return decide(self.log_densities(images), typical, self.config.threshold, self.config.scope)
+        return decide(self._log_densities(features), typical, self.config.threshold, self.config.scope)
 
     def learn_generic(self, images: ImageSource) -> None:
         """Fit the density of generic data, column 0."""

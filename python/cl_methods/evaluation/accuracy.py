@@ -1,59 +1,32 @@
-"""Accuracy and calibration of a method on a task, within a chosen label space."""
+"""Accuracy and calibration of a method on its tasks, in several label spaces from one pass over the images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cl_methods.datasets.loading import evaluation_batches
+from cl_methods.components.image_batch import ImageBatch
 from cl_methods.datasets.task import Task
+from cl_methods.evaluation.features import EvaluationImages, FeatureStore
+from cl_methods.evaluation.options import EvaluationOptions, LabelSpace, competing_tasks, evaluated_images, guessing
 from cl_methods.evaluation.uncertainty import calibration_error, reliability
 from cl_methods.methods.base import Method
 
-LabelSpace = Literal["task", "seen", "all"]
-
-
-@dataclass
-class EvaluationOptions:
-    """How accuracies are measured.
-
-    Attributes:
-        label_space: which classes compete: those of the evaluated task (MTIL), of it and all tasks learnt so far, or of
-            all tasks. The last two encode every image once per competing task.
-        split: images that are evaluated; tune on `validation` only.
-        batch_size: images per batch.
-    """
-
-    label_space: LabelSpace = "task"
-    split: Literal["test", "validation"] = "test"
-    batch_size: int = 128
-
-
-def competing_tasks(tasks: Sequence[Task], index: int, learnt: int, label_space: LabelSpace) -> list[Task]:
-    """Tasks whose classes compete when task ``index`` is evaluated after the first ``learnt`` tasks were learnt.
-
-    The evaluated task is always among them.
-
-    Raises:
-        ValueError: unknown ``label_space``.
-    """
-    if label_space == "task":
-        return [tasks[index]]
-    if label_space == "seen":
-        return [task for place, task in enumerate(tasks) if place < learnt or place == index]
-    if label_space == "all":
-        return list(tasks)
-    raise ValueError(f"label_space: expected task, seen or all, got {label_space!r}")
-
-
-def guessing(tasks: Sequence[Task], index: int, label_space: LabelSpace) -> float:
-    """Accuracy of guessing on task ``index`` in percent, among the classes that compete after the last task."""
-    competing = competing_tasks(tasks, index, len(tasks), label_space)
-    return 100.0 / len({name for task in competing for name in task.class_names})
+__all__ = [
+    "EvaluationOptions",
+    "LabelSpace",
+    "Measured",
+    "competing_tasks",
+    "feature_store",
+    "guessing",
+    "measure",
+    "measure_row",
+    "measure_spaces",
+]
 
 
 @dataclass(frozen=True)
@@ -72,7 +45,6 @@ class Measured:
     reliability: dict[str, list[Any]]
 
 
-@torch.no_grad()
 def measure(
     method: Method, task: Task, candidates: Sequence[Task], options: EvaluationOptions, workers: int = 0
 ) -> Measured:
@@ -84,37 +56,13 @@ def measure(
         method: after ``before_evaluation``.
         task: whose images are classified.
         candidates: tasks whose classes compete, ``task`` among them.
-        options: split and batch size.
+        options: split, limit and batch size.
         workers: data-loading processes.
 
     Raises:
         ValueError: the split is empty, or the scores have the wrong shape or are NaN.
     """
-    source = task.test if options.split == "test" else task.validation
-    if len(source) == 0:
-        raise ValueError(f"evaluation.split: task {task.name} has no {options.split} images")
-    names = [name for candidate in candidates for name in candidate.class_names]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    device = method.backbone.device
-    predicted_class = torch.tensor([numbers[name] for name in names], device=device)
-    true_class = torch.tensor([numbers[name] for name in task.class_names], device=device)
-    confidence, correct = [], []
-    invalid = torch.zeros((), dtype=torch.bool, device=device)
-    for images, labels in evaluation_batches(
-        source, method.backbone.eval_transform, batch_size=options.batch_size, device=device, workers=workers
-    ):
-        scores = torch.cat([_scores(method, images, candidate) for candidate in candidates], dim=1)
-        invalid |= scores.isnan().any()
-        predicted = predicted_class[scores.argmax(dim=1)]
-        correct.append(predicted == true_class[labels])
-        classes = scores.new_zeros(len(scores), len(numbers), dtype=torch.float64)
-        classes.index_add_(1, predicted_class, scores.double().softmax(dim=1))
-        confidence.append(classes.gather(1, predicted[:, None]).squeeze(1))
-    if invalid:
-        raise ValueError(f"logits of {method.name} on {task.name}: some are NaN; the weights have diverged")
-    right, sure = torch.cat(correct), torch.cat(confidence)
-    accuracy = 100.0 * int(right.sum()) / len(source)
-    return Measured(accuracy, 100.0 * calibration_error(sure, right), reliability(sure, right))
+    return _measure(method, task, [candidates], options, workers, feature_store([task], options))[0]
 
 
 def measure_row(
@@ -125,28 +73,128 @@ def measure_row(
     workers: int = 0,
     on_task: Callable[[int, float], None] | None = None,
 ) -> list[Measured]:
-    """Every task with the method as it is: one row of the matrix.
+    """:func:`measure_spaces`, of which only the first label space is returned."""
+    return measure_spaces(method, tasks, learnt, options, workers, on_task)[options.label_spaces[0]]
+
+
+def measure_spaces(
+    method: Method,
+    tasks: Sequence[Task],
+    learnt: int,
+    options: EvaluationOptions,
+    workers: int = 0,
+    on_task: Callable[[int, float], None] | None = None,
+    store: FeatureStore | None = None,
+) -> dict[LabelSpace, list[Measured]]:
+    """Every task with the method as it is: one row of the matrix of each label space, from one pass over the images.
 
     Args:
         method: the method after ``learnt`` tasks.
         tasks: the whole sequence.
         learnt: number of tasks learnt; 0 for the zero-shot row.
         options, workers: see :func:`measure`.
-        on_task: called with the task's position and its accuracy.
+        on_task: called with the task's position and its accuracy in the first label space.
+        store: of :func:`feature_store` with the same tasks and options; where the method's frozen features stay from row to row.
+
+    Raises:
+        ValueError: see :func:`measure`.
     """
+    method.expect(tasks)
     method.before_evaluation()
-    row = []
+    store = store or feature_store(tasks, options)
+    rows: dict[LabelSpace, list[Measured]] = {space: [] for space in options.label_spaces}
     for index, task in enumerate(tasks):
-        candidates = competing_tasks(tasks, index, learnt, options.label_space)
-        row.append(measure(method, task, candidates, options, workers))
+        spaces = [competing_tasks(tasks, index, learnt, space) for space in rows]
+        for row, measured in zip(rows.values(), _measure(method, task, spaces, options, workers, store), strict=True):
+            row.append(measured)
         if on_task is not None:
-            on_task(index, row[-1].accuracy)
-    return row
+            on_task(index, rows[options.label_spaces[0]][-1].accuracy)
+    return rows
 
 
-def _scores(method: Method, images: Tensor, task: Task) -> Tensor:
-    scores = method.logits(images, task)
-    if scores.shape != (len(images), len(task.class_names)):
+def feature_store(
+    tasks: Sequence[Task], options: EvaluationOptions, note: Callable[[str], None] | None = None
+) -> FeatureStore:
+    """An empty store for the evaluated images of ``tasks``; ``note`` is told what does not fit into it."""
+    images = sum(len(evaluated_images(task, options)) for task in tasks)
+    return FeatureStore(images, options.feature_memory, note)
+
+
+@torch.no_grad()
+def _measure(
+    method: Method,
+    task: Task,
+    spaces: Sequence[Sequence[Task]],
+    options: EvaluationOptions,
+    workers: int,
+    store: FeatureStore,
+) -> list[Measured]:
+    source = evaluated_images(task, options)
+    if len(source) == 0:
+        raise ValueError(f"evaluation.split: task {task.name} has no {options.split} images")
+    device, asked = method.backbone.device, list({id(one): one for space in spaces for one in space}.values())
+    tallies = [_Tally.of(task, candidates, device) for candidates in spaces]
+    images = EvaluationImages(
+        source,
+        method.backbone.eval_transform,
+        name=task.name,
+        batch_size=options.batch_size,
+        device=device,
+        workers=workers,
+        store=store,
+    )
+    for batch, labels in images:
+        scores = dict(zip(map(id, asked), _scores(method, batch, asked), strict=True))
+        for tally, candidates in zip(tallies, spaces, strict=True):
+            tally.add(torch.cat([scores[id(candidate)] for candidate in candidates], dim=1), labels)
+    if any(bool(tally.invalid) for tally in tallies):
+        raise ValueError(f"logits of {method.name} on {task.name}: some are NaN; the weights have diverged")
+    return [tally.measured() for tally in tallies]
+
+
+@dataclass
+class _Tally:
+    """What is counted in one label space, batch by batch; nothing waits for the device.
+
+    Attributes:
+        predicted_class: (columns,) number of the class that each score belongs to; equal names have equal numbers.
+        true_class: (C,) number of each class of the evaluated task.
+        invalid: scalar, whether a score was NaN.
+        correct, confidence: for each batch (B,).
+    """
+
+    predicted_class: Tensor
+    true_class: Tensor
+    invalid: Tensor
+    correct: list[Tensor] = field(default_factory=list)
+    confidence: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, task: Task, candidates: Sequence[Task], device: torch.device) -> _Tally:
+        names = [name for candidate in candidates for name in candidate.class_names]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        predicted = torch.tensor([numbers[name] for name in names], device=device)
+        true = torch.tensor([numbers[name] for name in task.class_names], device=device)
+        return cls(predicted, true, torch.zeros((), dtype=torch.bool, device=device))
+
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        self.invalid |= scores.isnan().any()
+        predicted = self.predicted_class[scores.argmax(dim=1)]
+        self.correct.append(predicted == self.true_class[labels])
+        classes = scores.new_zeros(len(scores), len(self.predicted_class), dtype=torch.float64)
+        classes.index_add_(1, self.predicted_class, scores.double().softmax(dim=1))
+        self.confidence.append(classes.gather(1, predicted[:, None]).squeeze(1))
+
+    def measured(self) -> Measured:
+        right, sure = torch.cat(self.correct), torch.cat(self.confidence)
+        accuracy = 100.0 * int(right.sum()) / len(right)
+        return Measured(accuracy, 100.0 * calibration_error(sure, right), reliability(sure, right))
+
+
+def _scores(method: Method, images: ImageBatch, tasks: Sequence[Task]) -> list[Tensor]:
+    found = method.scores(images, tasks)
+    for scores, task in zip(found, tasks, strict=True):
         expected = (len(images), len(task.class_names))
-        raise ValueError(f"logits of {method.name} on {task.name}: expected {expected}, got {tuple(scores.shape)}")
-    return scores
+        if scores.shape != expected:
+            raise ValueError(f"logits of {method.name} on {task.name}: expected {expected}, got {tuple(scores.shape)}")
+    return found

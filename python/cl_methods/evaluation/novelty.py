@@ -34,7 +34,7 @@ def novelty_of_later_tasks(
         tasks: the whole sequence.
         learnt: how many of them have been learnt.
         kind: which uncertainty decides.
-        scores: how images are scored; :meth:`Method.logits` if None. A method with draws gives them for ``variance``:
+        scores: how images are scored; :meth:`Method.scores` if None. A method with draws gives them for ``variance``:
             ``lambda images, task: method.sampled_logits(images, task, 20)``.
         batch_size: images per batch.
 
@@ -54,7 +54,11 @@ def novelty_of_later_tasks(
         for images, _ in evaluation_batches(
             task.test, method.backbone.eval_transform, batch_size=batch_size, device=method.backbone.device
         ):
-            parts = [(scores or method.logits)(images, candidate) for candidate in tasks[:learnt]]
+            parts = (
+                method.scores(images, tasks[:learnt])
+                if scores is None
+                else [scores(images, candidate) for candidate in tasks[:learnt]]
+            )
             found[place >= learnt].append(torch.cat(parts, dim=-1))
     known, novel = (torch.cat(batches, dim=-2) for batches in found)
     return novelty_detection(known, novel, kind)

@@ -35,16 +35,23 @@ td.best { font-weight: 700; } img { max-width: 100%; height: auto; margin: .6rem
 
 
 def write_run_report(result: dict[str, Any], output: Path, console: Console) -> None:
-    """Print the accuracy matrix and the summary of one run; write ``report.md``, ``accuracy.png`` and ``matrix.png``."""
-    (board,), _ = arrange([{**result, "path": str(output)}])
-    incremental = class_incremental_table(board)
-    tables = [matrix_table(result), summary_table(board)] + ([incremental] if incremental is not None else [])
-    tables += [cost_table(board)] if board.compared() else []
+    """Print the accuracy matrix and the summary of one run; write ``report.md``, ``accuracy.png`` and ``matrix.png``.
+
+    Tables for every label space that was measured; the figures are of the first.
+    """
+    boards, _ = arrange([{**result, "path": str(output)}])
+    tables = []
+    for board in boards:
+        incremental = class_incremental_table(board)
+        tables += [matrix_table(board.groups[0].results[0], board.title), summary_table(board)]
+        tables += [incremental] if incremental is not None else []
+    first = boards[0]
+    tables += [cost_table(first)] if first.compared() else []
     for table in tables:
         _print(table, console)
     text = "\n".join(table.markdown() for table in tables)
-    figures.save(figures.accuracy_over_time(board), output / "accuracy.png")
-    figures.save(figures.matrix(board), output / "matrix.png")
+    figures.save(figures.accuracy_over_time(first), output / "accuracy.png")
+    figures.save(figures.matrix(first), output / "matrix.png")
     pictures = "![accuracy per task over time](accuracy.png)\n\n![accuracy matrix](matrix.png)\n"
     (output / "report.md").write_text(f"{text}\n{pictures}")
     console.print(

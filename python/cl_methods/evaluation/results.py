@@ -69,7 +69,7 @@ class Board:
     Attributes:
         scenario, order: of the runs.
         tasks: their names.
-        conditions: model, label space and split; family of splits, shots and dataset where there are any; for headings.
+        conditions: model, label space, split and limit; family of splits, shots and dataset where there are any; for headings.
         chance: (T,) accuracy of guessing in percent.
         zero_shot: (T,) accuracy of the model before any training.
         zero_shot_calibration: (1,) its mean calibration error; empty if it was not measured.
@@ -93,6 +93,8 @@ class Board:
             extra.append(f"label space {self.conditions['label_space']}")
         if self.conditions["split"] != "test":
             extra.append(f"{self.conditions['split']} split")
+        if self.conditions.get("limit") is not None:
+            extra.append(f"at most {self.conditions['limit']} images per task")
         if self.conditions.get("family") is not None:
             extra.append(f"{self.conditions['family']} splits")
         if self.conditions.get("shots") is not None:
@@ -174,12 +176,19 @@ def arrange(results: Sequence[dict[str, Any]]) -> tuple[list[Board], list[str]]:
     """Sort results into boards and groups.
 
     Returns:
-        The boards, and notes for the reader: repeated runs are counted once.
+        The boards, and notes for the reader: repeated runs are counted once, runs that were evaluated on some of the images
+        stand apart from those with all of them.
     """
     notes: list[str] = []
     boards: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for result in results:
-        boards.setdefault(_board_key(result), []).append(result)
+        for view in _label_spaces(result):
+            boards.setdefault(_board_key(view), []).append(view)
+    notes += [
+        f"{result['path']} was evaluated on at most {_limit(result)} images per task; it is not compared with whole test sets"
+        for result in results
+        if _limit(result) is not None
+    ]
     arranged = []
     for members in boards.values():
         first = members[0]
@@ -193,7 +202,7 @@ def arrange(results: Sequence[dict[str, Any]]) -> tuple[list[Board], list[str]]:
             zero_shot_calibration=_zero_shot_calibration(members),
         )
         board.groups, repeated = _groups(members)
-        notes += repeated
+        notes += [note for note in repeated if note not in notes]
         arranged.append(board)
     return arranged, notes
 
@@ -234,6 +243,18 @@ def _zero_shot_calibration(results: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.array([np.mean(rows)] if rows else [])
 
 
+def _label_spaces(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A result of several label spaces as one for each, the accuracies at the top being those of the first."""
+    config, further = result["config"], result.get("label_spaces", {})
+    evaluation = config.get("evaluation", {})
+    stored = evaluation.get("label_space", "task")
+    first = stored if isinstance(stored, str) else stored[0]
+    return [
+        {**result, **found, "config": {**config, "evaluation": {**evaluation, "label_space": space}}}
+        for space, found in {first: {}, **further}.items()
+    ]
+
+
 def _conditions(result: dict[str, Any]) -> dict[str, Any]:
     config = result["config"]
     evaluation, data = config.get("evaluation", {}), config.get("data", {})
@@ -243,10 +264,18 @@ def _conditions(result: dict[str, Any]) -> dict[str, Any]:
         "pretrained": config.get("pretrained"),
         "label_space": evaluation.get("label_space", "task"),
         "split": evaluation.get("split", "test"),
+        "limit": _limit(result),
         "family": data.get("split", "zscl") if families else None,
         "shots": data.get("shots") if families else None,
         "dataset": data.get("dataset") if result["scenario"] == "cil" else None,
     }
+
+
+def _limit(result: dict[str, Any]) -> int | None:
+    """Images that tasks were evaluated on at most; None where these were all."""
+    evaluated = result.get("evaluated", {})
+    whole = evaluated.get("images") == evaluated.get("available")
+    return None if whole else evaluated["limit"]
 
 
 def _board_key(result: dict[str, Any]) -> tuple[Any, ...]:

@@ -59,8 +59,13 @@ class TextTable:
         return "\n".join(lines) + "\n"
 
 
-def matrix_table(result: dict[str, Any]) -> TextTable:
-    """The accuracy matrix of one run, with chance and the zero-shot row first; only these if nothing was learnt."""
+def matrix_table(result: dict[str, Any], where: str | None = None) -> TextTable:
+    """The accuracy matrix of one run, with chance and the zero-shot row first; only these if nothing was learnt.
+
+    Args:
+        result: content of ``result.json``.
+        where: scenario, order and conditions, for the title; :attr:`~cl_methods.evaluation.results.Board.title` has them all.
+    """
     tasks, zero_shot = result["tasks"], result["zero_shot"]
     values = {"chance": result["chance"]} if "chance" in result else {}
     values["zero-shot"] = zero_shot
@@ -71,7 +76,8 @@ def matrix_table(result: dict[str, Any]) -> TextTable:
         values |= {f"after {task}": row for task, row in zip(tasks, result["accuracy"], strict=True)}
         learnt = frozenset((start + index, 1 + index) for index in range(len(tasks)))
     rows = [[name, *_numbers(row), f"{np.mean(row):.1f}"] for name, row in values.items()]
-    title = f"{result['method']} on {result['scenario']}, order {result['order']}, seed {result['seed']}: accuracy in %"
+    where = where or f"{result['scenario']}, order {result['order']}"
+    title = f"{result['method']} on {where}, seed {result['seed']}: accuracy in %"
     return TextTable(title, ["", *tasks, "mean"], rows, breaks=(start,), emphasised=learnt)
 
 
@@ -89,8 +95,9 @@ def summary_table(board: Board) -> TextTable:
     continual = sum(group.continual for group in board.compared())
     best = frozenset(_best(rows[first : first + continual], first))
     breaks = [first, first + continual, len(rows)]
-    full_shot = board.conditions.get("shots") is None  # as in all the papers of the table
-    for entry in published(board.scenario, board.order) if full_shot else []:
+    # as in all the papers of the table: every training image, every test image
+    comparable = board.conditions.get("shots") is None and board.conditions.get("limit") is None
+    for entry in published(board.scenario, board.order) if comparable else []:
         printed = [ABSENT if value is None else f"{value:.1f}" for value in (entry.transfer, entry.average, entry.last)]
         rows.append([f"{entry.method} (published, {entry.source}, {entry.split} splits)", "", *printed, ABSENT, ABSENT])
     columns = ["method", "seeds", "Transfer", "Average", "Last", "Forgetting", "ECE"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cl_methods.backbone import Backbone, prompt
 from cl_methods.datasets.images import ImageSource
 from cl_methods.datasets.task import Reference, Task
+from cl_methods.methods.scoring import Scoring
 from cl_methods.methods.settings import build_settings, scenario_settings
 
 
@@ -80,7 +81,7 @@ class Batch:
     indices: Tensor | None = None
 
 
-class Method(ABC):
+class Method(Scoring, ABC):
     """A continual-learning method over one backbone; the training loop calls the hooks below in this order.
 
     ``before_task`` → every stage: ``before_stage`` → every step: ``loss`` → backward → ``before_step`` → optimiser →
@@ -113,9 +114,9 @@ class Method(ABC):
     joint: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone, config: Any, reference: Reference | None = None) -> None:
-        self.backbone, self.config, self.reference = backbone, config, reference
+        super().__init__(backbone)
+        self.config, self.reference = config, reference
         self.stage: Stage | None = None
-        self._classifiers: dict[tuple[str, ...], Tensor] = {}
 
     @classmethod
     def default_config(cls, scenario: str) -> Any:
@@ -136,7 +137,7 @@ class Method(ABC):
         iterations = config.task_iterations(len(task.train))
         return (Stage("train", iterations, self.learning_rate(task), config.warmup, config.batch_size),)
 
-    def before_stage(self, stage: Stage) -> None:  # noqa: B027
+    def before_stage(self, stage: Stage) -> None:
         """``stage`` begins: decide what trains and from which images.
 
         Not called when a run is resumed in the middle of the stage, so whatever is decided here belongs into
@@ -192,7 +193,7 @@ class Method(ABC):
         """Between backward and the optimiser step: the place for gradients that have a closed form."""
         self.forget_classifiers()
 
-    def after_step(self, step: int) -> None:  # noqa: B027
+    def after_step(self, step: int) -> None:
         """After the optimiser step with 0-based index ``step``."""
 
     def after_task(self, index: int, task: Task) -> None:
@@ -204,32 +205,13 @@ class Method(ABC):
         self.backbone.model.eval()
         self.forget_classifiers()
 
-    @torch.no_grad()
-    def logits(self, images: Tensor, task: Task) -> Tensor:
-        """(B, C) scores ``s f(x) Wᵀ`` of evaluation ``images`` (B, 3, R, R) against the task's zero-shot classifier.
-
-        ``task`` gives the label space only; its identity must not reach a router.
-        """
-        return self.backbone.logit_scale * self.backbone.encode_images(images) @ self.classifier(task).T
-
-    def classifier(self, task: Task) -> Tensor:
-        """Class embeddings (C, d) of ``task`` from all its templates, computed once for the present weights."""
-        key = (*task.class_names, "", *task.templates)
-        if key not in self._classifiers:
-            self._classifiers[key] = self.backbone.class_embeddings(task.class_names, task.templates)
-        return self._classifiers[key]
-
-    def forget_classifiers(self) -> None:
-        """The weights change: class embeddings have to be computed again."""
-        self._classifiers.clear()
-
     def training_texts(self, task: Task) -> Tensor:
         """Trimmed token ids of the training prompts, ``templates[0]`` with each class name, on the device."""
         return self.backbone.trim_texts(
             self.backbone.tokenize([prompt(task.templates[0], name) for name in task.class_names])
         )
 
-    def recall(self, tasks: Sequence[Task]) -> None:  # noqa: B027
+    def recall(self, tasks: Sequence[Task]) -> None:
         """``tasks`` have been learnt, in this order, by the state that was just loaded.
 
         A method that keeps examples stores which ones they are; this is how it gets at the images again after a restart.

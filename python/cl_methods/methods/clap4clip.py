@@ -54,6 +54,7 @@ class CLAP4CLIP(Method):
         test_time="the rest of the batch if scope is batch",
     )
     Config: ClassVar[type[TrainConfig]] = ClapConfig
+    frozen_images: ClassVar[bool] = True
     config: ClapConfig
 
     def __init__(self, backbone: Backbone, config: ClapConfig, reference: Reference | None = None) -> None:
@@ -177,18 +178,24 @@ class CLAP4CLIP(Method):
         values = [uncertainty(self.sampled_logits(images, task, config.samples), kind) for images, _ in batches]
         return by_uncertainty(torch.cat(values), config.keep)
 
-    @torch.no_grad()
-    def logits(self, images: Tensor, task: Task) -> Tensor:
-        """(B, C) mean scores of ``images`` (B, 3, R, R) over draws, or over all possible ones; by texts if not learnt."""
-        if self.head is None or task.name not in self.task_names:
-            return super().logits(images, task)
-        features, place = self.backbone.encode_images(images).float(), self.task_names.index(task.name)
-        scores = self._mean_scores(features, place)
-        if self.config.one_scale:
-            others = [self._mean_scores(features, other) for other in range(len(self.task_names)) if other != place]
-            learnt = torch.cat([scores, *others], dim=1).logsumexp(dim=1, keepdim=True)
-            scores = scores - learnt + (self._scale * features @ self.head.text.T).logsumexp(dim=1, keepdim=True)
-        return scores
+    def feature_scores(self, features: Tensor, tasks: Sequence[Task]) -> list[Tensor]:
+        """(B, C_t) mean scores of ``features`` (B, d) over draws, or over all possible ones; by texts if not learnt."""
+        exact, learnt = features.float(), [task.name for task in tasks if task.name in self.task_names]
+        asked = self.task_names if self.config.one_scale and learnt else learnt
+        means = {name: self._mean_scores(exact, self.task_names.index(name)) for name in asked}
+        found = []
+        for task in tasks:
+            if task.name not in means:
+                found += super().feature_scores(features, [task])
+            else:
+                found.append(self._on_one_scale(exact, task.name, means) if self.config.one_scale else means[task.name])
+        return found
+
+    def _on_one_scale(self, features: Tensor, name: str, means: dict[str, Tensor]) -> Tensor:
+        """Scores (B, n) of one learnt task, sharing out what zero-shot CLIP gives to all of them."""
+        own, others = means[name], [scores for other, scores in means.items() if other != name]
+        learnt = torch.cat([own, *others], dim=1).logsumexp(dim=1, keepdim=True)
+        return own - learnt + (self._scale * features @ self._begun().text.T).logsumexp(dim=1, keepdim=True)
 
     @torch.no_grad()
     def sampled_logits(self, images: Tensor, task: Task, samples: int) -> Tensor:

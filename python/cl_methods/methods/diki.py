@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from cl_methods.checks import check_field
 from cl_methods.components.density_selector import with_held_out
 from cl_methods.components.exemplars import encode_source
 from cl_methods.components.gaussian import TaskGaussians, fit_gaussian
+from cl_methods.components.image_batch import PLAIN, ImageBatch
 from cl_methods.components.prompt_attention import MountedPrompts
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts, Method
@@ -66,6 +68,21 @@ class DIKIConfig(TrainConfig):
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
         if not 0 <= self.shrinkage < 1:
             raise ValueError(f"shrinkage: expected 0 <= value < 1, got {self.shrinkage}")
+
+
+@dataclass(frozen=True)
+class Injected:
+    """A batch of images as DIKI sees them.
+
+    Attributes:
+        features: (B, d), normalised.
+        prompts: (B,) int64, whose prompts each image got; None for the plain encoder.
+        weights: (B,) of these prompts; None likewise.
+    """
+
+    features: Tensor
+    prompts: Tensor | None = None
+    weights: Tensor | None = None
 
 
 class DIKI(Method):
@@ -177,20 +194,27 @@ class DIKI(Method):
         )
 
     @torch.no_grad()
-    def logits(self, images: Tensor, task: Task) -> Tensor:
-        """(B, classes) scores of ``images`` (B, 3, R, R); zero-shot before the first task has been learnt."""
+    def image_features(self, images: ImageBatch) -> Injected:
+        """Features of the images with the prompts that are found for them; plain ones before the first task has been learnt."""
+        plain = images.frozen(PLAIN, self.backbone.encode_images)
         if not len(self.gaussians):
-            return super().logits(images, task)
-        images = images.to(self.backbone.device)
-        prompts, weights = self.injection(self.backbone.encode_images(images))
+            return Injected(plain)
+        prompts, weights = self.injection(plain)
         if self.config.scope == "batch":
             prompts = prompts.bincount(minlength=len(self.gaussians)).argmax().expand(len(prompts))
         with self.prompts.active(prompts, weights):
-            features = self.backbone.encode_images(images)
+            return Injected(self.backbone.encode_images(images.pixels()), prompts, weights)
+
+    def feature_scores(self, features: Injected, tasks: Sequence[Task]) -> list[Tensor]:
+        """(B, C_t) scores; zero-shot before the first task has been learnt."""
+        injected, prompts, weights = features.features, features.prompts, features.weights
+        if prompts is None or weights is None:
+            return super().feature_scores(injected, tasks)
         scale = self.backbone.logit_scale
         if self.config.scope == "batch":
-            return scale * features @ self._texts_of_batch(task, int(prompts[0]), float(weights.mean())).T
-        return scale * self._interpolated(features, task, prompts, weights)
+            chosen, weight = int(prompts[0]), float(weights.mean())
+            return [scale * injected @ self._texts_of_batch(task, chosen, weight).T for task in tasks]
+        return [scale * self._interpolated(injected, task, prompts, weights) for task in tasks]
 
     def _texts(self, task: Task, prompt: int, weight: float) -> Tensor:
         """Class embeddings (C, d) of ``task`` with a prompt and a weight."""

@@ -138,11 +138,18 @@ class ICaRL(Replay):
 
     def classifier(self, task: Task) -> Tensor:
         """Means of exemplars (C, d) for a task that has been learnt, else its class embeddings."""
-        if self.config.classifier == "exemplar_means":
-            for known, means in zip(self.memory.tasks, self.means, strict=False):
-                if known.name == task.name:
-                    return means
-        return super().classifier(task)
+        means = self._means_of(task)
+        return super().classifier(task) if means is None else means
+
+    def reads_texts(self, task: Task) -> bool:
+        """Whether means of exemplars do not take their place."""
+        return self._means_of(task) is None
+
+    def _means_of(self, task: Task) -> Tensor | None:
+        if self.config.classifier == "texts":
+            return None
+        learnt = zip(self.memory.tasks, self.means, strict=False)
+        return next((means for known, means in learnt if known.name == task.name), None)
 
     def state_dict(self) -> dict[str, Tensor]:
         """As for replay; under ``icarl.`` the means, and within a task the teacher's features of the memory."""

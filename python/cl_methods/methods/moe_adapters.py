@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -16,6 +17,7 @@ from cl_methods.components.adapters import MountedAdapters
 from cl_methods.components.ddas import DDAS, DDASConfig
 from cl_methods.components.density_selector import DensityConfig, DensitySelector
 from cl_methods.components.expert_adamw import ExpertAdamW
+from cl_methods.components.image_batch import PLAIN, ImageBatch
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts, Method
 from cl_methods.methods.config import TrainConfig
@@ -71,6 +73,21 @@ class MoEAdaptersConfig(TrainConfig):
             raise ValueError("detection: 'none' leaves open which task's router to use; set routers to 'shared'")
         if self.routers == "shared" and self.detection != "none":
             raise ValueError("detection: a shared router needs no detector; set detection to 'none'")
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Images of a batch that share a router.
+
+    Attributes:
+        router: its index; None for the plain model.
+        rows: (n,) int64, which images; None for all.
+        features: (n, d), normalised.
+    """
+
+    router: int | None
+    rows: Tensor | None
+    features: Tensor
 
 
 class MoEAdapters(Method):
@@ -191,32 +208,51 @@ class MoEAdapters(Method):
         detector.learn_task(index, task.train, task.validation)
 
     @torch.no_grad()
-    def logits(self, images: Tensor, task: Task) -> Tensor:
-        """(B, classes) scores, each image through the router that the detector chooses for it."""
-        images = images.to(self.backbone.device)
+    def image_features(self, images: ImageBatch) -> list[Routed]:
+        """The images in groups of one router; those that the plain model gets, and what the detector reads, never change."""
         if self.detector is None:
-            return self._routed_logits(images, task, self.router if self.config.routers == "task" else self._shared())
-        chosen = self.detector.decide(images)
-        scores = torch.empty(len(images), len(task.class_names), device=images.device)
-        for router in chosen.unique().tolist():
-            rows = (chosen == router).nonzero().squeeze(1)
-            scores[rows] = self._routed_logits(images[rows], task, None if router < 0 else router).to(scores.dtype)
-        return scores
+            return [self._encoded(images, self._shared(), None)]
+        chosen = self.detector.decide_features(self.detector.features_of(images))
+        groups = chosen.unique().tolist()
+        whole = len(groups) == 1
+        rows = [None if whole else (chosen == group).nonzero().squeeze(1) for group in groups]
+        return [self._encoded(images, g if g >= 0 else None, own) for g, own in zip(groups, rows, strict=True)]
+
+    def _encoded(self, images: ImageBatch, router: int | None, rows: Tensor | None) -> Routed:
+        if router is None:
+            features = images.frozen(PLAIN, self.backbone.encode_images)
+            return Routed(None, rows, features if rows is None else features[rows])
+        pixels = images.pixels().to(self.backbone.device)
+        with self.adapters.active(router):
+            return Routed(router, rows, self.backbone.encode_images(pixels if rows is None else pixels[rows]))
 
     def _shared(self) -> int | None:
         """The shared router once it exists."""
         return 0 if next(self.adapters.each()).routers else None
 
-    def _routed_logits(self, images: Tensor, task: Task, router: int | None) -> Tensor:
-        with self.adapters.active(router):
-            key = (router, (*task.class_names, "", *task.templates))
-            if key not in self._routed:
-                self._routed[key] = self.backbone.class_embeddings(task.class_names, task.templates)
-            return self.backbone.logit_scale * self.backbone.encode_images(images) @ self._routed[key].T
+    def feature_scores(self, features: list[Routed], tasks: Sequence[Task]) -> list[Tensor]:
+        """(B, C_t) scores, each image's from the router that the detector chose for it."""
+        scale, count = self.backbone.logit_scale, sum(len(part.features) for part in features)
+        found = [features[0].features.new_empty(count, len(task.class_names)) for task in tasks]
+        for part in features:
+            rows = slice(None) if part.rows is None else part.rows
+            for scores, texts in zip(found, self._texts_of(part.router, tasks), strict=True):
+                scores[rows] = (scale * part.features @ texts.T).to(scores.dtype)
+        return found
+
+    def _texts_of(self, router: int | None, tasks: Sequence[Task]) -> list[Tensor]:
+        """Class embeddings (C_t, d) by a router; those that are missing are encoded together."""
+        if router is None or not self.config.text_adapters:
+            return [self.classifier(task) for task in tasks]
+        keys = [(router, (*task.class_names, "", *task.templates)) for task in tasks]
+        missing = {key: task for key, task in zip(keys, tasks, strict=True) if key not in self._routed}
+        if missing:
+            with self.adapters.active(router):
+                self._routed |= zip(missing, self.embed_classes(list(missing.values())), strict=True)
+        return [self._routed[key] for key in keys]
 
     def forget_classifiers(self) -> None:
-        """Drop the class embeddings of every router."""
-        super().forget_classifiers()
+        """Drop the class embeddings of every router; those of the plain model stay what they are."""
         self._routed.clear()
 
     def state_dict(self) -> dict[str, Tensor]:

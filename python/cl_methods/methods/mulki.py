@@ -214,6 +214,11 @@ class MulKI(FineTune):
         self.teachers.after_task()
         self.prototypes, self._teacher_texts, self._views, self._followed, self._ensemble = None, None, None, None, {}
 
+    def forget_classifiers(self) -> None:
+        """Drop the class embeddings, unless the text tower is frozen."""
+        if self.config.text_tower == "trained":
+            super().forget_classifiers()
+
     def state_dict(self) -> dict[str, Tensor]:
         """The model under its own names; under ``mulki.`` prototypes and mean of a task that has begun."""
         extra = {f"ensemble.{name}": value for name, value in self._ensemble.items()}
@@ -230,6 +235,7 @@ class MulKI(FineTune):
             RuntimeError: the state comes from another configuration or another task.
         """
         super().load_state_dict({name: value for name, value in state.items() if not name.startswith(_EXTRA)})
+        self._classifiers.clear()
         extra = {name[len(_EXTRA) :]: value for name, value in state.items() if name.startswith(_EXTRA)}
         self._snapshots = int(extra.pop("snapshots", 0))
         stored = {f"ensemble.{name}": value for name, value in self._ensemble.items()}

@@ -14,6 +14,7 @@ from cl_methods.backbone import Backbone
 from cl_methods.checks import check_field
 from cl_methods.components.cross_modal_fusion import Shared
 from cl_methods.components.exemplars import ExemplarMemory, Exemplars, encode_source, herding
+from cl_methods.components.image_batch import ImageBatch
 from cl_methods.components.learnt_classes import LearntClasses
 from cl_methods.datasets.images import ImageSource
 from cl_methods.datasets.task import Reference, Task
@@ -91,6 +92,7 @@ class PROOF(Method):
         test_time="nothing; the rest of the test batch if scope is batch",
     )
     Config: ClassVar[type[TrainConfig]] = PROOFConfig
+    frozen_images: ClassVar[bool] = True
     config: PROOFConfig
 
     def __init__(self, backbone: Backbone, config: PROOFConfig, reference: Reference | None = None) -> None:
@@ -209,21 +211,24 @@ class PROOF(Method):
         if self.network is not None:
             self.network.eval()
 
-    @torch.no_grad()
-    def logits(self, images: Tensor, task: Task) -> Tensor:
-        """(B, classes) scores of ``images`` (B, 3, R, R); those of learnt classes do not depend on which others are asked for."""
-        features, scale = self.backbone.encode_images(images, normalise=False), self.backbone.logit_scale
-        unit = features / features.norm(dim=-1, keepdim=True)
-        logits = scale * unit @ self.classifier(task).T
-        learnt = [place for place, name in enumerate(task.class_names) if name in self.classes]
-        if learnt:
-            share = F.log_softmax(self.scores(features.float()), dim=1)
-            whole = torch.logsumexp(scale * unit.float() @ self.classes.zero_shot().T, dim=1, keepdim=True)
-            rows = self.classes.rows(tuple(task.class_names[place] for place in learnt))
-            logits[:, learnt] = (whole + share)[:, rows.to(share.device)].to(logits.dtype)
-        return logits
+    def image_features(self, images: ImageBatch) -> Tensor:
+        """The frozen encoder's features (B, d), not normalised."""
+        return images.frozen("not normalised", lambda pixels: self.backbone.encode_images(pixels, normalise=False))
 
-    def scores(self, features: Tensor) -> Tensor:
+    def feature_scores(self, features: Tensor, tasks: Sequence[Task]) -> list[Tensor]:
+        """(B, C_t) scores of ``features`` (B, d), not normalised; of learnt classes they do not depend on what else is asked."""
+        scale, unit = self.backbone.logit_scale, features / features.norm(dim=-1, keepdim=True)
+        found = super().feature_scores(unit, tasks)
+        places = [[place for place, name in enumerate(task.class_names) if name in self.classes] for task in tasks]
+        if any(places):
+            share = F.log_softmax(self.head_scores(features.float()), dim=1)
+            whole = torch.logsumexp(scale * unit.float() @ self.classes.zero_shot().T, dim=1, keepdim=True)
+            for logits, task, learnt in zip(found, tasks, places, strict=True):
+                rows = self.classes.rows(tuple(task.class_names[place] for place in learnt))
+                logits[:, learnt] = (whole + share)[:, rows.to(share.device)].to(logits.dtype)
+        return found
+
+    def head_scores(self, features: Tensor) -> Tensor:
         """``f̃·t̄ + ĩ·t̃ + ĩ·p̃`` (B, C) of frozen, not normalised image ``features`` (B, d) with all C learnt classes."""
         network = self._present()
         if self._compared is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -59,6 +60,7 @@ class RandomFeatureMethod(Method):
 
     stores: ClassVar[tuple[str, ...]] = ()
     closed_form: ClassVar[bool] = True
+    frozen_images: ClassVar[bool] = True
     config: RandomFeatureConfig
 
     def __init__(self, backbone: Backbone, config: RandomFeatureConfig, reference: Reference | None = None) -> None:
@@ -135,23 +137,22 @@ class RandomFeatureMethod(Method):
         """Random features h (N, M) of ``features`` (N, d)."""
         return F.relu(features @ self._tensors["projection"])
 
-    def scores(self, features: Tensor) -> Tensor:
+    def head_scores(self, features: Tensor) -> Tensor:
         """The head's outputs r (N, C) for ``features`` (N, d); it was fitted to 1 for the right class and 0 for the others."""
         return self.lift(features) @ self._tensors["weight"].T
 
-    @torch.no_grad()
-    def logits(self, images: Tensor, task: Task) -> Tensor:
-        """(B, classes) scores of ``images`` (B, 3, R, R): the head's for learnt classes, zero-shot ones for the others."""
-        features, scale = self.backbone.encode_images(images), self.backbone.logit_scale
-        logits = scale * features @ self.classifier(task).T
-        learnt = [place for place, name in enumerate(task.class_names) if name in self.class_names]
-        if learnt:
+    def feature_scores(self, features: Tensor, tasks: Sequence[Task]) -> list[Tensor]:
+        """(B, C_t) scores of ``features`` (B, d): the head's for learnt classes, zero-shot ones for the others."""
+        scale, found = self.backbone.logit_scale, super().feature_scores(features, tasks)
+        places = [[place for place, name in enumerate(task.class_names) if name in self.class_names] for task in tasks]
+        if any(places):
             features = features.float()
-            share = F.log_softmax(scale * self.scores(features), dim=1)
+            share = F.log_softmax(scale * self.head_scores(features), dim=1)
             whole = torch.logsumexp(scale * features @ self._tensors["texts"].T, dim=1, keepdim=True)
-            rows = [self.class_names.index(task.class_names[place]) for place in learnt]
-            logits[:, learnt] = (whole + share)[:, rows].to(logits.dtype)
-        return logits
+            for logits, task, learnt in zip(found, tasks, places, strict=True):
+                rows = [self.class_names.index(task.class_names[place]) for place in learnt]
+                logits[:, learnt] = (whole + share)[:, rows].to(logits.dtype)
+        return found
 
     def forget_classifiers(self) -> None:
         """Nothing to forget: the towers are frozen, so class embeddings stay what they are."""

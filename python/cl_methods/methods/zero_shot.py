@@ -23,6 +23,7 @@ class ZeroShot(Method):
         carries="nothing",
     )
     trains: ClassVar[bool] = False
+    frozen_images: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config:
@@ -39,3 +40,11 @@ class ZeroShot(Method):
             RuntimeError: always.
         """
         raise RuntimeError("zero_shot does not train; evaluate it without the training loop")
+
+    def forget_classifiers(self) -> None:
+        """Nothing to forget: no weight ever changes."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Other weights, and with them other class embeddings."""
+        super().load_state_dict(state)
+        self._classifiers.clear()

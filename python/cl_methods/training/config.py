@@ -15,6 +15,7 @@ WITHOUT_EFFECT = (
     "workers",
     "checkpoint.every",
     "checkpoint.keep",
+    "evaluation.feature_memory",
     "data.root",
     "data.reference_images",
     "data.reference_captions",
@@ -43,7 +44,7 @@ class RunConfig:
         limit_tasks: learn and evaluate only the first tasks.
         limit_iterations: shorten the training of every task; methods without optimiser steps are not affected.
         data: where the scenario's data is and how it is split.
-        evaluation: label space, split and batch size.
+        evaluation: label spaces, split, and how many images.
         checkpoint: when checkpoints are written.
     """
 
@@ -109,11 +110,11 @@ def deciding(config: dict[str, Any]) -> dict[str, Any]:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One phrase for each deciding setting that differs between two configurations."""
     old, new = deciding(before), deciding(now)
-    missing = "(not set)"
+    missing = "(not set)"  # also what a setting that is None now was before it existed
     return [
         f"{key} was {old.get(key, missing)}, now {new.get(key, missing)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key, missing) != new.get(key, missing)
+        if old.get(key) != new.get(key)
     ]
 
 

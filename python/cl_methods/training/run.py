@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from cl_kernels.profile import peak_memory_bytes, start_peak_memory
 from cl_methods.backbone import load_backbone
-from cl_methods.evaluation.accuracy import measure_row
+from cl_methods.evaluation.accuracy import feature_store, measure_spaces
 from cl_methods.methods import Method
 from cl_methods.methods.find import find_method
 from cl_methods.scenarios import load as load_scenario
@@ -25,30 +25,12 @@ from cl_methods.training.environment import choose_device, describe_environment
 from cl_methods.training.loop import StepReport
 from cl_methods.training.progress import RunProgress
 from cl_methods.training.result import run_result
+from cl_methods.training.rows import Rows
 from cl_methods.training.task import Continuation, TaskTraining
 
 
 class StoppedError(RuntimeError):
     """The run was asked to stop; it has written a checkpoint and can be resumed."""
-
-
-@dataclass
-class Rows:
-    """Accuracies and calibration errors so far, in percent.
-
-    Attributes:
-        zero_shot: (T,) before any training; None until measured.
-        accuracy: rows after each task learnt so far.
-        calibration_error: rows of expected calibration errors, the zero-shot one first.
-        seconds: duration of each evaluation, the zero-shot one first.
-        reliability: of each task in the latest evaluation; empty in files of runs that did not store it.
-    """
-
-    zero_shot: list[float] | None = None
-    accuracy: list[list[float]] = field(default_factory=list)
-    calibration_error: list[list[float]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    reliability: list[dict[str, Any]] = field(default_factory=list)
 
 
 def run(
@@ -113,7 +95,9 @@ class Run:
             self.directory.write_json("run.json", self.description)
         if origin is not None and origin.source != "embedded":
             self.reporter.note(origin.sentence())
-        self.rows = Rows(**(self.directory.read_json("rows.json") or {}))
+        self.rows = Rows.from_dict(self.directory.read_json("rows.json") or {})
+        self.features = feature_store(scenario.tasks, config.evaluation, progress.note)
+        self.method.expect(scenario.tasks)
         self.training = TrainingProgress()
 
     def stop(self) -> None:
@@ -153,11 +137,7 @@ class Run:
             self.scenario,
             method=self.method.name,
             joint=self.method.joint,
-            zero_shot=self.rows.zero_shot or [],
-            rows=self.rows.accuracy,
-            calibration_rows=self.rows.calibration_error,
-            reliability=self.rows.reliability,
-            evaluation_seconds=self.rows.seconds,
+            rows=self.rows,
             training=self.training,
             peak_memory=peak_memory_bytes(self.device),
             description=self.description,
@@ -230,6 +210,7 @@ class Run:
         def on_start() -> None:
             if len(progress.trainable_parameters) == index:
                 progress.trainable_parameters.append(sum(parameter.numel() for _, parameter in method.trainable()))
+            _check_frozen_images(method)
             done = continuation.start_step if continuation else 0
             self.reporter.task_started(name, index + 1, sessions, steps, done)
 
@@ -270,24 +251,35 @@ class Run:
             learnt = len(tasks)
         self.reporter.evaluation_started(after, len(tasks))
         clock = time.perf_counter()
-        measured = measure_row(
+        measured = measure_spaces(
             self.method,
             tasks,
             learnt,
             self.config.evaluation,
             self.config.workers,
             on_task=lambda index, value: self.reporter.evaluated(tasks[index].name, value),
+            store=self.features,
         )
         self.rows.seconds.append(time.perf_counter() - clock)
-        row = [entry.accuracy for entry in measured]
-        if learnt == 0:
-            self.rows.zero_shot = row
-        else:
-            self.rows.accuracy.append(row)
-        self.rows.calibration_error.append([entry.calibration_error for entry in measured])
-        self.rows.reliability = [entry.reliability for entry in measured]
-        self.directory.write_json("rows.json", vars(self.rows))
-        self.reporter.row_finished(after, row)
+        row, *further = measured
+        finished = self.rows.add(measured[row])
+        for space in further:
+            self.rows.further.setdefault(space, Rows()).add(measured[space])
+        self.directory.write_json("rows.json", asdict(self.rows))
+        self.reporter.row_finished(after, finished)
+
+
+def _check_frozen_images(method: Method) -> None:
+    """Features of a tower that trains must not be taken for frozen ones."""
+    visual = getattr(method.backbone.model, "visual", None)
+    if method.frozen_images and visual is not None:
+        tower = {id(value) for value in visual.parameters()}
+        trained = [name for name, value in method.trainable() if id(value) in tower]
+        if trained:
+            raise ValueError(
+                f"frozen_images: {method.name} says that evaluation images keep their features, but it trains {trained[0]}; "
+                "leave frozen_images False"
+            )
 
 
 def rows_after_learning(config: RunConfig, method: Method | type[Method], tasks: int) -> int:
@@ -297,7 +289,7 @@ def rows_after_learning(config: RunConfig, method: Method | type[Method], tasks:
     """
     if method.trains:
         return 1 if method.joint else tasks
-    return tasks if config.scenario == "cil" and config.evaluation.label_space == "seen" else 0
+    return tasks if config.scenario == "cil" and "seen" in config.evaluation.label_spaces else 0
 
 
 def select_scenario(config: RunConfig) -> Scenario:

@@ -1,0 +1,142 @@
+"""Frozen features of evaluation images, kept for as long as a run lasts, and pixels that are read only when they are needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from cl_methods.components.image_batch import ImageBatch
+from cl_methods.datasets.images import ImageSource, Subset
+from cl_methods.datasets.loading import Transform, evaluation_batches
+
+_GIB = 1 << 30
+
+
+class FeatureStore:
+    """Features by encoder, source of images and batch, in host memory.
+
+    An encoder's features are kept if those of all images fit beside what is kept already, and else not at all; then they
+    are computed again in every row, which changes nothing but the time.
+
+    Args:
+        images: of all sources together.
+        gibibytes: bound on what is kept.
+        note: told once for each encoder whose features do not fit.
+    """
+
+    def __init__(self, images: int, gibibytes: float, note: Callable[[str], None] | None = None) -> None:
+        self.images, self.gibibytes, self.note = images, gibibytes, note
+        self._kept: dict[tuple[str, str, int], Tensor] = {}
+        self._reserved: dict[str, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """What the features that are there take."""
+        return sum(value.numel() * value.element_size() for value in self._kept.values())
+
+    def get(self, encoder: str, source: str, batch: int) -> Tensor | None:
+        """Features (B, d) on the host, if they are there."""
+        return self._kept.get((encoder, source, batch))
+
+    def put(self, encoder: str, source: str, batch: int, features: Tensor) -> None:
+        """Keep ``features`` (B, d) of a batch if there is room for all that this encoder will give."""
+        if encoder not in self._reserved:
+            self._reserve(encoder, math.prod(features.shape[1:]) * features.element_size())
+        if self._reserved[encoder]:
+            self._kept[encoder, source, batch] = features.detach().cpu()
+
+    def _reserve(self, encoder: str, row: int) -> None:
+        needed = self.images * row
+        fits = needed + sum(self._reserved.values()) <= self.gibibytes * _GIB
+        self._reserved[encoder] = needed if fits else 0
+        if not fits and self.note is not None:
+            self.note(
+                f"evaluation.feature_memory: {self.gibibytes:g} GiB cannot hold the {encoder} features of {self.images:,} images "
+                f"({needed / _GIB:.2g} GiB); they are computed again in every evaluation"
+            )
+
+
+class EvaluationImages:
+    """All images of one task in batches; a batch reads its pixels when they are asked for, ahead of time if workers do it.
+
+    Args:
+        source: the images.
+        transform: their evaluation transform.
+        name: by which the store knows the source.
+        batch_size, device, workers: see :func:`~cl_methods.datasets.loading.evaluation_batches`.
+        store: of the features that outlive the batches.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Transform,
+        *,
+        name: str,
+        batch_size: int,
+        device: torch.device,
+        workers: int,
+        store: FeatureStore,
+    ) -> None:
+        self.source, self.transform, self.name = source, transform, name
+        self.batch_size, self.device, self.workers, self.store = batch_size, device, workers, store
+        self._reader: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self._next = -1  # batch that the reader gives next
+
+    def __iter__(self) -> Iterator[tuple[ImageBatch, Tensor]]:
+        """Batches and their labels (B,), in order, on the device."""
+        for number, labels in enumerate(self.source.labels.split(self.batch_size)):
+            yield _StoredBatch(self, number, len(labels)), labels.to(self.device, non_blocking=True)
+
+    def read(self, number: int) -> Tensor:
+        """Pixels (B, 3, R, R) of a batch; later batches are read from the same loader.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        if self._next < 0 or number < self._next or (self.workers == 0 and number > self._next):
+            self._start(number)
+        while self._next < number:  # what workers have read ahead
+            next(self._reader)
+            self._next += 1
+        self._next += 1
+        return next(self._reader)[0]
+
+    def _start(self, number: int) -> None:
+        """A loader from batch ``number`` on."""
+        rows = torch.arange(number * self.batch_size, len(self.source))
+        source = self.source if number == 0 else Subset(self.source, rows)
+        self._reader = evaluation_batches(
+            source, self.transform, batch_size=self.batch_size, device=self.device, workers=self.workers
+        )
+        self._next = number
+
+
+class _StoredBatch(ImageBatch):
+    def __init__(self, images: EvaluationImages, number: int, count: int) -> None:
+        super().__init__(torch.empty(0))
+        self._images, self._number, self._count = images, number, count
+        self._read = False
+
+    def __len__(self) -> int:
+        return self._count
+
+    @override
+    def pixels(self) -> Tensor:
+        if not self._read:
+            self._pixels, self._read = self._images.read(self._number), True
+        return self._pixels
+
+    @override
+    def find(self, name: str, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        store, source = self._images.store, self._images.name
+        kept = store.get(name, source, self._number)
+        if kept is not None:
+            return kept.to(self._images.device, non_blocking=True)
+        features = encode(self.pixels())
+        store.put(name, source, self._number, features)
+        return features
