@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,16 @@ class AdapterExperts(nn.Module):
         return [self.down_weight, self.down_bias, self.up_weight, self.up_bias]
 
     def mix(
-        self, x: Tensor, residual: Tensor | None, w_gate: Tensor, w_noise: Tensor, *, training: bool, noisy: bool
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        w_gate: Tensor,
+        w_noise: Tensor,
+        *,
+        training: bool,
+        noisy: bool,
+        noise: Tensor | None = None,
+        seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``residual + Σ_{e ∈ top-k} g_e · scale · A_e(x)`` with the experts that a router chooses from token 0 of each sample.
 
@@ -69,6 +79,8 @@ class AdapterExperts(nn.Module):
             w_gate, w_noise: (D, E) the router.
             training: whether dropout is on.
             noisy: whether the gates are noisy.
+            noise: (B, E) standard normal for noisy gates; drawn when None.
+            seed: of the dropout, see :func:`~cl_kernels.routed.routed_adapter`; drawn when None.
 
         Returns:
             The mixture (B, L, D), and how many samples chose each expert (E,) int64.
@@ -76,17 +88,20 @@ class AdapterExperts(nn.Module):
         Raises:
             ValueError: shapes do not fit.
         """
-        noise = torch.randn(len(x), w_gate.shape[1], dtype=x.dtype, device=x.device) if noisy else None
+        if noisy and noise is None:
+            noise = torch.randn(len(x), w_gate.shape[1], dtype=x.dtype, device=x.device)
+        drawn: dict[str, Any] = {} if seed is None else {"seed": seed}
         return routed_adapter(
             x,
             w_gate,
             w_noise if noisy else None,
             *self.experts,
             k=self.k,
-            noise=noise,
+            noise=noise if noisy else None,
             scale=self.scale,
             dropout_p=self.dropout if training else 0.0,
             residual=residual,
+            **drawn,
         )
 
 

@@ -26,6 +26,7 @@ def routed_adapter(
     scale: float = 1.0,
     dropout_p: float = 0.0,
     residual: Tensor | None = None,
+    seed: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``moe_adapter(x, …)`` with the gates and experts of ``top_k_gating(x[:, 0], …)``, each sample routed by its token 0.
@@ -46,6 +47,7 @@ def routed_adapter(
         scale: factor on every expert's output.
         dropout_p: probability of zeroing a bottleneck element.
         residual: (B, L, D), what the output is added to, or None.
+        seed: of the dropout, int64 () or :func:`~cl_kernels.moe_adapter.dropout.seed_of_part`; drawn when None.
         backend: see :func:`cl_kernels.backends`; chosen by device when None.
 
     Returns:
@@ -62,7 +64,7 @@ def routed_adapter(
         given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x: got {given}, expected (B, L, D) with at least one token per sample")
     experts = (down_weight, down_bias, up_weight, up_bias)
-    call = (x, w_gate, w_noise, noise, *experts, residual, k, scale, dropout_p, backend)
+    call = (x, w_gate, w_noise, noise, *experts, residual, k, scale, dropout_p, seed, backend)
     if _one_node(x, (w_gate, *experts, residual), backend):
         return _Routed.apply(*call)
     return _two_calls(*call)[:2]
@@ -91,6 +93,7 @@ def _two_calls(
     k: int,
     scale: float,
     dropout_p: float,
+    seed: Tensor | None,
     backend: str | None,
     *,
     save_hidden: bool = False,
@@ -108,6 +111,7 @@ def _two_calls(
         residual=residual,
         backend=backend,
         save_hidden=save_hidden,
+        seed=seed,
     )
     return out, usage, gates, expert_ids, hidden
 
@@ -117,7 +121,7 @@ class _Routed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *call: Any) -> tuple[Tensor, Tensor]:
-        x, w_gate, w_noise, noise, down_weight, _, up_weight, up_bias, _, _, scale, dropout_p, backend = call
+        x, w_gate, w_noise, noise, down_weight, _, up_weight, up_bias, _, _, scale, dropout_p, _, backend = call
         out, usage, gates, expert_ids, hidden = _two_calls(*call, save_hidden=True)
         ctx.mark_non_differentiable(usage)
         ctx.set_materialize_grads(False)
@@ -131,7 +135,7 @@ class _Routed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         if grad is None:
-            return (None,) * 13
+            return (None,) * 14
         x, w_gate, w_noise, noise, gates, expert_ids, *experts, hidden = ctx.saved_tensors
         need_x, need_gate, need_noise, _, *need_experts, need_residual = ctx.needs_input_grad[:9]
         adapters, router = ctx.backends
@@ -150,5 +154,5 @@ class _Routed(torch.autograd.Function):
             None,
             *(weight if needed else None for weight, needed in zip(weights, need_experts, strict=True)),
             grad if need_residual else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )

@@ -7,7 +7,7 @@ A schema is registered twice: in the namespace ``cl_kernels`` for the compiled l
 from __future__ import annotations
 
 SCHEMAS = {
-    # x (B, L, D), expert_ids (B, k) int64, gates (B, k) fp32/fp64, seed () int64, best on x's device -> out (B, L, D),
+    # x (B, L, D), expert_ids (B, k) int64, gates (B, k) fp32/fp64, seed () or (2,) int64, best on x's device -> out (B, L, D),
     # hidden (B, k, L, R): the bottleneck activation after ReLU and dropout, which is all that the backward pass needs (zero
     # elements unless saved).
     "moe_adapter": (

@@ -76,6 +76,7 @@ def with_hidden(
     residual: Tensor | None,
     backend: str | None,
     save_hidden: bool = False,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`moe_adapter`, and what its backward pass needs: the bottleneck (B, k, L, R) after ReLU and dropout.
 
@@ -90,6 +91,7 @@ def with_hidden(
         backend: as there.
         save_hidden: keep the bottleneck even where autograd records nothing. It has zero elements where nobody needs it, and is
             None on the reference.
+        seed: of the dropout, int64 () or :func:`~cl_kernels.moe_adapter.dropout.seed_of_part` on x's device; drawn when None.
 
     Raises:
         ValueError: as there.
@@ -114,7 +116,7 @@ def with_hidden(
         gates.to(compute),
         *(weight.to(dtype) for weight in weights.values()),
         inside.unsqueeze(1) if tokens and inside is not None else inside,
-        dropout.draw_seed(x.device) if dropout_p > 0.0 else None,
+        (dropout.draw_seed(x.device) if seed is None else seed) if dropout_p > 0.0 else None,
         float(scale),
         float(dropout_p),
     )

@@ -18,7 +18,7 @@ def moe_adapter(
     up_weight: Tensor,  # (E, D, R)
     up_bias: Tensor,  # (E, D)
     residual: Tensor | None,  # (B, L, D)
-    seed: Tensor | None,  # ()
+    seed: Tensor | None,  # () or (2,), see dropout.seed_of_part
     scale: float,
     dropout_p: float,
 ) -> Tensor:
@@ -37,8 +37,8 @@ def moe_adapter(
         if dropout_p > 0.0:
             if seed is None:
                 raise ValueError(f"seed: got None with dropout_p {dropout_p}, expected an int64 scalar")
-            row = (sample * slots + slot)[:, None] * length + token
-            hidden = hidden * dropout.keep(seed, row, rank, dropout_p) / (1.0 - dropout_p)
+            row = ((sample + seed[1] if seed.dim() else sample) * slots + slot)[:, None] * length + token
+            hidden = hidden * dropout.keep(seed[0] if seed.dim() else seed, row, rank, dropout_p) / (1.0 - dropout_p)
         expert = F.linear(hidden, w_up, b_up).to(compute)
         out.index_add_(0, sample, gates[sample, slot, None, None] * scale * expert)
     return out.to(x.dtype)

@@ -22,6 +22,7 @@ def _bottleneck(
     down_bias_ptr,
     hidden_ptr,
     seed,
+    first_sample,
     dropout_p,
     first_slot,
     first_column,
@@ -42,7 +43,9 @@ def _bottleneck(
     h += tl.load(down_bias_ptr + expert * R + r, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     h = tl.where(h < 0.0, 0.0, h)  # NaN passes
     if DROPOUT:
-        keep = kept(seed, dropout_p, sample, token, first_slot, first_column, L, R, RP, K, BLOCK_ROWS, BLOCK_C)
+        keep = kept(
+            seed, dropout_p, first_sample + sample, token, first_slot, first_column, L, R, RP, K, BLOCK_ROWS, BLOCK_C
+        )
         h = tl.where(keep != 0, h / (1.0 - dropout_p), 0.0)
     if hidden_ptr is not None:
         saved = (sample * K * L + token)[:, None] * R + (slot.to(tl.int64) * L * R + r)[None, :]
@@ -66,7 +69,7 @@ def forward_kernel(
     hidden_ptr,  # [B, K, L, R], None only where nobody needs it and CHUNKS is 1
     order_ptr,  # [K, B] or None
     offset_ptr,  # [K, E + 2] or None
-    seed_ptr,  # [] int64, read if DROPOUT: in memory, so that a captured graph finds a new one in every replay
+    seed_ptr,  # [] int64, with SHIFTED [2], read if DROPOUT: in memory, so that a captured graph finds a new one in every replay
     scale,
     dropout_p,
     B,
@@ -95,14 +98,18 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    SHIFTED: tl.constexpr = False,  # sample 0 is number seed_ptr[1] of the batch that the counters of dropout run through
 ):
     """residual + Σ over all columns of gate · scale · dropout(relu(x W_downᵀ + b_down)) W_upᵀ, and b_up.
 
     The sum is in fp32 and rounded once; of several launches (GATHERED) the last adds the residual.
     """
     seed = 0
+    first_sample = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
+        if SHIFTED:
+            first_sample = tl.load(seed_ptr + 1)
     if GATHERED:
         b = 0
         sample, token, row_mask, shared = gathered_rows(
@@ -130,7 +137,7 @@ def forward_kernel(
         slot, r, expert, column_mask = columns(ids_ptr, b, shared, first_slot, 0, E, R, RP, K, GATHERED, BLOCK_C)
         h = _bottleneck(
             x_rows, row_mask, sample, token, slot, r, expert, column_mask, down_weight_ptr, down_bias_ptr, hidden_ptr,
-            seed, dropout_p, first_slot, 0, L, D, R, RP, K, DROPOUT, BLOCK_ROWS, BLOCK_C, BLOCK_D, PRECISION,
+            seed, first_sample, dropout_p, first_slot, 0, L, D, R, RP, K, DROPOUT, BLOCK_ROWS, BLOCK_C, BLOCK_D, PRECISION,
         )  # fmt: skip
         if GATHERED:
             h *= row_gate
@@ -142,7 +149,7 @@ def forward_kernel(
             slot, r, expert, column_mask = columns(ids_ptr, b, shared, first_slot, c, E, R, RP, K, GATHERED, BLOCK_C)
             _bottleneck(
                 x_rows, row_mask, sample, token, slot, r, expert, column_mask, down_weight_ptr, down_bias_ptr, hidden_ptr,
-                seed, dropout_p, first_slot, c, L, D, R, RP, K, DROPOUT, BLOCK_ROWS, BLOCK_C, BLOCK_D, PRECISION,
+                seed, first_sample, dropout_p, first_slot, c, L, D, R, RP, K, DROPOUT, BLOCK_ROWS, BLOCK_C, BLOCK_D, PRECISION,
             )  # fmt: skip
         tl.debug_barrier()  # threads read below what others wrote above
 

@@ -138,6 +138,7 @@ def forward(
                 FIRST=slot == 0,
                 LAST=slot == plan.launches - 1,
                 DROPOUT=dropout_p > 0.0,
+                SHIFTED=seed is not None and seed.dim() > 0,
                 **plan.constants(x),
             )
     return out, hidden

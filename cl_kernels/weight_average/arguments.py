@@ -78,7 +78,8 @@ def check_aliases(lists: Lists) -> None:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.device.type != "meta" else id(tensor)
+    without = tensor.untyped_storage().device.type == "meta"  # of meta tensors and of torch's fake ones
+    return id(tensor) if without else tensor.data_ptr()
 
 
 def warn_of_stalling(dtypes: frozenset[torch.dtype], weight: float) -> None:

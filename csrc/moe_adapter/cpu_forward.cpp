@@ -14,8 +14,9 @@ std::tuple<Tensor, Tensor> moe_adapter_cpu(Tensor x, Tensor expert_ids, Tensor g
                       down_bias.scalar_type() == x.scalar_type(),
                   "moe_adapter: down_bias must be (E, R) with the dtype of x");
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "moe_adapter: dropout_p must be in [0, 1)");
-  STD_TORCH_CHECK(dropout_p == 0 || (seed.has_value() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long),
-                  "moe_adapter: dropout needs an int64 seed");
+  STD_TORCH_CHECK(dropout_p == 0 || (seed.has_value() && (seed->numel() == 1 || seed->numel() == 2) && seed->is_contiguous() &&
+                                     seed->scalar_type() == ScalarType::Long),
+                  "moe_adapter: dropout needs an int64 seed, or a seed and the number of the first sample");
   if (residual.has_value()) check_like(*residual, x, "residual");
 
   Tensor out = empty_rows(x);
@@ -41,7 +42,11 @@ std::tuple<Tensor, Tensor> moe_adapter_cpu(Tensor x, Tensor expert_ids, Tensor g
   if (base.has_value()) op.residual = view_of(*base);
   op.down_bias = b_down.data_ptr();
   op.hidden = save_hidden ? hidden.data_ptr() : nullptr;
-  op.seed = dropout_p > 0 ? static_cast<uint64_t>(*data<int64_t>(*seed)) : 0;
+  if (dropout_p > 0) {
+    const int64_t* numbers = data<int64_t>(*seed);
+    op.seed = static_cast<uint64_t>(numbers[0]);
+    op.first_row = seed->numel() == 2 ? numbers[1] * s.slots * s.length : 0;
+  }
   std::optional<Tensor> sums;
   if (tiles.revisits() && x.element_size() == 2) {
     sums = torch::stable::new_empty(x, {s.batch, s.length, s.width}, ScalarType::Float);

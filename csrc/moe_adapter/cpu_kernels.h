@@ -41,6 +41,7 @@ struct Forward : Problem {
   const void* down_bias;  // (E, R)
   void* hidden;           // (B, k, L, R) or null
   uint64_t seed;
+  int64_t first_row;  // of dropout's counters: that of sample 0 in the batch that this one is a part of
 };
 
 struct Backward : Problem {

@@ -49,7 +49,7 @@ void forward(const Forward& op, const Tile& t, void* memory) {
         line[r] = value < C(0) ? C(0) : value;  // NaN passes
       }
       if (op.dropout_p > 0) {
-        const int64_t counter = rows.index(op, i, j) * ((op.rank + 3) / 4);
+        const int64_t counter = (op.first_row + rows.index(op, i, j)) * ((op.rank + 3) / 4);
         dropout_factors(op.seed, static_cast<uint64_t>(counter), p, grown, op.rank, s.factor);
         for (int64_t r = 0; r < op.rank; ++r) line[r] *= s.factor[r];
       }

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from cl_methods.micro_batches import Encoder, MicroBatches, encode_in_parts
 from cl_methods.torchvision_compat import prepare_torchvision
 from cl_methods.weights import WeightsOrigin, file_sha256, fingerprint
 
@@ -33,6 +35,7 @@ class Backbone:
         device: where the model is.
         name: what was asked for, for logs.
         origin: where the weights come from; None for a model that was not loaded by :func:`load_backbone`.
+        micro_batches: how many samples go through a tower together, to bound memory; None: all that a call is given.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Backbone:
         self.model: Any = model.to(device)
         self.tokenize, self.train_transform, self.eval_transform = tokenize, train_transform, eval_transform
         self.device, self.name, self.origin = torch.device(device), name, origin
+        self.micro_batches: MicroBatches | None = None
 
     @property
     def logit_scale(self) -> Tensor:
@@ -75,7 +79,7 @@ class Backbone:
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected (B, 3, H, W), got {tuple(images.shape)}")
-        features = self.model.encode_image(images.to(self.device, non_blocking=True))
+        features = self._encode(self.model.encode_image, images.to(self.device, non_blocking=True), "images")
         return features / features.norm(dim=-1, keepdim=True) if normalise else features
 
     def encode_texts(self, tokens: Tensor, *, trimmed: bool = False, normalise: bool = True) -> Tensor:
@@ -98,7 +102,7 @@ class Backbone:
         """
         if tokens.ndim != 2 or tokens.shape[1] > self._context_length:
             raise ValueError(f"tokens: expected (N, L) with L <= {self._context_length}, got {tuple(tokens.shape)}")
-        features = self._text_features(tokens if trimmed else self.trim_texts(tokens))
+        features = self._encode(self._text_features, tokens if trimmed else self.trim_texts(tokens), "texts")
         return features / features.norm(dim=-1, keepdim=True) if normalise else features
 
     def trim_texts(self, tokens: Tensor) -> Tensor:
@@ -173,7 +177,7 @@ class Backbone:
     def frozen_copy(self) -> Backbone:
         """A copy with weights of its own that take no gradient, in evaluation mode."""
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
-        return Backbone(
+        frozen = Backbone(
             model,
             self.tokenize,
             self.train_transform,
@@ -181,6 +185,32 @@ class Backbone:
             name=self.name,
             device=self.device,
             origin=self.origin,
+        )
+        frozen.micro_batches = self.micro_batches
+        return frozen
+
+    def _encode(self, encode: Encoder, batch: Tensor, kind: str) -> Tensor:
+        """``encode(batch)``, all at once or as :attr:`micro_batches` says for this ``kind`` of batch, ``images`` or ``texts``."""
+        parts = self.micro_batches
+        if parts is None:
+            return encode(batch)
+        tower = self.text_tower if kind == "texts" else self.model.visual
+        coupling = next(
+            (module for module in tower.modules() if isinstance(module, _BatchNorm) and module.training), None
+        )
+        if coupling is not None:
+            raise ValueError(
+                f"micro_batches: the {kind} of {self.name} are normalised over their batch ({type(coupling).__name__}), "
+                "which cannot be cut into parts; expected a model without batch normalisation, or a budget that needs no parts"
+            )
+        recorded = torch.is_grad_enabled()
+        transformer = getattr(tower, "transformer", None)
+        return encode_in_parts(
+            encode,
+            batch,
+            getattr(parts, kind if recorded else f"frozen_{kind}"),
+            blocks=getattr(transformer, "resblocks", ()) if parts.blocks else (),
+            keep_last=parts.keep_last,
         )
 
     @property

@@ -58,7 +58,7 @@ def compile_forward(target, dtype, case, precision="ieee"):
     signature = {f"{name}_ptr": f"*{dtype}" for name in typed} | SIZES | strides("x", "residual", "out")
     signature |= {"ids_ptr": "*i64", "gates_ptr": "*fp32", "seed_ptr": "*i64", "scale": "fp32", "dropout_p": "fp32"}
     signature |= {"first_slot": "i32", "order_ptr": "*i32", "offset_ptr": "*i32"}
-    values |= {"DROPOUT": True, "KP": 4 if case["slots"] == 3 else 2}
+    values |= {"DROPOUT": True, "SHIFTED": True, "KP": 4 if case["slots"] == 3 else 2}
     return compile_kernel(triton_forward.forward_kernel, signature, values, target, blocks)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import cl_kernels as clk
+from cl_kernels.moe_adapter import dropout, with_hidden
 
 WEIGHTS = ("down_weight", "down_bias", "up_weight", "up_bias")
 
@@ -146,3 +147,26 @@ def assert_matches_reference(case: Case, backend: str, dropout_p: float = 0.0, f
         assert tensor.dtype == (case.tensors["gates"].dtype if name == "gates" else dtype)
         error = relative_error(tensor, expected[name])
         assert error <= factor * TOLERANCE[dtype], f"{name}: relative error {error:.2e}"
+
+
+def assert_parts_drop_what_the_whole_does(case: Case, backend: str) -> None:
+    """A batch in two parts, each with :func:`seed_of_part`, keeps the elements of the bottleneck that the whole batch keeps."""
+    t, seed, outs = case.tensors, torch.tensor(2**40 + 5), []
+    weights = {name: t[name] for name in ("down_weight", "down_bias", "up_weight", "up_bias")}
+    options = {"scale": case.scale, "dropout_p": 0.4, "backend": backend}
+    for rows, given in (
+        (slice(None), seed),
+        (slice(0, 2), dropout.seed_of_part(seed, 0)),
+        (slice(2, None), dropout.seed_of_part(seed, 2)),
+    ):
+        part = [t[name][rows] for name in ("x", "expert_ids", "gates")]
+        outs.append(with_hidden(*part, weights, residual=t["residual"][rows], seed=given, **options)[0])
+    torch.testing.assert_close(torch.cat(outs[1:]), outs[0])
+    wrong = with_hidden(
+        *(t[name][2:] for name in ("x", "expert_ids", "gates")),
+        weights,
+        residual=t["residual"][2:],
+        seed=seed,
+        **options,
+    )[0]
+    assert (wrong - outs[0][2:]).abs().max() > 1e-3

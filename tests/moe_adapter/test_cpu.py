@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_cases import assert_matches_reference, make, outputs
+from adapter_cases import assert_matches_reference, assert_parts_drop_what_the_whole_does, make, outputs
 
 import cl_kernels as clk
 from cl_kernels import library
@@ -97,6 +97,12 @@ def test_dropout_draws_the_bits_of_the_reference():
             torch.manual_seed(seed)
             row = torch.arange(batch * length).view(batch, length)
             assert torch.equal(out != 0, dropout.keep(dropout.draw_seed(), row, rank, p))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("length", [9, 2])
+def test_parts_drop_what_the_whole_does(backend, length):
+    assert_parts_drop_what_the_whole_does(make(5, length, 20, 6, 3, 2), backend)
 
 
 VIEWS = {

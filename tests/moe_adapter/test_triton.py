@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_cases import assert_matches_reference, make, outputs, relative_error
+from adapter_cases import assert_matches_reference, assert_parts_drop_what_the_whole_does, make, outputs, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import cl_kernels as clk
@@ -34,6 +34,11 @@ GATHERED = [
 @pytest.mark.parametrize("shape", SHAPES + GATHERED)
 def test_matches_reference(shape, dtype):
     assert_matches_reference(make(*shape, dtype=torch.float64).to(dtype), "triton", dropout_p=0.3)
+
+
+@pytest.mark.parametrize("length", [9, 2])
+def test_parts_drop_what_the_whole_does(length):
+    assert_parts_drop_what_the_whole_does(make(5, length, 20, 6, 3, 2), "triton")
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 20, 6, 4, 2), (4, None, 20, 6, 4, 2)])

@@ -5,14 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
 from torch import Tensor, nn
 
+from cl_kernels.moe_adapter import dropout
 from cl_kernels.nn import AdapterExperts
 from cl_methods.backbone import Backbone
+from cl_methods.micro_batches import Part, current_part
+
+_states: ContextVar[dict[int, tuple[int | None, bool, bool]]] = ContextVar("adapters", default={})  # noqa: B039  # never changed in place
 
 
 class BlockAdapters(AdapterExperts):
@@ -64,10 +69,25 @@ class BlockAdapters(AdapterExperts):
             training: whether dropout is on and activations are counted in ``step_usage``.
             noise: whether gates are noisy.
         """
-        out, usage = self.mix(x, residual, self.routers[task], self.noises[task], training=training, noisy=noise)
-        if training:
+        part = current_part()
+        drawn = {} if part is None else self._draw(x, part, training=training, noise=noise)
+        router = self.routers[task], self.noises[task]
+        out, usage = self.mix(x, residual, *router, training=training, noisy=noise, **drawn)
+        if training and not (part is not None and part.repeated):
             self.step_usage += usage
         return out
+
+    def _draw(self, x: Tensor, part: Part, *, training: bool, noise: bool) -> dict[str, Tensor]:
+        """The random numbers of a part ``x`` (n, L, D) of a batch, in the order in which a whole batch draws them."""
+        drawn = {}
+        if noise:
+            shape = part.total, len(self.down_weight)
+            whole = part.draw(self, "noise", lambda: torch.randn(shape, dtype=x.dtype, device=x.device))
+            drawn["noise"] = part.of(whole)
+        if training and self.dropout > 0:
+            seed = part.draw(self, "seed", lambda: dropout.draw_seed(x.device))
+            drawn["seed"] = dropout.seed_of_part(seed, part.first)
+        return drawn
 
     @torch.no_grad()
     def end_backward(self) -> None:
@@ -94,7 +114,8 @@ class MountedAdapters(nn.Module):
 
     ``x₁ = x + Attn(LN₁ x)``, ``out = x₁ + MLP(LN₂ x₁) + Σ_e g_e A_e(x₁)``: the adapters read x₁ without LayerNorm.
     Nothing but the ``forward`` of these block instances changes: the model's state-dict names stay, :meth:`remove` undoes it,
-    and outside :meth:`active` the blocks run their own code. Activation checkpointing would count activations twice.
+    and outside :meth:`active` the blocks run their own code. Which router is active is a context variable, so that activations that
+    are computed again (:mod:`cl_methods.micro_batches`) go the same way.
 
     Source: Yu et al., "Boosting Continual Learning of Vision-Language Models via Mixture-of-Experts Adapters", CVPR 2024.
 
@@ -129,8 +150,6 @@ class MountedAdapters(nn.Module):
                 for name, block in self._hosts.items()
             }
         ).to(backbone.device)
-        self._task: int | None = None
-        self._training = self._noise = False
         for name, block in self._hosts.items():
             block.forward = functools.partial(_adapted_forward, self, self.blocks[name], block)
 
@@ -149,12 +168,16 @@ class MountedAdapters(nn.Module):
             training: dropout, and counting of activations.
             noise: noisy gates.
         """
-        before = self._task, self._training, self._noise
-        self._task, self._training, self._noise = task, training, noise
+        token = _states.set({**_states.get(), id(self): (task, training, noise)})
         try:
             yield
         finally:
-            self._task, self._training, self._noise = before
+            _states.reset(token)
+
+    @property
+    def state(self) -> tuple[int | None, bool, bool]:
+        """The arguments of the innermost :meth:`active`."""
+        return _states.get().get(id(self), (None, False, False))
 
     def each(self) -> Iterator[BlockAdapters]:
         """The adapters of every block, image tower first."""
@@ -195,7 +218,8 @@ def _adapted_forward(
     attn_mask: Tensor | None = None,
 ) -> Tensor:
     """The forward of an open_clip block with the adapters beside its MLP."""
-    if mounted._task is None:
+    task, training, noise = mounted.state
+    if task is None:
         return type(block).forward(block, x, attn_mask=attn_mask)
     if isinstance(block, ResidualAttentionBlock):
         attended = block.attention(q_x=block.ln_1(x), attn_mask=attn_mask)
@@ -203,4 +227,4 @@ def _adapted_forward(
         attended = block.ln_attn(block.attn(block.ln_1(x), attn_mask=attn_mask))
     x = x + block.ls_1(attended)
     residual = x + block.ls_2(block.mlp(block.ln_2(x)))
-    return adapters(x, residual, mounted._task, training=mounted._training, noise=mounted._noise)
+    return adapters(x, residual, task, training=training, noise=noise)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from torch.nn import functional as F
 
 from cl_methods.backbone import Backbone
 from cl_methods.components.adapters import residual_blocks
+from cl_methods.micro_batches import current_part
+
+_Injection = tuple[int | Tensor, Tensor | float | None]
+_injections: ContextVar[dict[int, _Injection]] = ContextVar("prompts", default={})  # noqa: B039  # never changed in place
 
 
 def residual_prompt_attention(
@@ -121,7 +126,6 @@ class MountedPrompts(nn.Module):
         self.blocks = nn.ModuleDict(
             {name: BlockPrompts(block.attn.embed_dim, length) for name, block in self._hosts.items()}
         )
-        self._active: tuple[int | Tensor, Tensor | float | None] | None = None
         for prompts, block in zip(self._each(), self._hosts.values(), strict=True):
             block.forward = functools.partial(_prompted_forward, self, prompts, block)
 
@@ -151,11 +155,22 @@ class MountedPrompts(nn.Module):
             task: one for all samples, or (B,) int64 on the device.
             weight: scalar or (B,); None is 1.
         """
-        before, self._active = self._active, (task, weight)
+        token = _injections.set({**_injections.get(), id(self): (task, weight)})
         try:
             yield
         finally:
-            self._active = before
+            _injections.reset(token)
+
+    @property
+    def injection(self) -> tuple[int | Tensor, Tensor | float | None] | None:
+        """The arguments of the innermost :meth:`active`, None outside of it; of a batch in parts, those of the present part."""
+        given, part = _injections.get().get(id(self)), current_part()
+        if given is None or part is None:
+            return given
+        task, weight = given
+        if isinstance(task, Tensor) and task.ndim:
+            task = part.of(task)
+        return task, part.of(weight) if isinstance(weight, Tensor) and weight.ndim else weight
 
     def remove(self) -> None:
         """Take the prompts off; the blocks run as they did before."""
@@ -179,9 +194,10 @@ def _prompted_forward(
     attn_mask: Tensor | None = None,
 ) -> Tensor:
     """The forward of an open_clip block with the prompts beside its tokens."""
-    if mounted._active is None:
+    injection = mounted.injection
+    if injection is None:
         return type(block).forward(block, x, attn_mask=attn_mask)
-    task, weight = mounted._active
+    task, weight = injection
     attended = residual_prompt_attention(block.ln_1(x), block.attn, *prompts.of(task), weight, attn_mask)
     x = x + block.ls_1(attended)
     return x + block.ls_2(block.mlp(block.ln_2(x)))
