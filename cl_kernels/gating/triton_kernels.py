@@ -1,4 +1,7 @@
-"""Top-k gating in Triton: a block of rows per program, from router input to gates, expert ids and usage counts."""
+"""Top-k gating in Triton, from router input to gates, expert ids and usage counts in one launch.
+
+Small batches are one program, which needs no atomics; of larger ones every program has a block of rows.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,18 @@ from cl_kernels.gating.reference import compute_dtype
 BLOCK_B = 16
 BLOCK_D = 32
 
+ROWS_ALONE = 128
+"""So many rows at most are left to one program."""
+
+EXPERTS_ALONE = 32
+"""And so many experts: with more, the loop over blocks of rows spills on some targets."""
+
+WORK_ALONE = 2**21
+"""And so many multiplications, of padded tiles. By its instructions a program needs some 600 cycles for 16 rows, 32 features and 32
+experts with noise; beyond this limit the launch that is saved is worth less than the multiprocessors that stand idle."""
+
+WARPS_ALONE = 8
+
 
 @triton.jit
 def _softplus(v):
@@ -23,14 +38,14 @@ def _softplus(v):
 
 
 @triton.jit
-def gating_kernel(
-    x_ptr,  # [B, D]
-    w_gate_ptr,  # [D, E]
-    w_noise_ptr,  # [D, E], read if NOISY
-    noise_ptr,  # [B, E], read if NOISY
-    gates_ptr,  # [B, K]
-    expert_ids_ptr,  # [B, K] int64
-    usage_ptr,  # [E] int64, zeros
+def _gate_rows(
+    first,  # of the block's rows
+    x_ptr,
+    w_gate_ptr,
+    w_noise_ptr,
+    noise_ptr,
+    gates_ptr,
+    expert_ids_ptr,
     B,
     D,
     E,
@@ -43,8 +58,8 @@ def gating_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Rows ``[BLOCK_B · program, …)``. Counts are integers, so adding them atomically gives the same sum in any order."""
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
+    """Writes gates and expert ids of the rows ``[first, first + BLOCK_B)`` below B; returns how many chose each expert."""
+    rows = first + tl.arange(0, BLOCK_B)  # [BLOCK_B]
     columns = tl.arange(0, BLOCK_E)[None, :]  # [1, BLOCK_E]
     real_rows = rows[:, None] < B
     real = real_rows & (columns < E)
@@ -70,8 +85,8 @@ def gating_kernel(
     for j in range(K):
         free = (rank == K) & (columns < E)
         best = tl.max(tl.where(free, key, float("-inf")), 1)[:, None]
-        first = tl.min(tl.where(free & (key == best), columns, BLOCK_E), 1)[:, None]  # of equal ones the lower id
-        rank = tl.where(columns == first, j, rank)
+        first_best = tl.min(tl.where(free & (key == best), columns, BLOCK_E), 1)[:, None]  # of equal ones the lower id
+        rank = tl.where(columns == first_best, j, rank)
     chosen = real & (rank < K)
     largest = tl.max(tl.where(columns < E, key, float("-inf")), 1)[:, None]
     weight = tl.where(rank < K, tl.exp(logits - largest), 0.0)
@@ -79,9 +94,50 @@ def gating_kernel(
     out = rows[:, None].to(tl.int64) * K + rank
     tl.store(gates_ptr + out, gates, mask=chosen)
     tl.store(expert_ids_ptr + out, tl.broadcast_to(columns, (BLOCK_B, BLOCK_E)).to(tl.int64), mask=chosen)
-    counts = tl.sum(chosen.to(tl.int32), 0)  # [BLOCK_E]
-    experts = tl.arange(0, BLOCK_E)
-    tl.atomic_add(usage_ptr + experts, counts.to(tl.int64), mask=(experts < E) & (counts > 0), sem="relaxed")
+    return tl.sum(chosen.to(tl.int32), 0)  # [BLOCK_E]
+
+
+@triton.jit(do_not_specialize=["B"])
+def gating_kernel(
+    x_ptr,  # [B, D]
+    w_gate_ptr,  # [D, E]
+    w_noise_ptr,  # [D, E], read if NOISY
+    noise_ptr,  # [B, E], read if NOISY
+    gates_ptr,  # [B, K]
+    expert_ids_ptr,  # [B, K] int64
+    usage_ptr,  # [E] int64, zeros unless ALONE
+    B,
+    D,
+    E,
+    stride_xb,
+    stride_xd,
+    K: tl.constexpr,
+    NOISY: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ALONE: tl.constexpr,
+):
+    """A block of rows per program; ALONE: all of them, block after block, so that the counts of the one program are the result.
+
+    Otherwise programs add their counts atomically: integers, whose sum is the same in any order.
+    """
+    columns = tl.arange(0, BLOCK_E)
+    if ALONE:
+        counts = tl.zeros((BLOCK_E,), tl.int32)
+        for first in tl.range(0, B, BLOCK_B, disable_licm=True):
+            counts += _gate_rows(
+                first, x_ptr, w_gate_ptr, w_noise_ptr, noise_ptr, gates_ptr, expert_ids_ptr, B, D, E, stride_xb, stride_xd,
+                K, NOISY, COMPUTE, BLOCK_B, BLOCK_D, BLOCK_E,
+            )  # fmt: skip
+        tl.store(usage_ptr + columns, counts.to(tl.int64), mask=columns < E)
+    else:
+        counts = _gate_rows(
+            tl.program_id(0) * BLOCK_B, x_ptr, w_gate_ptr, w_noise_ptr, noise_ptr, gates_ptr, expert_ids_ptr, B, D, E,
+            stride_xb, stride_xd, K, NOISY, COMPUTE, BLOCK_B, BLOCK_D, BLOCK_E,
+        )  # fmt: skip
+        tl.atomic_add(usage_ptr + columns, counts.to(tl.int64), mask=(columns < E) & (counts > 0), sem="relaxed")
 
 
 def block_of(experts: int) -> int:
@@ -89,21 +145,28 @@ def block_of(experts: int) -> int:
     return max(16, triton.next_power_of_2(experts))
 
 
+def fits_one_program(rows: int, width: int, experts: int, noisy: bool) -> bool:
+    """Whether one program does it all, without atomics, instead of one per block of rows."""
+    work = triton.cdiv(rows, BLOCK_B) * BLOCK_B * width * block_of(experts) * (1 + noisy)
+    return rows <= ROWS_ALONE and experts <= EXPERTS_ALONE and work <= WORK_ALONE
+
+
 def top_k_gating(
     x: Tensor, w_gate: Tensor, w_noise: Tensor | None, noise: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`cl_kernels.top_k_gating`."""
     (rows, width), experts, compute = x.shape, w_gate.shape[1], compute_dtype(x)
+    noisy = w_noise is not None and noise is not None
     gates = torch.empty(rows, k, dtype=compute, device=x.device)
     expert_ids = torch.empty(rows, k, dtype=torch.int64, device=x.device)
-    usage = torch.zeros(experts, dtype=torch.int64, device=x.device)
+    alone = rows > 0 and fits_one_program(rows, width, experts, noisy)
+    usage = (torch.empty if alone else torch.zeros)(experts, dtype=torch.int64, device=x.device)
     if rows == 0:
         return gates, expert_ids, usage
-    noisy = w_noise is not None and noise is not None
     if w_noise is not None and noise is not None:
         w_noise, noise = w_noise.contiguous(), noise.contiguous()
     with torch.cuda.device_of(x):
-        gating_kernel[(triton.cdiv(rows, BLOCK_B),)](
+        gating_kernel[(1 if alone else triton.cdiv(rows, BLOCK_B),)](
             x,
             w_gate.contiguous(),
             w_noise if noisy else None,
@@ -122,5 +185,7 @@ def top_k_gating(
             BLOCK_B=BLOCK_B,
             BLOCK_D=BLOCK_D,
             BLOCK_E=block_of(experts),
+            ALONE=alone,
+            num_warps=WARPS_ALONE if alone else 4,
         )
     return gates, expert_ids, usage

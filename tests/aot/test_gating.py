@@ -9,7 +9,7 @@ from cl_kernels import testing
 pytestmark = pytest.mark.aot
 
 
-def compile_gating(target, dtype, noisy, experts, compute="fp32"):
+def compile_gating(target, dtype, noisy, experts, compute="fp32", alone=False):
     import triton.language as tl
 
     from cl_kernels.gating import triton_kernels as kernels
@@ -34,19 +34,42 @@ def compile_gating(target, dtype, noisy, experts, compute="fp32"):
         "BLOCK_B": kernels.BLOCK_B,
         "BLOCK_D": kernels.BLOCK_D,
         "BLOCK_E": kernels.block_of(experts),
+        "ALONE": alone,
     }
     pointers = {"w_noise_ptr": f"*{dtype}", "noise_ptr": f"*{dtype}"}
     if noisy:
         signature |= pointers
     else:
         constexprs |= dict.fromkeys(pointers)
-    return testing.compile_for(kernels.gating_kernel, signature, constexprs, target)
+    warps = kernels.WARPS_ALONE if alone else 4
+    return testing.compile_for(kernels.gating_kernel, signature, constexprs, target, warps)
 
 
 @pytest.mark.parametrize("target", testing.TARGETS)
 @pytest.mark.parametrize(("dtype", "noisy", "experts"), [("bf16", True, 22), ("fp32", True, 22), ("fp32", False, 64)])
 def test_no_spills(target, dtype, noisy, experts):
     testing.assert_fits(compile_gating(target, dtype, noisy, experts))
+
+
+def atomics(info):
+    """Atomic operations in the machine code: ATOM, ATOMG, RED and REDG, but not REDUX, a warp's reduction; *_atomic_* on AMD."""
+    reductions = [o for o in info.opcodes if o.startswith("RED") and not o.startswith("REDUX")]
+    return reductions + [opcode for opcode in info.opcodes if "ATOM" in opcode.upper()]
+
+
+@pytest.mark.parametrize("target", testing.TARGETS)
+@pytest.mark.parametrize(("dtype", "noisy"), [("bf16", True), ("fp16", True), ("fp32", True), ("fp32", False)])
+def test_one_program_for_all_rows_has_no_spills_and_no_atomics(target, dtype, noisy):
+    info = compile_gating(target, dtype, noisy, 32, alone=True)
+    testing.assert_fits(info)
+    assert not atomics(info)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_programs_that_share_the_rows_have_atomics(target):
+    """So that the test above can fail."""
+    info = compile_gating(target, "fp32", False, 22)
+    assert atomics(info)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

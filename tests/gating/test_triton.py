@@ -5,12 +5,13 @@ from __future__ import annotations
 import gating_cases as cases
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cl_kernels as clk
 from cl_kernels import dispatch, library
 
 if dispatch.INTERPRETING:
-    from cl_kernels.gating import triton_backward
+    from cl_kernels.gating import triton_backward, triton_kernels
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
 
@@ -28,6 +29,59 @@ def test_ties_and_extremes():
 
 def test_views():
     cases.check_views("triton")
+
+
+class Dispatched(TorchDispatchMode):
+    """Writes down the dispatched operations that write: all but allocations, and what the fixture fills these with."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.names += [name] if name not in ("empty", "fill_") else []
+        return function(*args, **kwargs or {})
+
+
+def launches_of(monkeypatch, shape, dtype=torch.float32):
+    """Grids of the launched kernels, and the operations dispatched before them; the results are those of the definition."""
+    from triton.runtime.interpreter import GridExecutor
+
+    rows, width, experts, k = shape
+    given = cases.inputs(rows, width, experts, True, dtype)
+    grids, before, call, dispatched = [], [], GridExecutor.__call__, Dispatched()
+
+    def counted(self, *args, **kwargs):
+        grids.append(self.grid)
+        before.extend(dispatched.names)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    with dispatched:
+        found = triton_kernels.top_k_gating(*given, k)
+    expected = clk.top_k_gating(*[t.double() for t in given[:3]], k=k, noise=given[3].double(), backend="reference")
+    torch.testing.assert_close(found[0].double(), expected[0], atol=2e-5, rtol=2e-5)
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[2], expected[2])
+    return grids, before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5, 3, 1), (17, 40, 22, 2), (128, 64, 32, 2)], ids=str)
+def test_a_small_batch_is_one_program_and_nothing_else(shape, dtype, monkeypatch):
+    grids, dispatched = launches_of(monkeypatch, shape, dtype)
+    assert grids == [(1,)]
+    assert dispatched == []  # the counts need no zeros to start from
+
+
+@pytest.mark.parametrize(
+    ("shape", "programs"), [((129, 8, 22, 2), 9), ((20, 8, 33, 2), 2), ((40, 1100, 22, 2), 3)], ids=str
+)
+def test_larger_ones_share_the_work(shape, programs, monkeypatch):
+    grids, dispatched = launches_of(monkeypatch, shape)
+    assert grids == [(programs,)]
+    assert dispatched == ["zeros"]
 
 
 @pytest.mark.parametrize("noisy", [False, True])
