@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "one table, figures and an HTML page over several runs",
     "data": "which datasets are there, and what is missing where",
     "methods": "list methods and scenarios",
+    "bench": "what steps, evaluations and kernels cost, beside their peers and over time",
     "doctor": "versions, devices, and which backend runs each operation and why",
 }
 """Verb -> what it does; the code is in ``cl_methods.commands.<verb>``."""

@@ -1,0 +1,44 @@
+"""Times and peak memory of implementations side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from cl_kernels.profile import ExtraMemory
+from cl_methods.bench.rows import Samples
+
+Work = Callable[[], object]
+
+
+def interleaved(work: Mapping[str, Work], rounds: int, device: torch.device) -> dict[str, Samples]:
+    """Seconds of every function, called in turn ``rounds`` times, so that what disturbs one disturbs all.
+
+    Args:
+        work: functions by name; each has been called before, so that nothing is paid for the first time.
+        rounds: at least 1.
+        device: waited for after each call.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, function in work.items():
+            _wait(device)
+            start = time.perf_counter()
+            function()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Samples.of(values) for name, values in seconds.items()}
+
+
+def peak_memory(function: Work, device: torch.device) -> Samples | None:
+    """What a call needs at its peak beyond what was there before it; None where the system does not tell."""
+    with ExtraMemory(device) as extra:
+        function()
+    return None if extra.bytes is None else Samples(extra.bytes, extra.bytes, 1)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
