@@ -43,7 +43,8 @@ class Counting:
     """Counts what runs inside a ``with``; ``counts`` holds the result afterwards.
 
     Args:
-        on_device: weights, buffers and the batch: what would lie on a GPU, and is not counted as saved for backward.
+        on_device: weights, buffers and the batch, of any shape: what would lie on a GPU, and is not counted as saved for
+            backward.
     """
 
     def __init__(self, on_device: Iterable[Tensor]) -> None:

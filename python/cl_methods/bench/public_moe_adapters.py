@@ -30,7 +30,7 @@ class Expert(nn.Module):
                 layer.bias.copy_(getattr(adapters, f"{part}_bias")[index])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, L, D) to (n, L, D)."""
+        """The branch of one expert on x (n, L, D), in the same shape."""
         hidden = F.dropout(F.relu(self.down(x)), self.dropout, self.training)
         return self.up(hidden) * self.scale
 
@@ -51,7 +51,7 @@ class Mixture(nn.Module):
         self.used: Counter[int] = Counter()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The branch on (B, L, D) tokens; samples are routed by their token 0."""
+        """The branch on x (B, L, D), in the same shape; samples are routed by their token 0."""
         gates = self._gates(x[:, 0])
         self._count(gates)
         chosen, order = torch.nonzero(gates).sort(0)

@@ -115,7 +115,7 @@ def without_values(module: nn.Module) -> nn.Module:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has no values."""
+    """Whether a tensor of any shape has no values."""
     return getattr(tensor, "fake_mode", None) is not None
 
 
