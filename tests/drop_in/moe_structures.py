@@ -24,10 +24,10 @@ class Expert(nn.Module):
         self.scale, self.dropout = 0.1, dropout
         self.down_proj, self.non_linear_func, self.up_proj = nn.Linear(width, RANK), nn.ReLU(), nn.Linear(RANK, width)
 
-    def forward(self, x: Tensor, add_residual: bool = True) -> Tensor:
+    def forward(self, x: Tensor, add_residual: bool = True, residual: Tensor | None = None) -> Tensor:
         hidden = F.dropout(self.non_linear_func(self.down_proj(x)), self.dropout, self.training)
         out = self.up_proj(hidden) * self.scale
-        return out + x if add_residual else out
+        return out + (x if residual is None else residual) if add_residual else out
 
 
 class QuickGELU(nn.Module):
