@@ -1,4 +1,4 @@
-"""``clk data check``: which datasets are there, in which layout and split, and what is missing where."""
+"""``clk data check``: which datasets are there, in which layout and split, what is missing where, and zero-shot accuracies."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cl_methods.commands.zero_shot import print_lines, zero_shot_table
 from cl_methods.datasets.find import DataNotFoundError, Found, SplitOptions, find_dataset
 from cl_methods.datasets.images import DataError, FileImages
 from cl_methods.datasets.specification import DATASETS
+from cl_methods.evaluation.zero_shot import FULL_MODEL
 from cl_methods.scenarios.mtil import chosen_datasets
 from cl_methods.scenarios.verification import verify_images
 
 DESCRIPTION = """Say which datasets are there, in which layout and split, and what is missing where.
 
-Nothing is downloaded or written. The exit status is 1 if a dataset is missing, damaged, or has a split of another size than the
+Nothing is written, and nothing downloaded unless --pretrained names weights that are not on disk. The exit status is 1 if a dataset
+is missing, damaged, or has a split of another size than the published one, or if a zero-shot accuracy differs from the
 published one.
 
 examples:
   clk data check --root /data
   clk data check --root /data --split coop --shots 16
-  clk data check --root /data --datasets Aircraft,MNIST --decode"""
+  clk data check --root /data --datasets Aircraft,MNIST --decode
+  clk data check --root /data --zero-shot --model ViT-B-16-quickgelu --pretrained ViT-B-16.pt"""
 
 _WIDTH = 120
 
@@ -45,6 +49,12 @@ class Check:
         split_seed: seed of few-shot draws.
         sizes: any accepts splits of other than the published sizes.
         decode: decode every image file once, which finds damaged ones; the result is remembered until a file changes.
+        zero_shot: classify the test images with the model as it is, and compare with published values.
+        model: open_clip name, or `local-dir:DIR`, for zero-shot.
+        pretrained: file of weights or open_clip tag, for zero-shot.
+        device: cpu, cuda, cuda:1 …; auto takes a GPU if there is one; for zero-shot.
+        batch_size: images per batch, for zero-shot.
+        workers: data-loading processes, for zero-shot.
     """
 
     action: Annotated[Literal["check"], tyro.conf.Positional]
@@ -55,6 +65,12 @@ class Check:
     split_seed: int = 0
     sizes: Literal["published", "any"] = "published"
     decode: bool = False
+    zero_shot: bool = False
+    model: str = FULL_MODEL
+    pretrained: str | None = None
+    device: str = "auto"
+    batch_size: int = 128
+    workers: int = 0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,9 +80,10 @@ def main(arguments: Sequence[str]) -> int:
         0 if every dataset is as it should be, else 1.
 
     Raises:
-        DataError: the root is not a directory, or an option has an impossible value.
+        DataError: the root is not a directory, an option has an impossible value, or an image cannot be read.
     """
     options = tyro.cli(Check, args=list(arguments), prog="clk data", description=DESCRIPTION)
+    _check(options)
     split = SplitOptions(options.split, options.shots, seed=options.split_seed, sizes=options.sizes)
     if not options.root.is_dir():
         raise DataError(f"root: {options.root} is not a directory; give the folder that holds one folder per dataset")
@@ -75,7 +92,8 @@ def main(arguments: Sequence[str]) -> int:
     for column in ("dataset", "found as", "in", "classes", "train / val / test", "fingerprint"):
         right = column in ("classes", "train / val / test")
         table.add_column(column, no_wrap=column != "in", overflow="fold", justify="right" if right else "left")
-    problems = []
+    problems: list[str] = []
+    there: list[Found] = []
     for name in chosen_datasets(options.datasets):
         try:
             found = find_dataset(DATASETS[name], options.root, split)
@@ -86,6 +104,7 @@ def main(arguments: Sequence[str]) -> int:
             table.add_row(name, Text(state, "red"))
             problems.append(str(error) if str(error).startswith(name) else f"{name}: {error}")
             continue
+        there.append(found)
         task = found.task
         sizes = " / ".join(f"{len(split):,}" for split in (task.train, task.validation, task.test))
         place = str(found.place.relative_to(options.root))
@@ -94,7 +113,28 @@ def main(arguments: Sequence[str]) -> int:
     console.print(table)
     for problem in problems:
         console.print(problem, soft_wrap=True, highlight=False, markup=False)
-    return 1 if problems else 0
+    fine = True
+    if options.zero_shot and there:
+        lines, fine = zero_shot_table(
+            there, options.model, options.pretrained, options.device, options.batch_size, options.workers
+        )
+        print_lines(console, lines)
+    return 1 if problems or not fine else 0
+
+
+def _check(options: Check) -> None:
+    """Options of the zero-shot accuracies.
+
+    Raises:
+        DataError: an option has an impossible value, or no meaning.
+    """
+    for name, least in (("batch_size", 1), ("workers", 0)):
+        if getattr(options, name) < least:
+            raise DataError(f"{name}: expected a number >= {least}, got {getattr(options, name)}")
+    if options.zero_shot and options.model == "mini":
+        raise DataError("model: 'mini' knows the words of its own world only, not the class names of these datasets")
+    if options.pretrained is not None and not options.zero_shot:
+        raise DataError(f"pretrained: has a meaning with --zero-shot only, got {options.pretrained!r}")
 
 
 def _decode(found: Found) -> None:
