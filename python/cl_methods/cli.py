@@ -11,6 +11,7 @@ from difflib import get_close_matches
 COMMANDS = {
     "run": "train and evaluate a method over a whole task sequence",
     "compare": "one table, figures and an HTML page over several runs",
+    "export": "trained weights as files that open_clip, this package or public code loads",
     "data": "which datasets are there, and what is missing where",
     "methods": "list methods and scenarios",
     "bench": "what steps, evaluations and kernels cost, beside their peers and over time",
