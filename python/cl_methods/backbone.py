@@ -307,3 +307,19 @@ def load_backbone(model: str, pretrained: str | None = None, *, device: str | to
 
     loaded, origin = load_open_clip(model, pretrained)
     return Backbone(*loaded, name=model, device=device, origin=origin)
+
+
+def planned_weights(model: str, pretrained: str | None) -> str:
+    """One line about the weights that :func:`load_backbone` would load: of those on disk where they come from, after loading them.
+
+    Raises:
+        ValueError, FileNotFoundError: as there, for what is on disk; a tag is not looked for, so that nothing is downloaded.
+    """
+    if pretrained is not None and model != "mini" and not Path(pretrained).is_file():
+        from cl_methods.open_clip_loading import check_tag
+
+        check_tag(model, pretrained)
+        return f"weights of {model}: tag {pretrained!r} of open_clip, downloaded unless they are on disk"
+    origin = load_backbone(model, pretrained).origin
+    assert origin is not None
+    return origin.sentence()

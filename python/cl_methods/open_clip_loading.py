@@ -172,9 +172,16 @@ def _listed(what: str, names: list[str]) -> list[str]:
     return [f"{what} {', '.join(names[:_LISTED])}{more}"] if names else []
 
 
-def _tagged(model: str, tag: str) -> tuple[nn.Module, WeightsOrigin]:
-    config = get_pretrained_cfg(model, tag)
-    if not config:
+def check_tag(model: str, tag: str) -> None:
+    """Hold an open_clip tag against the model that shall load it; nothing is downloaded.
+
+    Raises:
+        ValueError: the model's name is unknown.
+        WeightsError: it has another activation than the weights were trained with.
+        FileNotFoundError: it has no such tag.
+    """
+    _check_name(model)
+    if not get_pretrained_cfg(model, tag):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
         raise FileNotFoundError(f"pretrained: {tag!r} is neither a file nor a tag of {model} (tags: {tags})")
     quick = bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False))
@@ -182,6 +189,11 @@ def _tagged(model: str, tag: str) -> tuple[nn.Module, WeightsOrigin]:
     refusal, _ = activation.compare(activation.of_tag(model, tag), model, uses, repr(tag))
     if refusal is not None:
         raise WeightsError(refusal)
+
+
+def _tagged(model: str, tag: str) -> tuple[nn.Module, WeightsOrigin]:
+    check_tag(model, tag)
+    config = get_pretrained_cfg(model, tag)
     try:
         file = Path(download_pretrained(config))
         network = open_clip.create_model(model, pretrained=tag)

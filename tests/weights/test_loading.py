@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from small_clip import GELU, QUICK, SIZES, archive, build, copied, half, hugging_face, prefixed
 from torch import Tensor
 
-from cl_methods.backbone import load_backbone
+from cl_methods.backbone import load_backbone, planned_weights
+from cl_methods.cli import main
 from cl_methods.weights import activation, fingerprint, read_weights
 
 
@@ -213,3 +214,29 @@ def test_mini_says_what_it_is() -> None:
     origin = load_backbone("mini").origin
     assert origin is not None
     assert (origin.source, origin.activation) == ("embedded", "GELU")
+
+
+def test_a_dry_run_says_what_it_would_load(
+    state: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = write("openai state dict", state, tmp_path)
+    command = [
+        "run",
+        "--dry-run",
+        "--method",
+        "zero_shot",
+        "--output",
+        str(tmp_path / "run"),
+        "--pretrained",
+        str(path),
+    ]
+    assert main([*command, "--model", QUICK]) == 0
+    assert f"weights of {QUICK}: {path} (state dict, sha256 " in capsys.readouterr().out
+    assert main([*command, "--model", GELU]) == 2
+    assert f"Use the model '{QUICK}'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert "tag 'openai' of open_clip, downloaded unless they are on disk" in planned_weights(
+        "ViT-B-16-quickgelu", "openai"
+    )
+    with pytest.raises(ValueError, match="Use the model 'ViT-B-16-quickgelu'"):
+        planned_weights("ViT-B-16", "openai")

@@ -108,7 +108,7 @@ def _check(options: Export, given: Mapping[str, Any]) -> None:
 
 def _how_to_load(options: Export) -> str:
     if options.layout == "moe-adapters4cl":
-        return "the public code loads it with --load, and the list of autoencoders with --load_autochooser"
+        return "the public code loads the model with --load, a list of autoencoders with --load_autochooser; see docs/weights.md"
     if (options.output / ADAPTER_CONFIG).is_file():
         adapter, _ = read_adapter(options.output)
         return (

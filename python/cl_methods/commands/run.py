@@ -11,6 +11,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from cl_methods.backbone import planned_weights
 from cl_methods.commands.configuration import Invocation, parse
 from cl_methods.commands.series import expand, parse_series
 from cl_methods.evaluation.report import compare, write_run_report
@@ -122,5 +123,6 @@ def _print_plan(config: RunConfig, output: Path) -> None:
     images = sum(len(getattr(task, config.evaluation.split)) for task in scenario.tasks)
     rows = 1 + rows_after_learning(config, method, len(scenario.tasks))
     console.print(f"{rows} evaluations of {images:,} {config.evaluation.split} images")
+    console.print(planned_weights(config.model, config.pretrained), soft_wrap=True, highlight=False, markup=False)
     console.print(f"would write to {output}; nothing has been written", soft_wrap=True)
     console.print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(), highlight=False)
