@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,15 +30,19 @@ class OwnStep:
         batch: of the step.
         optimizer: of the stage; None for methods in closed form.
         task_index: 0-based, of the task that is being learnt.
+        forget: called before every step, to drop what it would find cached; None keeps it.
     """
 
     method: Method
     batch: Batch
     optimizer: torch.optim.Optimizer | None
     task_index: int = 0
+    forget: Callable[[], None] | None = None
 
     def loss(self) -> Tensor:
         """The loss of the batch, random numbers seeded as a run does."""
+        if self.forget is not None:
+            self.forget()
         seed_everything(step_seed(0, self.task_index, COUNTED))
         return self.method.loss(self.batch)["loss"]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_BUCKET = 1 << 22
 
 
 class ExpertAdamW(torch.optim.Optimizer):
@@ -49,29 +51,63 @@ class ExpertAdamW(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("closure: not supported, expected None")
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+            for bucket in _buckets([value for value in group["params"] if value.grad is not None]):
+                self._update(bucket, group)
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Some parameters at once: one operation for each line of AdamW, not one for each line and parameter."""
         beta1, beta2 = group["betas"]
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
-        mask = self._masks.get(parameter)
+        gradients = [value.grad for value in parameters if value.grad is not None]
+        states = [self._state_of(value) for value in parameters]
+        steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+        masks = [self._masks.get(value) for value in parameters]
+        # One flat tensor holds a number for every row of every parameter; a parameter without a mask is one row.
+        rows = torch.cat(
+            [torch.ones_like(step) if mask is None else mask for mask, step in zip(masks, steps, strict=True)]
+        )
+        rows = rows.to(steps[0].dtype)
+        torch._foreach_add_(steps, rows.split([len(step) for step in steps]))
+        counted = torch.cat(steps).double().clamp_(min=1)  # 1 - 0.999 in fp32 would be off by 5e-5
+
+        def spread(flat: Tensor) -> list[Tensor]:
+            """A number per row in the shape that multiplies the rows of each parameter."""
+            parts = flat.split([len(step) for step in steps])
+            return [
+                part.view((-1,) + (1,) * (value.ndim - 1)).to(value.dtype)
+                for part, value in zip(parts, parameters, strict=True)
+            ]
+
+        # A rate of zero leaves a masked row's moments alone: lerp(m, g, 0) = m + 0 (g - m) = m for finite g.
+        torch._foreach_lerp_(means, gradients, spread(rows * (1 - beta1)))
+        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), spread(rows * (1 - beta2)))
+        single = parameters[0].dtype if parameters[0].dtype == torch.float64 else torch.float32
+        denominators = torch._foreach_div(squares, spread((1 - beta2**counted).to(single)))
+        torch._foreach_sqrt_(denominators)
+        torch._foreach_add_(denominators, group["eps"])
+        updates = torch._foreach_div(means, spread((1 - beta1**counted).to(single)))
+        torch._foreach_div_(updates, denominators)
+        del denominators
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
+        torch._foreach_addcmul_(parameters, updates, spread(rows), value=-group["lr"])
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state, mask = self.state[parameter], self._masks.get(parameter)
         if not state:
             state["step"] = torch.zeros(1 if mask is None else len(mask), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        steps, mean, square = state["step"], state["exp_avg"], state["exp_avg_sq"]
-        shape = (-1,) + (1,) * (parameter.ndim - 1)
-        rows = torch.ones_like(steps, dtype=torch.bool) if mask is None else mask
-        steps += rows
-        # A rate of zero leaves a masked row's moments alone: lerp(m, g, 0) = m + 0 (g - m) = m for finite g.
-        share = rows.view(shape).to(parameter.dtype)
-        mean.lerp_(gradient, share * (1 - beta1))
-        square.lerp_(gradient * gradient, share * (1 - beta2))
-        counted = steps.double().clamp(min=1).view(shape)  # 1 - 0.999 in fp32 would be off by 5e-5
-        denominator = (square / (1 - beta2**counted).to(square.dtype)).sqrt_().add_(group["eps"])
-        update = (mean / (1 - beta1**counted).to(mean.dtype)).div_(denominator)
-        if group["weight_decay"]:
-            update.add_(parameter, alpha=group["weight_decay"])
-        parameter.add_(torch.where(rows.view(shape), update, 0.0), alpha=-group["lr"])
+        return state
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in lists of at most about 4 million scalars, which bounds temporary memory; cuts depend on sizes only."""
+    found: list[nn.Parameter] = []
+    size = 0
+    for value in parameters:
+        if found and size + value.numel() > _BUCKET:
+            yield found
+            found, size = [], 0
+        found.append(value)
+        size += value.numel()
+    if found:
+        yield found
