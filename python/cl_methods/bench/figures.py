@@ -26,7 +26,7 @@ _COLORS = {
     "synchronisations": "#7F3C8D",
 }
 _INK, _FAINT, _LINE = "#222222", "#b0b0b0", 0.3
-_SETTLED = 0.02
+_SETTLED = 0.05
 _LABELLED = 6
 
 
