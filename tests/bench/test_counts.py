@@ -55,8 +55,8 @@ def test_every_method_costs_what_is_committed() -> None:
     assert {row.case.split(",")[0].split()[0] for row in rows} >= {n for n, m in METHODS.items() if m.trains}
     assert all(row.exact["synchronisations"] == 0 for row in rows if row.implementation == "ours")
     ratios = {case.split(",")[0]: row for (case, peer), row in over_ours(rows).items() if peer == PUBLIC}
-    assert ratios["ZSCL"]["flops"] > 1.5
-    assert ratios["MoE-Adapters"]["operations"] > 4
+    assert ratios["ZSCL"]["flops"] > 1.3  # at the published size 6.9
+    assert ratios["MoE-Adapters"]["operations"] > 8
     public = {row.case.split(",")[0]: row.exact for row in rows if row.implementation == PUBLIC}
     assert (
         public["MoE-Adapters"]["synchronisations"] >= 5 * 5
