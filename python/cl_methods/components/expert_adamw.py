@@ -42,7 +42,7 @@ class ExpertAdamW(torch.optim.Optimizer):
                     f"masks: expected bool ({parameter.shape[0]},) for a parameter {tuple(parameter.shape)}, "
                     f"got {mask.dtype} {tuple(mask.shape)}"
                 )
-        self._masks = dict(masks)
+        self._masks: dict[Tensor, Tensor] = dict(masks.items())
         super().__init__(list(parameters), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -54,7 +54,7 @@ class ExpertAdamW(torch.optim.Optimizer):
             for bucket in _buckets([value for value in group["params"] if value.grad is not None]):
                 self._update(bucket, group)
 
-    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Some parameters at once: one operation for each line of AdamW, not one for each line and parameter."""
         beta1, beta2 = group["betas"]
         gradients = [value.grad for value in parameters if value.grad is not None]
@@ -91,7 +91,7 @@ class ExpertAdamW(torch.optim.Optimizer):
             torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
         torch._foreach_addcmul_(parameters, updates, spread(rows), value=-group["lr"])
 
-    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state, mask = self.state[parameter], self._masks.get(parameter)
         if not state:
             state["step"] = torch.zeros(1 if mask is None else len(mask), device=parameter.device)
@@ -99,9 +99,9 @@ class ExpertAdamW(torch.optim.Optimizer):
         return state
 
 
-def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[Tensor]]:
     """Parameters in lists of at most about 4 million scalars, which bounds temporary memory; cuts depend on sizes only."""
-    found: list[nn.Parameter] = []
+    found: list[Tensor] = []
     size = 0
     for value in parameters:
         if found and size + value.numel() > _BUCKET:
