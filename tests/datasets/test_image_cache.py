@@ -15,6 +15,7 @@ import torch
 from miniatures import ORIGINALS, write_shards
 from PIL import Image
 
+from cl_methods.datasets.cache_benchmark import measure_decoding
 from cl_methods.datasets.cache_folder import CacheFolder, CacheWarning
 from cl_methods.datasets.find import SplitOptions, find_dataset
 from cl_methods.datasets.image_cache import CachedImages, cached
@@ -313,9 +314,7 @@ def test_an_image_of_another_shape_is_not_kept(files, folder):
 def test_a_full_cache_stops_growing_and_says_so(files, tmp_path):
     plain = read(files)
     folder = CacheFolder(tmp_path / "small", 4096)
-    with pytest.warns(
-        CacheWarning, match=r"small holds the 3\.8147e-06 GiB it may, .* further images are decoded each time"
-    ):
+    with pytest.warns(CacheWarning, match=r"small holds the 3\.8147e-06 GiB it may, .* images are decoded each time"):
         assert torch.equal(read(cached(files, folder)), plain)
     with pytest.warns(CacheWarning, match="small holds"):
         assert torch.equal(read(cached(files, CacheFolder(folder.path, 4096))), plain)
@@ -457,3 +456,12 @@ def test_the_second_pass_decodes_nothing_of_a_whole_dataset(folder, tmp_path):
     again = counting(task.test)
     assert torch.equal(read(cached(again, folder)), read(task.test))
     assert again.decoded == 0
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_benchmark_compares_equal_tensors(name, tmp_path):
+    measured = measure_decoding(tmp_path, TRANSFORMS[name], images=12, size=(64, 48), batch_size=5, rounds=1)
+    assert measured["identical"]
+    assert measured["images"] == 12
+    assert measured["cache_bytes"] >= 12 * 3 * SIZE * SIZE
+    assert min(measured[part] for part in ("plain", "first", "second", "second_over_first")) > 0

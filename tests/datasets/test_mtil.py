@@ -16,7 +16,6 @@ from tiny_clip import build_backbone, transform
 from cl_methods.cli import main
 from cl_methods.commands.configuration import ConfigurationError, parse
 from cl_methods.datasets.images import DataError
-from cl_methods.datasets.reference import read_captions, read_reference
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.methods import METHODS
 from cl_methods.scenarios import ScenarioOptions, load
@@ -154,8 +153,18 @@ def test_few_shots_have_settings_of_their_own(tmp_path):
         ({"shots": -1}, "I", r"data\.shots: expected a number >= 1, got -1"),
         ({"sizes": "published"}, "DTD,MNIST", r"94 / 47 / 47 images of DTD.*; .*20 / 0 / 10 images of MNIST"),
         ({"split": "coop"}, "EuroSAT", r"split_zhou_EuroSAT\.json is missing"),
-        ({"reference_captions": Path("captions.txt")}, "MNIST", r"data\.reference_images: needed beside"),
+        (
+            {"reference_captions": Path("/nowhere.txt")},
+            "MNIST",
+            r"data\.reference_captions: /nowhere\.txt cannot be read",
+        ),
         ({"reference_images": Path("/nowhere")}, "MNIST", r"data\.reference_images: /nowhere is not a directory"),
+        (
+            {"cache_gib": 0.0},
+            "MNIST",
+            r"data\.cache_gib: expected a number > 0, got 0\.0; --data\.cache none keeps nothing",
+        ),
+        ({"cache": __file__}, "MNIST", r"data\.cache: .*test_mtil\.py is a file; give a folder, or none"),
     ],
 )
 def test_what_cannot_be_run(options, order, message, root):
@@ -202,36 +211,3 @@ def test_check_says_what_is_missing_and_what_is_wrong(tmp_path, capsys):
     assert f"{damaged} is not a readable image" in capsys.readouterr().out
     assert main(["data", "check", "--root", str(tmp_path / "nowhere")]) == 2
     assert "nowhere is not a directory" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("text", "captions"),
-    [
-        ("a dog\n\n a cat \n", ("a dog", "a cat")),
-        ("a dog\thttp://somewhere/1\na cat\thttp://somewhere/2\n", ("a dog", "a cat")),
-        ("title\tfilepath\na dog\t1.jpg\n", ("a dog",)),
-        ("filepath\ttitle\n1.jpg\ta dog\n2.jpg\n", ("a dog",)),
-        ('"quoted\tx\n', ('"quoted',)),
-    ],
-)
-def test_captions(text, captions, tmp_path):
-    (tmp_path / "captions.tsv").write_text(text)
-    assert read_captions(tmp_path / "captions.tsv") == captions
-
-
-def test_reference_data_that_cannot_be_read(tmp_path):
-    assert read_reference(None, None) is None
-    with pytest.raises(DataError, match="holds no image"):
-        read_reference(tmp_path, None)
-    write(tmp_path / "deep" / "er" / "1.png", 1, 1)
-    write(tmp_path / "0.jpg", 0, 0)
-    found = read_reference(tmp_path, None)
-    assert (found.images.paths, found.captions, found.images.labels.tolist()) == (
-        ("0.jpg", "deep/er/1.png"),
-        (),
-        [-1, -1],
-    )
-    for content, message in ((b"\n", "holds no caption"), (b"\xff\xfe\x00", "cannot be read as UTF-8 text")):
-        (tmp_path / "captions.txt").write_bytes(content)
-        with pytest.raises(DataError, match=message):
-            read_captions(tmp_path / "captions.txt")

@@ -15,6 +15,7 @@ from cl_methods.checks import check_field
 from cl_methods.components.frozen_features import Extractor, alexnet_features, backbone_features
 from cl_methods.components.image_batch import ImageBatch
 from cl_methods.datasets.images import ImageSource, Subset
+from cl_methods.datasets.loading import read_images
 
 _CACHE_BYTES = 1 << 30
 _CHUNK = 256
@@ -227,7 +228,7 @@ class DDAS(nn.Module):
     def _features(self, source: ImageSource, rows: Tensor, augment: bool) -> Tensor:
         backbone = self._backbone[0]
         transform: Transform = backbone.train_transform if augment else backbone.eval_transform
-        images = torch.stack([transform(source.image(row)) for row in rows.tolist()])
+        images = read_images(source, rows.tolist(), transform)
         with torch.no_grad():
             return self.extractor.features(images.to(backbone.device))
 

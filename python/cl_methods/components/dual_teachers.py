@@ -9,6 +9,8 @@ from torch import Tensor
 
 from cl_methods.backbone import Backbone
 from cl_methods.components.reference_features import FrozenFeatures
+from cl_methods.components.teacher_features import TeacherFeatures
+from cl_methods.datasets.task import Reference
 
 Distance = Literal["squared", "norm"]
 
@@ -21,13 +23,17 @@ class DualTeachers:
 
     Args:
         backbone: the pre-trained model, which is copied.
+        reference: data whose images alone are asked about by index; what it keeps on disk then serves the pre-trained model.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, reference: Reference | None = None) -> None:
         self.pretrained = backbone.frozen_copy()
+        kept = None
+        if reference is not None and reference.features is not None:
+            kept = TeacherFeatures(reference.features, self.pretrained).images(reference.images)
         self.previous: Backbone | None = None
         self._caches = {
-            "pretrained": FrozenFeatures(self._encode_with_pretrained, backbone.device),
+            "pretrained": FrozenFeatures(self._encode_with_pretrained, backbone.device, kept),
             "previous": FrozenFeatures(self._encode_with_previous, backbone.device),
         }
 

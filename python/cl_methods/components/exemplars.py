@@ -78,8 +78,22 @@ class Exemplars(ImageSource):
 
     @override
     def image(self, index: int) -> RawImage:
+        part, place = self._part(index)
+        return part.image(place)
+
+    @override
+    def locate(self, index: int) -> tuple[ImageSource, int]:
+        part, place = self._part(index)
+        return part.locate(place)
+
+    @override
+    def stamp(self, index: int) -> int:
+        part, place = self._part(index)
+        return part.stamp(place)
+
+    def _part(self, index: int) -> tuple[Subset, int]:
         place = int(self.positions[index])
-        return self._parts[place].image(index - int(self._offsets[place]))
+        return self._parts[place], index - int(self._offsets[place])
 
     @override
     def fingerprint(self) -> str:

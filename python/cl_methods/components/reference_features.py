@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cl_methods.backbone import Backbone
+from cl_methods.components.teacher_features import KeptBatches
 
 
 def random_texts(backbone: Backbone, count: int = 1000, length: int = 10, seed: int = 0) -> Tensor:
@@ -50,10 +51,13 @@ class FrozenFeatures:
     Args:
         encode: (B, 3, R, R) -> (B, d), without gradient.
         device: where features are kept.
+        kept: what earlier runs computed, in the same batches; None to compute everything.
     """
 
-    def __init__(self, encode: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        self._encode, self._device = encode, device
+    def __init__(
+        self, encode: Callable[[Tensor], Tensor], device: torch.device, kept: KeptBatches | None = None
+    ) -> None:
+        self._encode, self._device, self._kept = encode, device, kept
         self.clear()
 
     def clear(self) -> None:
@@ -74,10 +78,15 @@ class FrozenFeatures:
         keys = indices.tolist()
         missing = [position for position, key in enumerate(keys) if key not in self._rows]
         if missing:
-            new = self._encode(images if len(missing) == len(keys) else images[missing])
-            self._append([keys[position] for position in missing], new)
+            rows = [keys[position] for position in missing]
+            self._append(rows, self._computed(rows, images if len(missing) == len(keys) else images[missing]))
         assert self._store is not None
         return self._store[torch.tensor([self._rows[key] for key in keys]).to(self._device, non_blocking=True)]
+
+    def _computed(self, rows: list[int], images: Tensor) -> Tensor:
+        if self._kept is None:
+            return self._encode(images)
+        return self._kept.get(rows, lambda: self._encode(images)).to(self._device)
 
     def _append(self, keys: list[int], features: Tensor) -> None:
         used = max(self._rows.values(), default=-1) + 1

@@ -115,6 +115,16 @@ class CacheFolder:
                 return True
         return False
 
+    def require_room(self) -> None:
+        """Make sure that more may be written.
+
+        Raises:
+            OSError: it may not, even after removing what nobody uses.
+        """
+        if not self.has_room():
+            full = f"{self.path} holds the {self.limit / 2**30:g} GiB it may, or its disk is nearly full"
+            raise OSError(errno.ENOSPC, f"{full}; --data.cache-gib gives it more room")
+
     def used(self) -> int:
         """Bytes of all entries on disk."""
         return sum(_bytes_on_disk(place) for place in self._entries())
@@ -125,7 +135,7 @@ class CacheFolder:
                 descriptor = os.open(place / _MANIFEST, os.O_RDONLY)
             except FileNotFoundError:
                 if place.is_dir():
-                    self._discard(place, f"{place / _MANIFEST} is missing")
+                    self.discard(place, f"{place / _MANIFEST} is missing")
                 return None
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if _is_still(place / _MANIFEST, descriptor):
@@ -134,7 +144,7 @@ class CacheFolder:
         problem, manifest = _damage(place, description)
         if problem is not None:
             os.close(descriptor)
-            self._discard(place, problem)
+            self.discard(place, problem)
             return None
         with contextlib.suppress(PermissionError):  # another user's entry: its age is theirs
             os.utime(place / _MANIFEST)
@@ -153,7 +163,7 @@ class CacheFolder:
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
-    def _discard(self, place: Path, problem: str) -> None:
+    def discard(self, place: Path, problem: str) -> None:
         """Take a damaged entry out of the way; whoever has it open keeps what it reads."""
         self.say(f"{problem}; what it held is made again")
         self._take_away(place)

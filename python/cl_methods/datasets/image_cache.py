@@ -106,7 +106,7 @@ class CachedImages(ImageSource):
             "images": self.location(),
             "count": len(self.source),
             "geometry": stages.pixels_key,
-            "decoder": _decoder(),
+            "decoder": decoder_versions(),
         }
 
         def make(place: Path) -> dict[str, Any]:
@@ -164,24 +164,17 @@ class _Store:
         """Keep ``pixels`` (3, R, R): the pixels first, then the row that vouches for them."""
         if self._writes < 0 or tuple(pixels.shape) != self.shape:
             return
-        if self._writes % _WRITES_PER_LOOK == 0 and not self.folder.has_room():
-            self._stop(
-                f"{self.folder.path} holds the {self.folder.limit / 2**30:g} GiB it may, or its disk is nearly full; further "
-                "images are decoded each time (--data.cache-gib gives it more room)"
-            )
-            return
-        self._writes += 1
         content = pixels.numpy().tobytes()
         row = np.array([stamp, _STORED | zlib.crc32(content)], np.uint64).tobytes()
         try:
+            if self._writes % _WRITES_PER_LOOK == 0:
+                self.folder.require_room()
+            self._writes += 1
             _write_at(self._files[0], content, index * len(content))
             _write_at(self._files[1], row, index * _ROW_BYTES)
         except OSError as error:
-            self._stop(f"{self.entry.place} cannot be written ({error}); further images are decoded each time")
-
-    def _stop(self, sentence: str) -> None:
-        self._writes = -1
-        self.folder.say(sentence)
+            self._writes = -1
+            self.folder.say(f"{self.entry.place} cannot be written ({error}): further images are decoded each time")
 
 
 def cached(source: ImageSource, folder: CacheFolder, known: dict[int, ImageSource] | None = None) -> ImageSource:
@@ -205,7 +198,7 @@ def cached(source: ImageSource, folder: CacheFolder, known: dict[int, ImageSourc
     return known[id(source)]
 
 
-def _decoder() -> list[str]:
+def decoder_versions() -> list[str]:
     """Versions that decide how bytes become pixels."""
     versions = {
         "Pillow": PIL.__version__,

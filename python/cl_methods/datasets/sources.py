@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from typing_extensions import override
 
+from cl_methods.datasets.archives import Member
 from cl_methods.datasets.images import DataError, FileImages, ImageSource, Subset, file_stamp
 
 UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -55,16 +55,6 @@ class ArrayImages(ImageSource):
         digest = hashlib.sha256(f"array\n{self.pixels.shape}\n".encode())
         digest.update(np.ascontiguousarray(self.pixels).data)
         return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Member:
-    """A file inside an uncompressed tar archive: where its bytes are."""
-
-    archive: str
-    name: str
-    offset: int
-    size: int
 
 
 class TarImages(ImageSource):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from cl_methods.datasets.images import ImageSource
+import torch
+
+from cl_methods.datasets.cache_folder import CacheFolder
+from cl_methods.datasets.images import ImageSource, TensorImages
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,51 @@ class Task:
         return 100.0 / len(self.class_names)
 
 
+NO_IMAGES = TensorImages(torch.zeros(0, 3, 1, 1, dtype=torch.uint8))
+"""In place of reference images that nobody gave."""
+
+
+@dataclass(frozen=True)
+class RandomTexts:
+    """Texts of random vocabulary entries in place of captions.
+
+    Attributes:
+        count: number of texts.
+        length: random tokens in each.
+        seed: of the draw; with the tokenizer, all that it depends on.
+
+    Source: the option ``random`` of ZSCL (Zheng et al., ICCV 2023), 1,000 texts of 10 tokens.
+    """
+
+    count: int = 1000
+    length: int = 10
+    seed: int = 0
+
+
 @dataclass(frozen=True)
 class Reference:
-    """Unlabelled images and captions that distillation may look at; never from a task's own data."""
+    """Unlabelled images and texts that distillation may look at; never from a task's own data. They need not match.
+
+    Attributes:
+        images: :data:`NO_IMAGES` where there are none.
+        captions: may be none.
+        random_texts: to be drawn where there are no captions.
+        features: where features of frozen models on these images and texts are kept between runs; None for nowhere.
+    """
 
     images: ImageSource
     captions: tuple[str, ...]
+    random_texts: RandomTexts | None = None
+    features: CacheFolder | None = field(default=None, compare=False)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether reference images were given."""
+        return self.images is not NO_IMAGES
+
+    def identity(self) -> Iterator[bytes]:
+        """What a fingerprint is taken over."""
+        yield self.images.fingerprint().encode()
+        yield "\n".join(self.captions).encode()
+        if self.random_texts is not None:
+            yield repr(self.random_texts).encode()

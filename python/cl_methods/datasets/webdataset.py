@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import tarfile
 from pathlib import Path
 
 import torch
 
+from cl_methods.datasets.archives import Member, parts, shards
 from cl_methods.datasets.images import DataError, ImageSource
 from cl_methods.datasets.listing import IMAGE_SUFFIXES, SPLIT_NAMES, Listing, lines, require_all_classes
-from cl_methods.datasets.sources import Member, TarImages
+from cl_methods.datasets.sources import TarImages
 from cl_methods.datasets.texts import Classes
+
+_CLASS = frozenset([".cls"])
 
 
 def read_shards(folder: Path, classes: Classes) -> Listing | None:
@@ -29,7 +31,7 @@ def read_shards(folder: Path, classes: Classes) -> Listing | None:
     splits = {
         path.name: SPLIT_NAMES[path.name.lower()]
         for path in sorted(folder.iterdir())
-        if path.is_dir() and path.name.lower() in SPLIT_NAMES and _shards(path)
+        if path.is_dir() and path.name.lower() in SPLIT_NAMES and shards(path)
     }
     if not splits:
         return None
@@ -38,25 +40,21 @@ def read_shards(folder: Path, classes: Classes) -> Listing | None:
         raise DataError(f"{folder} has {', '.join(splits)} but no shards in {folder / missing[0]}")
     listed = folder / "classnames.txt"
     order = classes.labels_in_order(lines(listed), listed) if listed.is_file() else list(range(len(classes)))
-    parts: dict[str, ImageSource] = {}
+    found: dict[str, ImageSource] = {}
     for name, part in splits.items():
-        parts[part] = _split(folder, name, order)
-        require_all_classes(parts[part], classes, folder / name)
-    return Listing("WebDataset", folder, parts)
-
-
-def _shards(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.endswith((".tar", ".tar.gz", ".tgz")))
+        found[part] = _split(folder, name, order)
+        require_all_classes(found[part], classes, folder / name)
+    return Listing("WebDataset", folder, found)
 
 
 def _split(folder: Path, split: str, order: list[int]) -> TarImages:
-    shards = _shards(folder / split)
+    archives = shards(folder / split)
     counted = folder / split / "nshards.txt"
-    if counted.is_file() and lines(counted)[0] != str(len(shards)):
-        raise DataError(f"{counted} says {lines(counted)[0]} shards, found {len(shards)}; fetch the missing ones")
+    if counted.is_file() and lines(counted)[0] != str(len(archives)):
+        raise DataError(f"{counted} says {lines(counted)[0]} shards, found {len(archives)}; fetch the missing ones")
     members: list[Member] = []
     labels: list[int] = []
-    for shard in shards:
+    for shard in archives:
         for member, label in _samples(shard, f"{split}/{shard.name}"):
             if not 0 <= label < len(order):
                 raise DataError(f"{shard}: {member.name} has the class {label}; expected 0 to {len(order) - 1}")
@@ -65,40 +63,20 @@ def _split(folder: Path, split: str, order: list[int]) -> TarImages:
     return TarImages(folder, members, torch.tensor(labels, dtype=torch.int64))
 
 
-def _require_end(shard: Path) -> None:
-    """An archive ends with two empty blocks; one that was cut off between two members does not, and reads without an error."""
-    with shard.open("rb") as file:
-        if shard.suffix == ".tar" and file.seek(0, 2) >= 1024:
-            file.seek(-1024, 2)
-            if any(file.read()):
-                raise DataError(f"{shard} is cut off: it does not end as a tar archive does; fetch it again")
-
-
 def _samples(shard: Path, name: str) -> list[tuple[Member, int]]:
     """Image and class of every sample of a shard, in its order."""
     images: dict[str, Member] = {}
     numbers: dict[str, int] = {}
-    size = shard.stat().st_size
-    _require_end(shard)
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            for entry in archive:
-                if not entry.isfile():
-                    continue
-                if entry.offset_data + entry.size > size:
-                    raise DataError(f"{shard} is cut off inside {entry.name}; fetch it again")
-                place, slash, base = entry.name.rpartition("/")
-                stem, dot, suffix = base.partition(".")
-                key = place + slash + stem
-                if f"{dot}{suffix.lower()}" in IMAGE_SUFFIXES:
-                    images[key] = Member(name, entry.name, entry.offset_data, entry.size)
-                elif suffix == "cls":
-                    file = archive.extractfile(entry)
-                    numbers[key] = int(file.read().decode()) if file is not None else -1
-    except DataError:
-        raise
-    except (tarfile.TarError, ValueError, OSError) as error:
-        raise DataError(f"{shard} is cut off, compressed or not a tar archive ({error}); fetch it again") from error
+    for part in parts(shard, name, _CLASS):
+        if part.suffix in IMAGE_SUFFIXES:
+            images[part.key] = part.member
+        elif part.suffix in _CLASS:
+            try:
+                numbers[part.key] = int(part.content.decode())
+            except ValueError as error:
+                raise DataError(
+                    f"{shard}: {part.member.name} holds no number ({error}); fetch the shard again"
+                ) from error
     alone = sorted(set(images) ^ set(numbers))
     if alone:
         raise DataError(f"{shard}: sample {alone[0]} lacks its {'class' if alone[0] in images else 'image'}")

@@ -81,12 +81,12 @@ class SnD(FineTune):
 
     def __init__(self, backbone: Backbone, config: SnDConfig, reference: Reference | None = None) -> None:
         super().__init__(backbone, config, reference)
-        if reference is None:
+        if reference is None or not reference.has_images:
             raise ValueError(
                 "reference: expected unlabelled images, on which snd distils, got None: this scenario has no reference set "
                 "(scenario folders takes it from the folder _reference in data.root)"
             )
-        self.teachers = DualTeachers(backbone)
+        self.teachers = DualTeachers(backbone, reference)
         self._classes: Tensor | None = None
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import cl_kernels as clk
 from cl_methods.backbone import Backbone
 from cl_methods.components.reference_features import FrozenFeatures, random_texts
+from cl_methods.components.teacher_features import TeacherFeatures
 from cl_methods.components.weights import (
     assign,
     consolidation_value,
@@ -55,12 +56,15 @@ class ZSCL(FineTune):
     def __init__(self, backbone: Backbone, config: ZSCLConfig, reference: Reference | None = None) -> None:
         super().__init__(backbone, config, reference)
         self.uses_reference = config.distils
+        self._caption_tokens: Tensor | None = None
         self._check_reference()
         self._zero_shot = backbone.frozen_copy() if config.needs_zero_shot else None
         self._teacher = self._zero_shot if config.teacher == "zero_shot" else None
         self._teacher_texts: Tensor | None = None
         self._reference_tokens: Tensor | None = None
-        self._teacher_images = FrozenFeatures(self._encode_with_teacher, backbone.device)
+        self._kept = self._kept_features()
+        images = self._kept.images(reference.images) if self._kept is not None and reference is not None else None
+        self._teacher_images = FrozenFeatures(self._encode_with_teacher, backbone.device, images)
         self._scale = float(backbone.logit_scale.detach())
         self._start: dict[str, Tensor] = {}
         self._ensemble: dict[str, Tensor] = {}
@@ -71,16 +75,36 @@ class ZSCL(FineTune):
         config = self.config
         if not config.distils:
             return
-        if config.reference_images == "reference" and self.reference is None:
+        if config.reference_images == "reference" and (self.reference is None or not self.reference.has_images):
             raise ValueError(
                 "reference_images: this scenario has no reference set to distil on (scenario folders takes it from the "
                 "folder _reference in data.root); "
                 "set reference_images='task' and reference_texts='classes' to distil on each task's own data (LwF)"
             )
-        if config.reference_texts == "captions" and (self.reference is None or not self.reference.captions):
+        if config.reference_texts != "captions":
+            return
+        if self.reference is None or not (self.reference.captions or self.reference.random_texts):
             raise ValueError(
                 "reference_texts: this scenario has no captions; expected 'random' or 'classes' instead of 'captions'"
             )
+        self._caption_tokens = self._tokens_of(
+            self.reference
+        )  # a text that no tokenizer takes shows before anything is trained
+
+    def _tokens_of(self, reference: Reference) -> Tensor:
+        random = reference.random_texts
+        if random is not None:
+            return random_texts(self.backbone, random.count, random.length, random.seed)
+        return self.backbone.tokenize(reference.captions)
+
+    def _kept_features(self) -> TeacherFeatures | None:
+        """Where features of the zero-shot teacher on the reference data are kept between runs."""
+        config, reference = self.config, self.reference
+        if not (config.distils and config.teacher == "zero_shot" and config.reference_images == "reference"):
+            return None
+        if reference is None or reference.features is None or self._teacher is None:
+            return None
+        return TeacherFeatures(reference.features, self._teacher)
 
     def reference_source(self, task: Task) -> ImageSource | None:
         """The reference set, or the task's own training images."""
@@ -122,7 +146,10 @@ class ZSCL(FineTune):
     def _encode_reference_texts(self) -> None:
         assert self._teacher is not None
         self._reference_tokens = self.reference_tokens(self._task)
-        self._teacher_texts = self._teacher.frozen_text_features(self._reference_tokens)
+        if self._kept is not None and self.config.reference_texts != "classes":
+            self._teacher_texts = self._kept.texts(self._reference_tokens)
+        else:
+            self._teacher_texts = self._teacher.frozen_text_features(self._reference_tokens)
 
     def reference_tokens(self, task: Task) -> Tensor:
         """Token ids (M, L) of the texts against which image features are distilled."""
@@ -131,8 +158,8 @@ class ZSCL(FineTune):
             return random_texts(self.backbone)
         if kind == "classes":
             return self.training_texts(task)
-        assert self.reference is not None
-        return self.backbone.tokenize(self.reference.captions)
+        assert self._caption_tokens is not None
+        return self._caption_tokens
 
     @torch.no_grad()
     def _encode_with_teacher(self, images: Tensor) -> Tensor:

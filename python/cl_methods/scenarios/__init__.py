@@ -10,6 +10,7 @@ from typing import Literal
 from cl_methods.datasets.cache_folder import CacheFolder
 from cl_methods.datasets.image_cache import cached
 from cl_methods.datasets.images import DataError, ImageSource
+from cl_methods.datasets.reference import read_reference
 from cl_methods.scenarios.base import Scenario
 from cl_methods.scenarios.cache import cache_folder
 
@@ -35,8 +36,10 @@ class ScenarioOptions:
             `coop` (CoOp, DIKI).
         shots: training images per class for `mtil` and `cil`; all of them by default.
         sizes: `any` lets `mtil` and `cil` run on datasets whose splits have other than the published sizes.
-        reference_images: folder of images for methods that distil, for `mtil` and `cil`; `folders` has its own.
-        reference_captions: captions for methods that distil: a text file with one per line, or a table of Conceptual Captions.
+        reference_images: images for methods that distil, in place of the scenario's own: a folder, WebDataset shards, or a table
+            of files.
+        reference_captions: captions for methods that distil: a text file with one per line, a table of Conceptual Captions,
+            shards, or `random` (`random:1000x10`) for texts of random tokens.
         dataset: the one whose classes `cil` splits.
         steps: tasks of `cil` with an equal share of the classes; 10 by default.
         cache: folder for decoded and resized images and for features of frozen models, `none` to keep nothing, or `auto`: the
@@ -81,6 +84,8 @@ def load(name: str, options: ScenarioOptions | None = None, *, order: str = "I")
     options = options or ScenarioOptions()
     folder = cache_for(name, options)
     scenario = _arranged(name, options, order)
+    own = read_reference(options.reference_images, options.reference_captions, scenario.reference)
+    scenario = replace(scenario, reference=own)
     return scenario if folder is None else _cached(scenario, folder)
 
 
@@ -119,7 +124,7 @@ def _cached(scenario: Scenario, folder: CacheFolder) -> Scenario:
     )
     reference = scenario.reference
     if reference is not None:
-        reference = replace(reference, images=cached(reference.images, folder, known))
+        reference = replace(reference, images=cached(reference.images, folder, known), features=folder)
     return replace(scenario, tasks=tasks, reference=reference)
 
 

@@ -26,6 +26,6 @@ class Scenario:
             for source in (task.train, task.validation, task.test):
                 digest.update(source.fingerprint().encode())
         if self.reference is not None:
-            digest.update(self.reference.images.fingerprint().encode())
-            digest.update("\n".join(self.reference.captions).encode())
+            for part in self.reference.identity():
+                digest.update(part)
         return digest.hexdigest()

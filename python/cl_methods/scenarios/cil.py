@@ -12,7 +12,6 @@ from typing_extensions import override
 
 from cl_methods.datasets.find import find_dataset
 from cl_methods.datasets.images import DataError, ImageSource, Subset
-from cl_methods.datasets.reference import read_reference
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.datasets.task import Task
 from cl_methods.scenarios.base import Scenario
@@ -90,8 +89,7 @@ def load_scenario(options: ScenarioOptions, order: str = "I") -> Scenario:
         tasks.append(Task(label, tuple(names[number] for number in chosen), templates, *parts))
         start += size
     notes = {name: f"{found.layout}, split {found.family}, fingerprint {found.fingerprint()}"}
-    reference = read_reference(options.reference_images, options.reference_captions)
-    return Scenario(name="cil", order=order, tasks=tuple(tasks), reference=reference, notes=notes)
+    return Scenario(name="cil", order=order, tasks=tuple(tasks), notes=notes)
 
 
 def task_sizes(dataset: str, classes: int, steps: int, base: int) -> tuple[int, ...]:

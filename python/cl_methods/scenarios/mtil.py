@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from cl_methods.datasets.find import SplitOptions, find_dataset
 from cl_methods.datasets.images import DataError
-from cl_methods.datasets.reference import read_reference
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.scenarios.base import Scenario
 from cl_methods.scenarios.verification import join_problems
@@ -91,8 +90,7 @@ def load_scenario(options: ScenarioOptions, order: str = "I") -> Scenario:
         notes[name] = f"{found.layout}, split {found.family}, fingerprint {found.fingerprint()}"
     if problems:
         raise DataError(join_problems(problems))
-    reference = read_reference(options.reference_images, options.reference_captions)
-    return Scenario(name="mtil", order=order, tasks=tuple(tasks), reference=reference, notes=notes)
+    return Scenario(name="mtil", order=order, tasks=tuple(tasks), notes=notes)
 
 
 def chosen_datasets(order: str) -> tuple[str, ...]:
