@@ -120,8 +120,8 @@ class KeptBatches:
         self._own = entry.place / f"{uuid.uuid4().hex}.batches"
         self._known: dict[bytes, tuple[Path, int]] = {}
         self._writes = 0 if entry.writable else -1
-        for path in sorted(entry.place.glob("*.batches")):
-            self._scan(path)
+        for path in sorted(entry.place.glob("*.batches"), key=_modified):
+            self._scan(path)  # the newest counts: it may replace what is damaged in an older one
 
     def get(self, indices: list[int], compute: Callable[[], Tensor]) -> Tensor:
         """Features (B, d) of the images at ``indices``, from disk or from ``compute()``, which is then kept."""
@@ -163,6 +163,10 @@ class KeptBatches:
         except OSError as error:
             self._writes = -1
             self.folder.say(f"features of reference images are not kept any further ({error})")
+
+
+def _modified(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
