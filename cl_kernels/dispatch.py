@@ -64,6 +64,11 @@ def backends() -> dict[str, dict[str, str]]:
     return {operation: {backend: _status(operation, backend) for backend in BACKENDS} for operation in OPERATIONS}
 
 
+def autocast_device(device: torch.device) -> str:
+    """The kind of device whose autocast holds for tensors there; meta tensors have none and are taken for the CPU's."""
+    return "cpu" if device.type == "meta" else device.type
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every operation inside the block with backend ``name``, as ``backend=name`` would. Holds for the whole process.
@@ -91,6 +96,8 @@ def choose(operation: str, device: torch.device, backend: str | None = None) -> 
 
 def _resolve(operation: str, device: str, wanted: str | None) -> str:
     """torch.compile evaluates this while tracing and guards on its arguments alone."""
+    if device == "meta" and wanted in (None, "cpu"):
+        return "cpu"  # nothing is computed there, so nothing has to be available: its shapes are registered everywhere
     if wanted is not None:
         return _explicit(operation, device, wanted)
     chosen = _chosen.get((operation, device))

@@ -72,7 +72,9 @@ def routed_adapter(
 
 def _one_node(x: Tensor, others: tuple[Tensor | None, ...], backend: str | None) -> bool:
     """Whether the node below serves this call: it takes tensors as they are to a kernel, and pays where ``x`` is differentiated."""
-    if not (torch.is_grad_enabled() and x.requires_grad) or torch.is_autocast_enabled(x.device.type):
+    if not (torch.is_grad_enabled() and x.requires_grad) or torch.is_autocast_enabled(
+        dispatch.autocast_device(x.device)
+    ):
         return False
     if any(isinstance(t, Tensor) and t.dtype != x.dtype for t in others):
         return False

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cl_kernels import dispatch
+
 CHUNK = 1 << 20
 """Entries of the similarity matrix that :func:`feature_distill_kl` holds together, for each of student and teachers."""
 
@@ -50,7 +52,7 @@ def feature_distill_kl(
     The columns are taken in chunks of at most ``CHUNK`` entries (and at least 64 columns). With more than one chunk, each is
     recomputed in the backward pass instead of being saved.
     """
-    with torch.autocast(student.device.type, enabled=False):
+    with torch.autocast(dispatch.autocast_device(student.device), enabled=False):
         dtype = compute_dtype(student.dtype)
         student, anchors = student.to(dtype), anchors.to(dtype)
         teacher, teacher_anchors = teacher.detach().to(dtype), teacher_anchors.detach().to(dtype)

@@ -49,7 +49,7 @@ def top_k_gating(
     if noise is None:
         w_noise = None
     chosen = dispatch.choose("top_k_gating", x.device, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(dispatch.autocast_device(x.device), enabled=False):
         if chosen == "reference":
             return reference.top_k_gating(x, w_gate, w_noise, noise, k)
         return autograd.operator(chosen)(x, w_gate, w_noise, noise, k)

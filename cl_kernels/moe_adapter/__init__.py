@@ -134,8 +134,8 @@ def with_hidden(
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that ``nn.Linear`` would work in: float64 is left alone by autocast."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
+    if torch.is_autocast_enabled(dispatch.autocast_device(x.device)) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(dispatch.autocast_device(x.device))
     return x.dtype
 
 
@@ -194,7 +194,7 @@ def _check_shapes(
 
 
 def _check_dtypes(dtype: torch.dtype, x: Tensor, weights: dict[str, Tensor]) -> None:
-    if dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+    if dtype != x.dtype or torch.is_autocast_enabled(dispatch.autocast_device(x.device)):
         return
     for name, weight in weights.items():
         if weight.dtype != dtype:

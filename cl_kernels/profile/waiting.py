@@ -48,15 +48,28 @@ class HostWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = list(_tensors((args, kwargs)))
         found = func(*args, **kwargs)
-        if any(self._marked(tensor) for tensor in inputs):
-            name = func._schema.name
-            if name in READS or (name.startswith("aten::index") and self._by_mask(args)):
-                self.by_name[name] = self.by_name.get(name, 0) + 1
-            for tensor in _tensors(found):
-                self.mark(tensor)
+        self.observe(func, args, kwargs, found)
         return found
+
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> bool:
+        """Whether the host would have waited in this call of an operation; what it returned is on the device if an input is.
+
+        Args:
+            func: the operation.
+            args: its arguments.
+            kwargs: its keyword arguments.
+            found: what it returned.
+        """
+        if not any(self._marked(tensor) for tensor in tensors_in((args, kwargs))):
+            return False
+        name = func._schema.name
+        waits = name in READS or (name.startswith("aten::index") and self._by_mask(args))
+        if waits:
+            self.by_name[name] = self.by_name.get(name, 0) + 1
+        for tensor in tensors_in(found):
+            self.mark(tensor)
+        return waits
 
     def _by_mask(self, args: tuple[Any, ...]) -> bool:
         """Whether an index is a mask, whose number of entries the host has to know."""
@@ -76,11 +89,12 @@ class HostWaits(TorchDispatchMode):
         return reference is not None and not reference.expired()
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Every tensor, of any shape, in nested lists, tuples and dictionaries."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))
+        yield from tensors_in(list(values.values()))
     elif isinstance(values, (list, tuple)):
         for value in values:
-            yield from _tensors(value)
+            yield from tensors_in(value)

@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "one table, figures and an HTML page over several runs",
     "export": "trained weights as files that open_clip, this package or public code loads",
     "data": "which datasets are there, and what is missing where",
+    "profile": "what a method costs over the frozen model, layer by layer",
     "methods": "list methods and scenarios",
     "bench": "what steps, evaluations and kernels cost, beside their peers and over time",
     "doctor": "versions, devices, and which backend runs each operation and why",

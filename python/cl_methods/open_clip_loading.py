@@ -68,14 +68,18 @@ def load_open_clip(model: str, pretrained: str | None) -> tuple[Parts, WeightsOr
     return _parts(model, network), origin
 
 
-def untrained_open_clip(model: str) -> Parts:
+def untrained_open_clip(model: str, device: str = "cpu") -> Parts:
     """The same with random weights: for counting and timing, which do not need trained ones.
+
+    Args:
+        model: open_clip name.
+        device: ``"meta"`` for shapes without memory.
 
     Raises:
         ValueError: the name is unknown.
     """
     _check_name(model)
-    return _parts(model, _untrained(model))
+    return _parts(model, _untrained(model, device=device))
 
 
 def _untrained(model: str, **options: Any) -> nn.Module:
