@@ -12,7 +12,6 @@ from cl_kernels.weight_average import autograd, plan, reference
 from cl_kernels.weight_average.arguments import RESOLUTION, check_numbers, warn_of_stalling
 
 
-@torch.no_grad()
 def average_(
     averages: Iterable[Tensor],
     values: Iterable[Tensor],
@@ -52,7 +51,6 @@ def average_(
     _run((list(averages), list(values)), float(weight), 0.0, rounding, seed, backend)
 
 
-@torch.no_grad()
 def blend_(
     averages: Iterable[Tensor],
     values: Iterable[Tensor],
@@ -98,9 +96,22 @@ def _run(
     seed: int | None,
     backend: str | None,
 ) -> None:
-    averages = lists[0]
     if rounding == "nearest" and _at_once(lists, weight, other_weight, backend):
         return
+    with torch.no_grad():
+        _by_plan(lists, weight, other_weight, rounding, seed, backend)
+
+
+def _by_plan(
+    lists: tuple[list[Tensor], ...],
+    weight: float,
+    other_weight: float,
+    rounding: str,
+    seed: int | None,
+    backend: str | None,
+) -> None:
+    """Any backend, with the checks of the arguments and the copies that it needs."""
+    averages = lists[0]
     found = plan.find(lists)
     if not averages:
         return
@@ -142,7 +153,8 @@ def _at_once(lists: tuple[list[Tensor], ...], weight: float, other_weight: float
         return False  # may be worth a warning
     others = lists[2] if len(lists) == 3 else []
     try:
-        autograd.operator(averages, lists[1], weight, others, other_weight, None)
+        with torch._C._AutoDispatchBelowAutograd():  # a fifth of what entering torch.no_grad() costs
+            autograd.operator(averages, lists[1], weight, others, other_weight, None)
     except (RuntimeError, TypeError):
         if len(_refused) >= 64:
             _refused.clear()

@@ -112,6 +112,23 @@ def test_autograd_sees_the_change():
     cases.check_autograd_sees_the_change("cpu")
 
 
+def test_no_gradient_flows_while_gradients_are_recorded():
+    """Leaves that require gradients are averaged in place, and a graph that led to an average stays as it was."""
+    leaf, value = torch.ones(3, requires_grad=True), torch.full((3,), 3.0, requires_grad=True)
+    average = leaf * 2
+    recorded = average.grad_fn
+    clk.average_([leaf, average], [value, value], 0.5)
+    assert torch.is_grad_enabled()
+    assert leaf.is_leaf
+    assert leaf.requires_grad
+    assert leaf.tolist() == [2.0] * 3
+    assert average.tolist() == [2.5] * 3
+    assert average.grad_fn is recorded
+    average.sum().backward()
+    assert leaf.grad.tolist() == [2.0] * 3
+    assert value.grad is None
+
+
 def test_opcheck():
     cases.check_opcheck("cpu")
 
