@@ -2,7 +2,7 @@
 //
 // While |logits / T| stays below 63, no softmax needs its maximum: exp(z) is representable for all of them, sums from any number of
 // tiles simply add up, and one exponential serves the rows and the columns. Logits outside the bound, NaN included, are noticed
-// where they appear; the general kernels (features.h) take over then.
+// where they appear; the general kernels (feature_forward.h, feature_backward.h) take over then.
 #pragma once
 
 #include "distill_kl/cpu_kernels.h"

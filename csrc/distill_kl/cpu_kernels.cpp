@@ -1,8 +1,10 @@
 // Compiled once per instruction set, see common/isa.h.
 #include "distill_kl/cpu_kernels.h"
 
-#include "distill_kl/bounded_tiles.h"
-#include "distill_kl/features.h"
+#include "distill_kl/bounded_gradient.h"
+#include "distill_kl/bounded_sums.h"
+#include "distill_kl/feature_backward.h"
+#include "distill_kl/feature_forward.h"
 #include "distill_kl/logits.h"
 
 namespace clk {

@@ -50,8 +50,7 @@ void forward(const Forward& op, const Tile& t, void* memory) {
       }
       if (op.dropout_p > 0) {
         const int64_t counter = (op.first_row + rows.index(op, i, j)) * ((op.rank + 3) / 4);
-        dropout_factors(op.seed, static_cast<uint64_t>(counter), p, grown, op.rank, s.factor);
-        for (int64_t r = 0; r < op.rank; ++r) line[r] *= s.factor[r];
+        apply_dropout(op.seed, static_cast<uint64_t>(counter), p, grown, op.rank, line);
       }
       if (hidden) {
         convert(line, op.rank, hidden + offset);

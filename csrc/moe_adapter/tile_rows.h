@@ -18,7 +18,6 @@ struct Scratch {
   C* hidden;     // (k, kTileRows, R padded)
   C* panel;      // (kTileRows, panel width)
   C* bias;       // (panel width)
-  C* factor;     // (R)
   C* weight;     // (k, kTileRows): gate · scale
   int64_t* slot;    // (k)
   int64_t* expert;  // (k)
@@ -28,7 +27,6 @@ struct Scratch {
         hidden(arena.take<C>(p.slots * kTileRows * padded<C>(p.rank))),
         panel(arena.take<C>(kTileRows * panel_width<C>(p.width))),
         bias(arena.take<C>(panel_width<C>(p.width))),
-        factor(arena.take<C>(p.rank)),
         weight(arena.take<C>(p.slots * kTileRows)),
         slot(arena.take<int64_t>(p.slots)),
         expert(arena.take<int64_t>(p.slots)) {}

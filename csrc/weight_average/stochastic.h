@@ -7,10 +7,6 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "common/philox.h"
 #include "common/scalar.h"
 #include "weight_average/counters.h"
@@ -18,75 +14,20 @@
 namespace clk {
 namespace {
 
-#if defined(__AVX2__)
-
-// Four counters, each word in the lower half of a 64-bit lane; what the upper halves hold never matters, because products ignore it.
-struct PhiloxLanes {
-  __m256i c0, c1, c2, c3;
-
-  explicit PhiloxLanes(uint64_t counter)
-      : c0(_mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(counter)), _mm256_setr_epi64x(0, 1, 2, 3))),
-        c1(_mm256_srli_epi64(c0, 32)),
-        c2(_mm256_setzero_si256()),
-        c3(_mm256_setzero_si256()) {}
-
-  void round(__m256i k0, __m256i k1) {
-    const __m256i first = _mm256_mul_epu32(c0, _mm256_set1_epi64x(0xD2511F53));
-    const __m256i second = _mm256_mul_epu32(c2, _mm256_set1_epi64x(0xCD9E8D57));
-    c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(second, 32), c1), k0);
-    c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(first, 32), c3), k1);
-    c1 = second;
-    c3 = first;
-  }
-
-  // Counter after counter, each with its words in order.
-  void store(uint16_t* out) const {
-    const __m256i front = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
-    const __m256i back = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
-    const __m256i even = _mm256_unpacklo_epi64(front, back), odd = _mm256_unpackhi_epi64(front, back);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute2x128_si256(even, odd, 0x20));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_permute2x128_si256(even, odd, 0x31));
-  }
-};
-
-// N random 16-bit numbers from counters `counter`, `counter` + 1, … under key `seed`.
+// N random 16-bit numbers, the halves of the words of counters `counter`, `counter` + 1, … under key `seed`, lower half first.
 template <int64_t N>
 inline void random_bits(uint64_t seed, uint64_t counter, uint16_t* out) {
-  static_assert(N % 64 == 0, "two vectors of counters at a time, whose chains of products overlap");
-  for (int64_t start = 0; start < N; start += 64, counter += 8) {
-    PhiloxLanes left(counter), right(counter + 4);
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const __m256i key0 = _mm256_set1_epi64x(k0), key1 = _mm256_set1_epi64x(k1);
-      left.round(key0, key1);
-      right.round(key0, key1);
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    left.store(out + start);
-    right.store(out + start + 32);
-  }
-}
-
-#else
-
-template <int64_t N>
-inline void random_bits(uint64_t seed, uint64_t counter, uint16_t* out) {
-  constexpr int64_t kGroup = kPhiloxLanes * kElementsPerCounter;
-  static_assert(N % kGroup == 0, "whole groups of counters");
-  uint32_t words[4][kPhiloxLanes];
-  for (int64_t start = 0; start < N; start += kGroup, counter += kPhiloxLanes) {
+  static_assert(N % (2 * kPhiloxWords) == 0, "whole groups of counters");
+  static_assert(2 * kPhiloxWords == kPhiloxCounters * kElementsPerCounter, "eight elements from a counter");
+  uint32_t words[kPhiloxWords];
+  for (int64_t start = 0; start < N; start += 2 * kPhiloxWords, counter += kPhiloxCounters) {
     philox(seed, counter, words);
-    for (int i = 0; i < kPhiloxLanes; ++i) {
-      for (int w = 0; w < 4; ++w) {
-        out[start + 8 * i + 2 * w] = static_cast<uint16_t>(words[w][i]);
-        out[start + 8 * i + 2 * w + 1] = static_cast<uint16_t>(words[w][i] >> 16);
-      }
+    for (int i = 0; i < kPhiloxWords; ++i) {
+      out[start + 2 * i] = static_cast<uint16_t>(words[i]);
+      out[start + 2 * i + 1] = static_cast<uint16_t>(words[i] >> 16);
     }
   }
 }
-
-#endif
 
 // What a BFloat16 can hold, as its bits. Adding below the last digit that is kept and cutting off carries with the right
 // probability; infinities stay, and so does NaN.
