@@ -93,9 +93,10 @@ class AdapterProfile:
         """The costs in one sentence or two, with a warning if the times are not to be trusted."""
         base, adapted, eager = (self.sides[name].whole for name in ("base", "adapted", "eager"))
         known = self.sides["base"].parameters
+        share = f"{adapted.trainable / max(known, 1):.1%}"
         waits = f"{adapted.waits:,}" if adapted.waits else "no"
         text = (
-            f"{self.subject} trains {count(adapted.trainable)}parameters ({adapted.trainable / max(known, 1):.1%} of the frozen "
+            f"{self.subject} trains {count(adapted.trainable).strip()} parameters ({share} of the frozen "
             f"model's {count(known).strip()}), costs {_change(adapted.flops_forward, base.flops_forward)} FLOPs forward and "
             f"{count(adapted.flops_backward)}FLOP backward, dispatches {adapted.operations:,} operations per training step beside "
             f"{base.operations:,} in a frozen forward pass, with {waits} host synchronisations, and keeps "

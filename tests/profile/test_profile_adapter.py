@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,3 +252,17 @@ def test_launches_are_those_events_of_the_profiler():
 def test_wrong_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         profile_adapter(*arguments())
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "profile.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert (tmp_path / "adapter-profile" / "trace.json").is_file()
+    rows = {layer.name: layer for layer in names["profile"].layers}
+    assert rows["adapter"].mounted
+    assert rows["adapter"].cost.flops_forward == 2 * 2 * 10 * (64 * 8 + 8 * 64)
+    assert rows["self_attn"].difference()["flops_forward"] == 0
+    assert "adapter" in capsys.readouterr().out

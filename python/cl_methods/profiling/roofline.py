@@ -15,6 +15,7 @@ from cl_methods.evaluation.figures import FAINT, INK
 
 _MODEL, _MOUNTED = "#0072B2", "#D55E00"
 _SHOWN = 7
+_MARKERS = "os^Dv<>PX"
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,14 @@ def roofline(profile: AdapterProfile) -> Figure:
     axes.plot(x, np.minimum(x * ceilings.bytes_per_second, ceilings.flops_per_second), color=INK, linewidth=1.4)
     axes.text(x[-1], ceilings.flops_per_second * 1.08, f"matrix product {count(ceilings.flops_per_second)}FLOP/s",
               ha="right", fontsize=8, color=INK)  # fmt: skip
-    axes.text(x[2], x[2] * ceilings.bytes_per_second * 1.25, f"copy {count(ceilings.bytes_per_second)}B/s", fontsize=8,
-              color=INK, rotation=0)  # fmt: skip
+    axes.annotate(f"copy {count(ceilings.bytes_per_second)}B/s", (x[0], x[0] * ceilings.bytes_per_second), fontsize=8,
+                  xytext=(12, 0), textcoords="offset points", va="center", color=INK)  # fmt: skip
     for place, dot in enumerate(dots):
-        color = _MOUNTED if dot.label.startswith("mounted") else _MODEL
-        axes.plot(dot.intensity, dot.rate, "o", color=color, markersize=6)
-        axes.annotate(dot.label, (dot.intensity, dot.rate), xytext=(7, -4 if place % 2 else 4), fontsize=8, color=INK,
-                      textcoords="offset points", va="top" if place % 2 else "bottom")  # fmt: skip
+        inside = dot.label.startswith("mounted")
+        axes.plot(
+            dot.intensity, dot.rate, _MARKERS[place % len(_MARKERS)], color=_MOUNTED if inside else _MODEL, markersize=7,
+            alpha=0.9, linestyle="none", label=f"{dot.label}  {count(dot.rate)}FLOP/s",
+        )  # fmt: skip
     if all(both):
         start, end = ((dot.intensity, dot.rate) for dot in both if dot is not None)
         axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": _MOUNTED, "shrinkA": 5, "shrinkB": 5})
@@ -80,6 +82,8 @@ def roofline(profile: AdapterProfile) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     axes.tick_params(labelsize=8, colors=INK, length=2)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     axes.grid(True, which="major", color=FAINT, linewidth=0.3)
     return figure
 

@@ -143,7 +143,6 @@ def machine(profile: AdapterProfile) -> PlainTable:
         rows += [
             ("load average before, cores", f"{load}, {profile.trust.cores}"),
             ("calibration before, after", f"{spread(profile.trust.calibration_before)}, {spread(profile.trust.calibration_after)}"),
-            ("times to be trusted", "yes" if profile.trust.trustworthy else "no: " + "; ".join(profile.trust.reasons)),
         ]  # fmt: skip
     return PlainTable("Machine, measured in this run", ("", "value"), rows)
 
