@@ -11,7 +11,7 @@ import cl_kernels as clk
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = [*cases.SHAPES, (64, 768, 22, 2), (5000, 512, 64, 4), (300, 64, 200, 3)]
+SHAPES = [*cases.SHAPES, (32, 768, 22, 2), (64, 768, 22, 2), (5000, 512, 64, 4), (300, 64, 200, 3)]
 
 
 def inputs(shape, dtype):
@@ -57,8 +57,9 @@ def test_nothing_waits_for_the_device():
         step()
 
 
-def test_graph_counts_anew_in_every_replay():
-    given = inputs((64, 768, 22, 2), torch.bfloat16)
+@pytest.mark.parametrize("rows", [32, 64])  # one program for all, and one for 16 each
+def test_graph_counts_anew_in_every_replay(rows):
+    given = inputs((rows, 768, 22, 2), torch.bfloat16)
     expected = gradients(given, 2, "triton")
     graph, found = capture(lambda: gradients(given, 2, "triton"))
     for _ in range(2):
