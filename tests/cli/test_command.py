@@ -86,6 +86,9 @@ def test_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
     assert main(["run", "--dry-run", "--method", "finetune", "--limit-iterations", "3"]) == 0
     text = capsys.readouterr().out
     assert "7 x 4 optimiser steps" in text
+    assert "evaluation: 8 rows of 6,797 images; 54,376 image encodings, class texts encoded 8 times" in text
+    assert "training: 132 GFLOP, one step of every task counted on tensors without data" in text
+    assert "disk: checkpoints 15.5 MiB at the end, up to 6.64 MiB more inside a task" in text
     assert "would write to runs/mini-finetune-seed0; nothing has been written" in text
     assert not list(tmp_path.iterdir())
 

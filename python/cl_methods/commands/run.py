@@ -18,8 +18,9 @@ from cl_methods.evaluation.report import compare, write_run_report
 from cl_methods.methods.find import find_method
 from cl_methods.training.checkpoints import RunDirectory, write_atomically
 from cl_methods.training.config import RunConfig
+from cl_methods.training.plan import make_plan, readable_flops
 from cl_methods.training.progress import progress_for
-from cl_methods.training.run import Run, StoppedError, rows_after_learning, select_scenario
+from cl_methods.training.run import Run, StoppedError, select_scenario
 
 DESCRIPTION = """Train a method on a sequence of tasks, evaluating all tasks after each.
 
@@ -105,24 +106,25 @@ def _default_output(config: RunConfig, invocation: Invocation) -> Path:
 def _print_plan(config: RunConfig, output: Path) -> None:
     console, settings = Console(), config.effective_settings()
     scenario = select_scenario(config)
+    plan = make_plan(config, scenario)
     table = Table(title=f"{config.method} on {config.scenario}, order {config.order}, seed {config.seed}")
-    for column in ("task", "classes", "train", "validation", "test"):
+    for column in ("task", "classes", "train", config.evaluation.split, "steps", "training"):
         table.add_column(column, justify="left" if column == "task" else "right")
-    for task in scenario.tasks:
-        sizes = (len(task.class_names), len(task.train), len(task.validation), len(task.test))
-        table.add_row(task.name, *(f"{size:,}" for size in sizes))
+    for task in plan.tasks:
+        images = f"{task.evaluated:,}" + (f" of {task.available:,}" if task.evaluated < task.available else "")
+        flops = "" if not task.flops else readable_flops(task.flops)
+        table.add_row(task.name, f"{task.classes:,}", f"{task.train:,}", images, f"{task.steps:,}", flops)
     console.print(table)
     method = find_method(config.method)
     if method.trains:
         sessions, batch = 1 if method.joint else len(scenario.tasks), f"of {settings.batch_size} images"
         epochs = 1 if method.closed_form else getattr(settings, "epochs", None)
         passes = f"{'pass' if epochs == 1 else 'passes'} in batches {batch}"
-        plan = f"{settings.iterations + 1} optimiser steps {batch}" if epochs is None else f"{epochs} {passes}"
+        steps = f"{settings.iterations + 1} optimiser steps {batch}" if epochs is None else f"{epochs} {passes}"
         times = "x "
-        console.print(f"{sessions} {times}{plan}, model {config.model}")
-    images = sum(len(getattr(task, config.evaluation.split)) for task in scenario.tasks)
-    rows = 1 + rows_after_learning(config, method, len(scenario.tasks))
-    console.print(f"{rows} evaluations of {images:,} {config.evaluation.split} images")
+        console.print(f"{sessions} {times}{steps}, model {config.model}")
+    for sentence in plan.sentences():
+        console.print(sentence, soft_wrap=True, highlight=False)
     console.print(planned_weights(config.model, config.pretrained), soft_wrap=True, highlight=False, markup=False)
     console.print(f"would write to {output}; nothing has been written", soft_wrap=True)
     console.print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(), highlight=False)

@@ -218,6 +218,10 @@ class MoEAdapters(Method):
         rows = [None if whole else (chosen == group).nonzero().squeeze(1) for group in groups]
         return [self._encoded(images, g if g >= 0 else None, own) for g, own in zip(groups, rows, strict=True)]
 
+    def later_encodings(self) -> tuple[int, int]:
+        """What the detector gives to the plain model is encoded in the first row only."""
+        return (1, 1) if self.detector is None else (0, 1)
+
     def _encoded(self, images: ImageBatch, router: int | None, rows: Tensor | None) -> Routed:
         if router is None:
             features = images.frozen(PLAIN, self.backbone.encode_images)

@@ -64,6 +64,10 @@ class Scoring:
             return images.frozen(PLAIN, self.backbone.encode_images)
         return self.backbone.encode_images(images.pixels())
 
+    def later_encodings(self) -> tuple[int, int]:
+        """How often an evaluation image is encoded in each row after the first: fewest and most."""
+        return (0, 0) if self.frozen_images else (1, 1)
+
     def feature_scores(self, features: Any, tasks: Sequence[Task]) -> list[Tensor]:
         """(B, C_t) scores for each of ``tasks`` from ``features``, what :meth:`image_features` gave: here ``s f Wᵀ``."""
         return [self.backbone.logit_scale * features @ self.classifier(task).T for task in tasks]

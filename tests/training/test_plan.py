@@ -1,0 +1,109 @@
+"""The plan of a run: FLOPs without data are those of a real step, bytes those of a real checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import cl_kernels as clk
+from cl_methods.evaluation.options import EvaluationOptions
+from cl_methods.methods import METHODS
+from cl_methods.methods.finetune import FineTune
+from cl_methods.training import counting
+from cl_methods.training.config import RunConfig
+from cl_methods.training.counting import blank_backbone, count_run
+from cl_methods.training.data import TrainingSteps, training_batches
+from cl_methods.training.plan import make_plan, readable_flops
+from cl_methods.training.run import build_method, run, select_scenario
+
+
+def config(name: str, **changes: Any) -> RunConfig:
+    values = {"limit_tasks": 1, "limit_iterations": 1, "device": "cpu", **changes}
+    return RunConfig(name, METHODS[name].default_config("mini"), **values)
+
+
+def real_step(settings: RunConfig) -> int:
+    """FLOPs of the first step of a run, with the kernels' definitions and attention as the products that it is."""
+    scenario = select_scenario(settings)
+    method, task = build_method(settings, scenario, torch.device("cpu")), scenario.tasks[0]
+    method.before_task(0, task)
+    stage = method.stages(task)[0]
+    method.stage = stage
+    method.before_stage(stage)
+    steps = TrainingSteps(
+        [task],
+        method.reference_source(task) if method.uses_reference else None,
+        task_index=0,
+        seed=0,
+        batch_size=stage.batch_size,
+        reference_batch_size=getattr(method.config, "reference_batch_size", stage.batch_size),
+        train_transform=method.backbone.train_transform,
+        eval_transform=method.backbone.eval_transform,
+        images=[method.training_images(task)],
+    )
+    batch = next(training_batches(steps, start_step=0, iterations=1, device=torch.device("cpu")))
+    with (
+        clk.use_backend("reference"),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        method.loss(batch)["loss"].backward()
+        method.before_step(batch)
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("name", ["finetune", "zscl", "moe_adapters", "diki", "proof", "clap4clip"])
+def test_a_step_without_data_counts_what_a_real_one_does(name: str) -> None:
+    settings = config(name)
+    costs = count_run(settings, select_scenario(settings))
+    assert costs.uncounted is None
+    assert costs.stages[0].first == real_step(settings)
+    assert costs.stages[0].steps == 2
+
+
+def test_a_plan_says_what_a_run_writes_and_encodes(tmp_path: Path) -> None:
+    settings = config("finetune", limit_tasks=2, evaluation=EvaluationOptions(limit=10))
+    plan = make_plan(settings, select_scenario(settings))
+    result = run(settings, tmp_path / "run")
+    files = [path.stat().st_size for path in tmp_path.glob("run/checkpoints/*/model.safetensors")]
+    assert len(files) == 2
+    assert sum(files) == pytest.approx(plan.checkpoints[0], rel=0.02)  # names and shapes in the header
+    assert plan.costs.trainable == result["train"]["trainable_parameters"]
+    assert plan.images_encoded == (3 * 20, 3 * 20)
+    assert [(task.evaluated, task.available, task.steps) for task in plan.tasks] == [(10, 1000, 2)] * 2
+    assert plan.training_flops == sum(task.flops for task in plan.tasks)
+    assert plan.sentences()[0].startswith("evaluation: 3 rows of 20 images (limited); 60 image encodings")
+
+
+def test_a_method_that_needs_data_is_planned_without_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Looks(FineTune):
+        name = "looks"
+
+        def loss(self, batch):
+            raise ValueError("the images are too dark\nreally")
+
+    monkeypatch.setattr(counting, "find_method", lambda name: Looks)
+    settings = config("finetune")
+    plan = make_plan(settings, select_scenario(settings))
+    assert plan.training_flops is None
+    assert "training: FLOPs not counted; a step needs data (ValueError: the images are too dark)" in plan.sentences()
+    assert plan.evaluation_flops[0] > 0
+
+
+def test_flops_of_a_real_model_and_their_words() -> None:
+    """Published: 35.1 GFLOP for an image of ViT-B/16; no weights are needed."""
+    backbone = blank_backbone("ViT-B-16-quickgelu")
+    with FlopCounterMode(display=False) as counter:
+        backbone.encode_images(torch.empty(1, 3, 224, 224, device="meta"))
+    assert readable_flops(counter.get_total_flops()) == "35.1 GFLOP"
+    assert [readable_flops(value) for value in (0, 999, 1e6, 2.5e18)] == [
+        "0 FLOP",
+        "999 FLOP",
+        "1 MFLOP",
+        "2.5e+03 PFLOP",
+    ]
