@@ -133,7 +133,7 @@ class Recorder(TorchDispatchMode):
             self._events.append((len(self.record.operations), first, self._event()))
         waits = self._waits.observe(func, args, kwargs, found)
         inputs = list(tensors_in((args, kwargs)))
-        self._follow(found)
+        self._follow(inputs, found)
         self.record.operations.append(
             Operation(
                 func._schema.name, stack, self.phase, operation_flops(func, args, kwargs, found), _size(inputs, found),
@@ -150,14 +150,15 @@ class Recorder(TorchDispatchMode):
             return args[0].new_empty((rows, args[0].dim()), dtype=torch.int64)
         return func(*args, **kwargs)
 
-    def _follow(self, found: Any) -> None:
-        """Count new storages as live until they are freed."""
+    def _follow(self, inputs: list[Tensor], found: Any) -> None:
+        """Count new storages as live until they are freed; what an operation writes to was there before it."""
+        before = {tensor.untyped_storage()._cdata for tensor in inputs if tensor.layout is torch.strided}
         for tensor in tensors_in(found):
             if tensor.layout is not torch.strided:
                 continue
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key in self._live or key in self._known:
+            if key in self._live or key in self._known or key in before:
                 continue
             self._live[key] = storage.nbytes()
             self._bytes += storage.nbytes()

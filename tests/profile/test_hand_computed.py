@@ -121,6 +121,14 @@ def test_peak_and_live_bytes_are_those_of_the_tensors_that_exist():
     assert z.shape == x.shape
 
 
+def test_what_was_there_before_the_step_is_not_counted_when_it_is_written_to():
+    parameter, moment = nn.Parameter(torch.zeros(256)), torch.zeros(256)
+    with Recorder({}, [parameter]) as recorder:
+        moment.mul_(0.9)
+        parameter.grad = moment + 1
+    assert [operation.live for operation in recorder.record.operations] == [0, 1024]
+
+
 def test_nonzero_on_meta_tensors_finds_the_given_share_in_total():
     mask = torch.zeros(64, 2, dtype=torch.bool, device="meta")
     with Recorder({}, [mask], true_share=1 / 22) as recorder:
