@@ -14,7 +14,7 @@ from cl_methods import backbone as _prepares_torchvision  # noqa: F401
 
 import open_clip  # isort: skip
 
-GELU, QUICK = "small-test", "small-test-quickgelu"
+GELU, QUICK, CUSTOM = "small-test", "small-test-quickgelu", "small-test-custom-text"
 VISION, TEXT, EMBEDDING, LAYERS = 128, 64, 32, 2
 
 
@@ -24,7 +24,7 @@ def register(folder: Path) -> None:
         "vision_cfg": {"image_size": 16, "layers": LAYERS, "width": VISION, "patch_size": 8},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": TEXT, "heads": TEXT // 64, "layers": LAYERS},
     }
-    for name, extra in ((GELU, {}), (QUICK, {"quick_gelu": True})):
+    for name, extra in ((GELU, {}), (QUICK, {"quick_gelu": True}), (CUSTOM, {"quick_gelu": True, "custom_text": True})):
         (folder / f"{name}.json").write_text(json.dumps(config | extra))
         open_clip.add_model_config(folder / f"{name}.json")
 

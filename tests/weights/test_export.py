@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 from pathlib import Path
@@ -214,6 +215,7 @@ def test_zscl_checkpoints_become_folders_and_earlier_tasks_can_be_had(
         ([run, "--model", QUICK, *out], "model: has no meaning for a run or an adapter file"),
         ([run, "--output", str(tmp_path / "first")], "already exists and is not empty"),
         ([str(tmp_path / "nowhere"), *out], "does not exist"),
+        ([str(tmp_path / "SUN397.pth"), "--model", QUICK, "--frozen", "gone", *out], "frozen: gone does not exist"),
         ([str(tmp_path / "zscl"), *out], "holds no run (no run.json)"),
         ([str(tmp_path / "SUN397.pth"), *out], "a file of weights does not name its architecture"),
         ([str(tmp_path / "SUN397.pth"), "--model", QUICK, "--task", "1", *out], "task: has no meaning for a file"),
@@ -231,3 +233,15 @@ def test_what_scores_with_more_than_its_clip_is_never_exported_as_a_bare_model()
     alone = {name for name, method in METHODS.items() if _scored_by_clip_alone(method)}
     assert {"zero_shot", "finetune", "zscl", "wise_ft", "lwf", "ewc"} <= alone
     assert not alone & {"moe_adapters", "diki", "ranpac", "loranpac", "proof", "clap4clip", "icarl"}
+
+
+@pytest.mark.parametrize("package", ["commands", "training", "weights", "evaluation"])
+def test_what_a_command_loads_first_prepares_torchvision_before_open_clip(package: str) -> None:
+    """Otherwise a command fails in a process of its own where torchvision's operators do not load."""
+    for path in sorted((Path(run_module.__file__).parents[1] / package).glob("*.py")):
+        prepared = False
+        for node in ast.parse(path.read_text()).body:
+            prepared |= isinstance(node, ast.Expr) and ast.unparse(node) == "prepare_torchvision()"
+            named = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert prepared or not any(name.partition(".")[0] == "open_clip" for name in named), path

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_clip import GELU, QUICK, SIZES, archive, build, copied, half, hugging_face, prefixed
+from small_clip import CUSTOM, GELU, QUICK, SIZES, archive, build, copied, half, hugging_face, prefixed
 from torch import Tensor
 
 from cl_methods.backbone import load_backbone, planned_weights
@@ -123,6 +123,14 @@ def test_tags_are_held_against_the_architecture_before_anything_is_downloaded() 
         load_backbone("ViT-B-16", "openai")
     with pytest.raises(FileNotFoundError, match="neither a file nor a tag of ViT-B-16-quickgelu"):
         load_backbone("ViT-B-16-quickgelu", "laion2b_s34b_b88k")
+
+
+def test_openais_names_into_a_model_with_a_text_tower_of_its_own(state: dict[str, Tensor], tmp_path: Path) -> None:
+    path, _ = write("open_clip training", state, tmp_path)
+    found = load_backbone(CUSTOM, str(path)).model.state_dict()
+    assert torch.equal(found["text.token_embedding.weight"], state["token_embedding.weight"])
+    assert {name.removeprefix("text.") for name in found} == state.keys()
+    assert all(torch.equal(value, state[name.removeprefix("text.")]) for name, value in found.items())
 
 
 def test_released_files_are_recognised_by_their_bytes(

@@ -13,7 +13,7 @@ from torch import Tensor
 from cl_methods.backbone import load_backbone
 from cl_methods.cli import main
 from cl_methods.components.adapters import residual_blocks
-from cl_methods.training.export import load_adapter, read_adapter
+from cl_methods.training.export import Adapter, load_adapter, read_adapter, write_adapter
 from cl_methods.weights import moe_adapters4cl, read_weights
 
 BACKBONE_DDAS = {"ddas": {"features": "backbone", "code": 4, "threshold": 1e9}}
@@ -127,6 +127,8 @@ def test_a_plain_model_refuses_it_and_the_command_makes_an_adapter_file(
     assert main(arguments) == 2
     assert "give it with --detector" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == [file.name, detector.name, plain.name]
+    assert main([*arguments, "--detector", str(plain)]) == 2
+    assert f"detector: {plain}: expected autoencoders" in capsys.readouterr().err
     assert main([*arguments, "--detector", str(detector)]) == 0
     assert "load_adapter" in capsys.readouterr().out
     method = load_adapter(tmp_path / "out", backbone=load_backbone(QUICK, str(plain)), settings=BACKBONE_DDAS)
@@ -175,5 +177,13 @@ def test_an_adapter_file_names_what_it_lacks(checkpoint: dict[str, Tensor], tmp_
     (tmp_path / "adapter_config.json").write_text(
         '{"format": "cl_methods adapter", "version": 1, "method": "x", "y": 1}'
     )
+    (tmp_path / "whole").mkdir()
+    adapter = Adapter("zero_shot", {}, "mini", None, None, 0, [], "nothing")
+    write_adapter(tmp_path / "whole", adapter, {"a": torch.zeros(9)})
+    assert read_adapter(tmp_path / "whole")[0] == adapter
+    file = tmp_path / "whole" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not a complete safetensors file"):
+        read_adapter(tmp_path / "whole")
     with pytest.raises(ValueError, match=r"missing or unknown are base_fingerprint, model, .*, y"):
         read_adapter(tmp_path)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from cl_methods.backbone import MINI_WEIGHTS
 from cl_methods.training.export import ADAPTER_CONFIG, NewFolder, read_adapter
 from cl_methods.training.export_run import export_file, export_public, export_run
 
@@ -63,8 +64,10 @@ def main(arguments: Sequence[str]) -> int:
         FileNotFoundError: there is no such source.
     """
     options = tyro.cli(Export, args=list(arguments), prog="clk export", description=DESCRIPTION)
-    if not options.source.exists():
-        raise FileNotFoundError(f"source: {options.source} does not exist")
+    for name in ("source", "detector", "frozen"):
+        path = getattr(options, name)
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"{name}: {path} does not exist")
     _check(options, {name: getattr(options, name) for name in ("model", "detector", "frozen", "task")})
     with NewFolder(options.output) as folder:
         if options.layout == "moe-adapters4cl":
@@ -115,4 +118,6 @@ def _how_to_load(options: Export) -> str:
             f"{adapter.method} after {', '.join(adapter.tasks) or 'its last task'}; "
             f'load it with cl_methods.training.export.load_adapter("{options.output}")'
         )
+    if (options.output / MINI_WEIGHTS).is_file():
+        return f"load it with --model local-dir:{options.output}; no configuration of open_clip describes this model"
     return f"load it with --model local-dir:{options.output}, or open_clip.create_model_and_transforms of the same name"

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,9 +20,14 @@ from cl_methods.methods.base import Method
 from cl_methods.methods.find import find_method
 from cl_methods.methods.settings import build_settings
 from cl_methods.seeding import derive_seed, seed_everything
+from cl_methods.torchvision_compat import prepare_torchvision
 from cl_methods.training.checkpoints import RunDirectory
 from cl_methods.weights import activation
 from cl_methods.weights.activation import read_json
+
+prepare_torchvision()
+
+import open_clip  # noqa: E402
 
 MODEL, MODEL_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -163,7 +168,10 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor]]:
     wrong = sorted(fields.keys() ^ content.keys())
     if wrong:
         raise ExportError(f"{folder / ADAPTER_CONFIG}: missing or unknown are {', '.join(wrong)}")
-    return Adapter(**content), load_file(folder / ADAPTER)
+    try:
+        return Adapter(**content), load_file(folder / ADAPTER)
+    except SafetensorError as error:
+        raise ExportError(f"{folder / ADAPTER} is not a complete safetensors file ({error}); copy it again") from error
 
 
 def load_adapter(

@@ -85,7 +85,8 @@ def export_file(
         Names of the files written.
 
     Raises:
-        ExportError: a checkpoint of MoE-Adapters with a router per task comes without its detector, or another with one.
+        ExportError: a checkpoint of MoE-Adapters with a router per task comes without its detector, or another with one; names
+            of its tensors are unknown or missing.
         ValueError: the file does not fit the model.
     """
     file = read_weights(source)
@@ -109,7 +110,10 @@ def export_file(
             "code's list of autoencoders; give it with --detector (…_autochooser.pth)"
         )
     if detector is not None:
-        coders = moe_adapters4cl.detector_from_public(read_weights(detector).state, public.tasks)
+        try:
+            coders = moe_adapters4cl.detector_from_public(read_weights(detector).state, public.tasks)
+        except ValueError as error:
+            raise ExportError(f"detector: {detector}: {error}") from error
         state |= {f"ddas.{name}": value for name, value in coders.items()}
     settings = {**public.settings, "detection": "ddas" if per_task else "none"}
     adapter = Adapter(

@@ -160,12 +160,12 @@ def detector_from_public(state: Mapping[str, Tensor], tasks: int) -> dict[str, T
     """
     unknown = [name for name in state if not _CODER.fullmatch(name)]
     if unknown:
-        raise ValueError(f"detector: expected autoencoders as I.encoder.0.weight, unknown are {_listed(unknown)}")
+        raise ValueError(f"expected autoencoders as I.encoder.0.weight, unknown are {_listed(unknown)}")
     names = [f"{side}.0.{kind}" for side in ("encoder", "decoder") for kind in ("weight", "bias")]
     wanted = [f"{index}.{name}" for index in range(tasks + 1) for name in names]
     missing = [name for name in wanted if name not in state]
     if missing:
-        raise ValueError(f"detector: {tasks} tasks need {tasks + 1} autoencoders, missing are {_listed(missing)}")
+        raise ValueError(f"{tasks} tasks need {tasks + 1} autoencoders, missing are {_listed(missing)}")
     found: dict[str, Tensor] = {}
     for index in range(tasks + 1):
         place = f"tasks.{index - 1}" if index else "generic"
