@@ -25,6 +25,7 @@ from cl_methods.methods import METHODS
 PUBLIC = "public procedure"
 TOLERANCE = 1e-5
 PUBLISHED_BATCH = 64
+_CHECKED_CAPTIONS = 64
 FLOOR = "finetune"
 """The method whose step every other one is set beside: a forward and a backward pass of both towers and nothing else."""
 
@@ -158,9 +159,14 @@ def zscl_rows(options: StepOptions) -> list[Row]:
     if options.time:
         captions = options.captions or round(CAPTIONS / PUBLISHED_BATCH * options.batch)
         classes = max(2, round(100 / PUBLISHED_BATCH * options.batch))
-        real = open_clip_world(options.model, captions, shapes=False, class_count=classes)
         case = f"ZSCL, {options.model}, batch {options.batch}, {captions:,} captions, {classes} classes"
-        rows += _pair(case, *_zscl(real, settings, options.batch), options, counted=False)
+        few = open_clip_world(options.model, min(captions, _CHECKED_CAPTIONS), shapes=False, class_count=classes)
+        errors = check(f"{case} (the first {_CHECKED_CAPTIONS})", *_zscl(few, settings, options.batch))
+        del few
+        real = open_clip_world(options.model, captions, shapes=False, class_count=classes)
+        pair = _pair(case, *_zscl(real, settings, options.batch), options, checked=True, counted=False)
+        pair[0].checked = errors
+        rows += pair
     return rows
 
 
@@ -193,8 +199,10 @@ def moe_adapters_rows(options: StepOptions) -> list[Row]:
         world = open_clip_world(options.model, 0, shapes=False, class_count=classes)
         batch, size = options.batch, options.batch
     case = f"MoE-Adapters, {options.model}, batch {size}, {len(world.tasks[1].class_names)} classes"
-    check(case, *_moe_adapters(world, replace(settings, dropout=0.0), batch))
-    return _pair(case, *_moe_adapters(world, settings, batch), options, checked=True)
+    errors = check(case, *_moe_adapters(world, replace(settings, dropout=0.0), batch))
+    pair = _pair(case, *_moe_adapters(world, settings, batch), options, checked=True)
+    pair[0].checked = errors
+    return pair
 
 
 def _moe_adapters(world: World, settings: Any, batch: int | None) -> tuple[OwnStep, PublicMoEAdapters]:
