@@ -12,11 +12,11 @@ import torch
 
 import cl_kernels as clk
 from cl_methods.bench import history, suites
+from cl_methods.bench.agreement import CheckError, compare
 from cl_methods.bench.measuring import interleaved
 from cl_methods.bench.own_step import own_steps
 from cl_methods.bench.record import Record, new_record
 from cl_methods.bench.rows import OURS, Row, Samples, over_ours
-from cl_methods.bench.step import CheckError, compare
 from cl_methods.bench.world import mini_world
 from cl_methods.cli import main
 

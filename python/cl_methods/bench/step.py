@@ -13,6 +13,7 @@ from torch import Tensor
 
 import cl_kernels as clk
 from cl_methods.backbone import prompt
+from cl_methods.bench.agreement import compare
 from cl_methods.bench.counting import Counting
 from cl_methods.bench.measuring import interleaved, peak_memory
 from cl_methods.bench.own_step import OwnStep, own_steps
@@ -23,15 +24,10 @@ from cl_methods.bench.world import CAPTIONS, World, fresh, mini_world, open_clip
 from cl_methods.methods import METHODS
 
 PUBLIC = "public procedure"
-TOLERANCE = 1e-5
 PUBLISHED_BATCH = 64
 _CHECKED_CAPTIONS = 64
 FLOOR = "finetune"
 """The method whose step every other one is set beside: a forward and a backward pass of both towers and nothing else."""
-
-
-class CheckError(RuntimeError):
-    """An implementation does not compute what it should, so its speed means nothing."""
 
 
 @dataclass(frozen=True)
@@ -234,36 +230,6 @@ def check(case: str, ours: OwnStep, public: Any) -> dict[str, float]:
     loss, gradients = ours.gradients()
     renamed = {re.sub(r"\.(routers|noises)\.\d+$", r".\1", name): value for name, value in gradients.items()}
     return compare(case, (loss, renamed), public.gradients())
-
-
-Gradients = tuple[Tensor, dict[str, Tensor]]
-
-
-def compare(case: str, found: Gradients, expected: Gradients) -> dict[str, float]:
-    """Relative errors of a loss and its gradients.
-
-    A gradient's error is relative to its own norm, or to a ten-thousandth of the whole gradient's where that is larger: attention's
-    key biases have a gradient of rounding errors alone.
-
-    Raises:
-        CheckError: one of them exceeds 1e-5, or is not a number.
-    """
-    (loss, gradients), (expected_loss, wanted) = found, expected
-    if gradients.keys() != wanted.keys():
-        different = sorted(gradients.keys() ^ wanted.keys())
-        raise CheckError(f"{case}: {len(different)} gradients exist on one side only, such as {different[0]}")
-    whole = torch.stack([value.double().norm() for value in wanted.values()]).norm()
-    errors = {"loss": float((loss - expected_loss).abs() / expected_loss.abs())}
-    errors["gradients"] = max(
-        float((gradients[name].double() - value.double()).norm() / value.double().norm().clamp(min=1e-4 * whole))
-        for name, value in wanted.items()
-    )
-    for what, error in errors.items():
-        if not error <= TOLERANCE:
-            raise CheckError(
-                f"{case}: {what} differ by {error:.1e}, expected at most {TOLERANCE:.0e}; no speed is reported"
-            )
-    return errors
 
 
 def _pair(
