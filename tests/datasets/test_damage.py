@@ -500,3 +500,27 @@ def test_mat_files_of_miniatures_read_like_the_real_ones(tmp_path):
     table = loadmat(tmp_path / CARS / "devkit" / "cars_train_annos.mat", squeeze_me=True)["annotations"]
     assert set(table.dtype.names) == {"bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname"}
     assert (int(table[0]["class"]), str(table[0]["fname"])) == (1, "00001.jpg")
+
+
+def test_how_many_kinds_of_damage_are_tried():
+    """Every case of every table of this folder is a test of its own; here they are counted, and none stands in a table twice."""
+    import test_image_cache
+    import test_reference_data
+    import test_teacher_features
+
+    tables = {
+        "original files": ORIGINAL_FILES,
+        "split files": SPLIT_FILES,
+        "image folders": FOLDERS,
+        "shards": SHARDS,
+        "image cache": test_image_cache.DAMAGE,
+        "features": test_teacher_features.FEATURE_DAMAGE,
+        "reference images": test_reference_data.IMAGES,
+        "captions": test_reference_data.TEXTS,
+    }
+    counted = {name: len(table) for name, table in tables.items()}
+    print(counted, sum(counted.values()))
+    assert sum(counted.values()) >= 100
+    for name in ("original files", "split files", "image folders", "shards", "reference images", "captions"):
+        messages = [case[-1] for case in tables[name].values()]
+        assert all(message and message.strip() for message in messages), f"{name}: a case that expects no sentence"
