@@ -93,6 +93,34 @@ def test_scenarios_orders_and_label_spaces_are_never_mixed(write_result):
     assert len(boards) == 5
 
 
+def test_label_spaces_of_one_run_get_a_table_each(write_result):
+    seen = {"zero_shot": [30.0, 35.0], "accuracy": [[90.0, 30.0], [60.0, 70.0]], "last": 65.0, "chance": [5.0, 5.0]}
+    evaluation = {"label_space": ["task", "seen"], "split": "test"}
+    config = {"method": {"name": "finetune", "lr": 0.1}, "model": "mini", "evaluation": evaluation}
+    several = write_result("a", config=config, label_spaces={"seen": seen})
+    alone = write_result("b", seed=1)
+    (task, other), notes = boards_of(several, alone)
+    assert [len(task.groups[0].results), len(other.groups[0].results)] == [2, 1]
+    assert other.title == "mini, order I (label space seen)"
+    assert (other.zero_shot, other.chance) == ([30.0, 35.0], [5.0, 5.0])
+    assert row_of(summary_table(other), "finetune")[4] == "65.0"
+    assert not notes
+
+
+def test_limited_evaluations_never_stand_beside_whole_ones(write_result):
+    def evaluated(images):
+        return {"evaluated": {"limit": 50, "images": images, "available": [1000, 50]}, "scenario": "mtil"}
+
+    part, whole = write_result("part", **evaluated([50, 50])), write_result("whole", seed=1, **evaluated([1000, 50]))
+    before = write_result("before", seed=2, scenario="mtil")
+    (limited, full), notes = boards_of(part, whole, before)
+    assert len(full.groups[0].results) == 2
+    assert "at most 50 images per task" in limited.title
+    assert not any("published" in row[0] for row in summary_table(limited).rows)
+    assert any("published" in row[0] for row in summary_table(full).rows)
+    assert notes == [f"{part} was evaluated on at most 50 images per task; it is not compared with whole test sets"]
+
+
 def test_published_numbers_stand_beside_mtil_only(write_result):
     (mini,), _ = boards_of(write_result("a"))
     (mtil,), _ = boards_of(write_result("b", scenario="mtil"))

@@ -21,6 +21,7 @@ from cl_methods.methods.base import Batch
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training import run as run_module
 from cl_methods.training.config import RunConfig
+from cl_methods.training.progress import RunProgress
 from cl_methods.training.run import build_method, run, select_scenario
 from cl_methods.training.task import TaskTraining
 
@@ -152,6 +153,23 @@ def test_a_run_encodes_no_image_twice(
         "images": [12] * TASKS,
         "available": [len(t.test) for t in scenario.tasks],
     }
+
+
+@pytest.mark.parametrize("name", ["ranpac", "moe_adapters"])
+def test_a_resumed_run_computes_its_features_again_to_the_bit(name: str, scenario: Scenario, tmp_path: Any) -> None:
+    class Stop(RunProgress):
+        def row_finished(self, after: str, row: list[float]) -> None:
+            if after != "zero-shot":
+                raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "select_scenario", lambda config: scenario)
+        whole = run(config(name), tmp_path / "whole")
+        with pytest.raises(InterruptedError):
+            run(config(name), tmp_path / "parts", progress=Stop())
+        resumed = run(config(name), tmp_path / "parts", resume=True)
+    for key in ("zero_shot", "accuracy", "calibration_error_per_row", "reliability", "label_spaces"):
+        assert resumed[key] == whole[key], key
 
 
 def test_several_label_spaces_are_what_each_gives_alone(scenario: Scenario) -> None:
