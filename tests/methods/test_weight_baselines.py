@@ -9,6 +9,7 @@ import torch
 from tiny_clip import build_backbone
 from trained import SHORT, Batches, check_resuming, learn, state, train, weights, with_sgd
 
+from cl_methods.components.weights import consolidation_value
 from cl_methods.datasets.task import Task
 from cl_methods.methods import METHODS
 
@@ -142,3 +143,11 @@ def test_between_tasks_only_the_model_is_stored(name: str, tasks: list[Task], ba
 def test_settings_are_checked(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(name, **settings)
+
+
+def test_the_value_of_the_consolidation_is_exact_for_large_tensors() -> None:
+    """A token embedding has 25 million scalars: sums over it must not lose digits, as torch's fp32 norm on a CPU does."""
+    torch.manual_seed(0)
+    value = torch.randn(5000, 1000)
+    found = consolidation_value([("embedding", value)], {"embedding": torch.zeros_like(value)})
+    torch.testing.assert_close(found.double(), value.double().square().sum(), rtol=1e-6, atol=0)

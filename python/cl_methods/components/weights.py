@@ -72,7 +72,9 @@ def consolidation_value(
     for names, values, anchors in _buckets([(name, value.detach(), anchor[name]) for name, value in parameters]):
         moved = torch._foreach_sub(values, anchors)
         if importance is None:
-            squares.append(torch.stack(torch._foreach_norm(moved)).square().sum())
+            # Not from norms: torch's fp32 norm on a CPU is 0.3 % off for 25 million scalars.
+            torch._foreach_mul_(moved, moved)
+            squares.append(torch.stack([one.sum() for one in moved]).sum())
         else:
             weighted = torch._foreach_mul(moved, [importance[name] for name in names])
             squares.append(torch.stack([(one * two).sum() for one, two in zip(weighted, moved, strict=True)]).sum())
