@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``clk`` with the given arguments (default: the process').
 
     Returns:
-        0 on success, 2 after an error that the message explains, 130 if stopped by the user.
+        0 on success, 2 after an error that the message explains, 130 if stopped by Ctrl-C, 143 by SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):

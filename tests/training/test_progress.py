@@ -11,9 +11,9 @@ import pytest
 from fakes import ClosedFormMethod
 from rich.console import Console
 
-from cl_methods.commands.run import _StopOnInterrupt
 from cl_methods.training import run as run_module
 from cl_methods.training.progress import Pace, PlainProgress, RichProgress, RunProgress, format_seconds
+from cl_methods.training.signals import StopOnSignal
 
 
 def test_plain_lines(tiny_run, tmp_path):
@@ -67,7 +67,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_can_be_resumed(tiny_run, tmp_pat
     original = run_module.Run.execute
 
     def execute(run):
-        with _StopOnInterrupt(run):
+        with StopOnSignal(run):
             return original(run)
 
     class Interrupt(RunProgress):

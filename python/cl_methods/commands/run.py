@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 import yaml
 from rich.console import Console
@@ -21,6 +19,7 @@ from cl_methods.training.config import RunConfig
 from cl_methods.training.plan import make_plan, readable_flops
 from cl_methods.training.progress import progress_for
 from cl_methods.training.run import Run, StoppedError, select_scenario
+from cl_methods.training.signals import StopOnSignal
 
 DESCRIPTION = """Train a method on a sequence of tasks, evaluating all tasks after each.
 
@@ -62,35 +61,18 @@ def _run(config: RunConfig, invocation: Invocation, output: Path) -> int:
     if invocation.dry_run:
         _print_plan(config, output)
         return 0
-    with progress_for() as reporter:
+    with progress_for() as reporter, StopOnSignal() as stopping:
         run = Run(config, output, resume=invocation.resume, overwrite=invocation.overwrite, progress=reporter)
         write_atomically(output / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+        stopping.run = run
         try:
-            with _StopOnInterrupt(run):
-                result = run.execute()
+            result = run.execute()
         except StoppedError as stopped:
             reporter.note(str(stopped))
-            return 130
+            return 128 + (stopping.received or 2)
+        stopping.run = None  # everything is written; the report can be made again
     write_run_report(result, output, Console())
-    return 0
-
-
-class _StopOnInterrupt:
-    """The first Ctrl-C lets the run write a checkpoint, the second one ends it at once."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __enter__(self) -> None:
-        self.previous = signal.signal(signal.SIGINT, self._handle)
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self.previous)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.run.stop()
-        self.run.reporter.note("stopping after this step; press Ctrl-C again to stop without a checkpoint")
-        signal.signal(signal.SIGINT, self.previous)
+    return 0 if stopping.received is None else 128 + stopping.received  # a series ends here too
 
 
 def _default_output(config: RunConfig, invocation: Invocation) -> Path:

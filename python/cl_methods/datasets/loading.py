@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from cl_methods.datasets.images import DataError, ImageSource, RawImage
 from cl_methods.datasets.two_stage import two_stage
 
 Transform = Callable[[RawImage], Tensor]
+_SECONDS_AFTER_SIGTERM = 60
 _TOGETHER = 8
 """Images that are normalised together: few enough to stay in a core's cache."""
 
@@ -107,9 +110,27 @@ def load_items(dataset: Dataset, order: range, device: torch.device, workers: in
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     for item in loader:
         yield _data(item)
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Ctrl-C and batch systems reach worker processes too, but the parent decides when these end.
+
+    After SIGTERM a worker lives on for a minute at most, so that one that hangs does not stay for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    signal.alarm(_SECONDS_AFTER_SIGTERM)
 
 
 def _data(item: dict[str, Tensor] | DataError) -> dict[str, Tensor]:

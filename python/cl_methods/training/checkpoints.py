@@ -1,22 +1,38 @@
-"""Checkpoints that a killed process cannot leave half written, and the files of a run directory."""
+"""The files of a run directory, which no killed process, full disk or damaged file makes unusable."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cl_methods.training.atomic import TEMPORARY, remove_folder, write_atomically, writing
+from cl_methods.training.checkpoint_folder import (
+    Checkpoint,
+    DamagedError,
+    TrainingProgress,
+    read_json,
+    write_checkpoint,
+)
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointOptions",
+    "DamagedError",
+    "RunDirectory",
+    "RunDirectoryError",
+    "TrainingProgress",
+    "write_atomically",
+]
+
 _NAME = re.compile(r"task(\d+)(?:-step(\d+))?$")
-_TEMPORARY = ".incomplete-"
+_IN_A_TASK = 2
+"""Checkpoints inside a task that stay: if the newest is damaged, the other one is there."""
 
 
 class RunDirectoryError(RuntimeError):
@@ -42,45 +58,6 @@ class CheckpointOptions:
             raise ValueError(f"checkpoint.keep: expected all or last, got {self.keep!r}")
 
 
-@dataclass
-class TrainingProgress:
-    """What training has cost so far, carried from checkpoint to checkpoint.
-
-    Attributes:
-        seconds: of optimiser steps and hooks, per task.
-        samples: images of tasks seen by optimiser steps since the beginning.
-        trainable_parameters: per task, in the order in which they were trained.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    samples: int = 0
-    trainable_parameters: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk.
-
-    Attributes:
-        path: its folder: ``model.safetensors`` and ``state.pt``.
-        task: 0-based task.
-        step: steps done in that task, or None when the task is finished.
-    """
-
-    path: Path
-    task: int
-    step: int | None
-
-    def method_state(self) -> dict[str, Tensor]:
-        """The method's tensors, on the CPU."""
-        return load_file(self.path / "model.safetensors")
-
-    def training_state(self) -> tuple[dict[str, Any] | None, TrainingProgress]:
-        """The optimiser's state (None after a finished task) and what training has cost."""
-        state = torch.load(self.path / "state.pt", weights_only=True, map_location="cpu")
-        return state["optimizer"], TrainingProgress(**state["progress"])
-
-
 class RunDirectory:
     """The files of one run.
 
@@ -95,6 +72,7 @@ class RunDirectory:
         "config.yaml",
         "rows.json",
         "result.json",
+        "diverged.json",
         "checkpoints",
         "accuracy.png",
         "matrix.png",
@@ -114,8 +92,11 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"output: {self.path} is a file, not a directory")
-        content = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
-        content = [name for name in content if not name.startswith(_TEMPORARY)]
+        try:
+            content = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+        except OSError as error:
+            raise RunDirectoryError(f"output: {self.path} cannot be read ({error.strerror or error})") from error
+        content = [name for name in content if not name.startswith(TEMPORARY)]
         earlier = "run.json" in content
         if content and not earlier:
             raise RunDirectoryError(
@@ -142,9 +123,10 @@ class RunDirectory:
         if earlier and overwrite and not resume:
             self._remove_earlier()
             earlier = False
-        self.path.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.checkpoints):
-            for leftover in folder.glob(f"{_TEMPORARY}*"):
+            for leftover in folder.glob(f"{TEMPORARY}*"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return earlier
 
@@ -162,9 +144,12 @@ class RunDirectory:
         write_atomically(self.path / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """The content of ``name``, or None if there is no such file."""
-        path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        """The content of ``name``, or None if there is no such file.
+
+        Raises:
+            DamagedError: it cannot be read or is not JSON.
+        """
+        return read_json(self.path / name)
 
     def found(self) -> list[Checkpoint]:
         """Complete checkpoints, in the order in which they were written."""
@@ -185,6 +170,7 @@ class RunDirectory:
         progress: TrainingProgress,
         *,
         keep: str = "all",
+        rows: dict[str, Any] | None = None,
     ) -> Checkpoint:
         """Write a checkpoint, then remove those that it makes superfluous.
 
@@ -196,62 +182,26 @@ class RunDirectory:
             step: optimiser steps done, or None when the task is finished.
             method_state, optimizer_state, progress: what to store.
             keep: see :class:`CheckpointOptions`.
+            rows: the accuracies known so far, so that ``rows.json`` can be lost without loss.
+
+        Raises:
+            WriteError: the disk is full or the folder is gone; all earlier checkpoints are as they were.
         """
-        self.checkpoints.mkdir(exist_ok=True)
-        name = f"task{task:02d}" if step is None else f"task{task:02d}-step{step:06d}"
-        folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self.checkpoints))
-        save_file(_without_aliases(method_state), folder / "model.safetensors")
-        torch.save({"optimizer": optimizer_state, "progress": vars(progress)}, folder / "state.pt")
-        for file in folder.iterdir():
-            _synchronise(file)
-        _synchronise(folder)
-        target = self.checkpoints / name
-        if target.exists():
-            _remove(target)
-        folder.rename(target)
-        _synchronise(self.checkpoints)
-        for other in self.found():
-            superfluous = other.step is not None or (keep == "last" and step is None)
-            if other.path != target and superfluous:
-                _remove(other.path)
-        return Checkpoint(target, task, step)
+        with writing(self.checkpoints):
+            self.checkpoints.mkdir(exist_ok=True)
+        target = self.checkpoints / (f"task{task:02d}" if step is None else f"task{task:02d}-step{step:06d}")
+        write_checkpoint(target, method_state, optimizer_state, progress, rows)
+        written = Checkpoint(target, task, step)
+        for other in self._superfluous(written, keep):
+            remove_folder(other.path)
+        return written
 
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to a temporary file beside ``path``, synchronise it and rename it over ``path``."""
-    handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(name).chmod(0o644)
-    Path(name).replace(path)
-    _synchronise(path.parent)
-
-
-def _without_aliases(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share memory, as safetensors requires."""
-    seen: set[int] = set()
-    result = {}
-    for name, value in state.items():
-        tensor = value.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        result[name] = tensor
-    return result
-
-
-def _synchronise(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    """Delete a checkpoint so that a half-deleted one is never taken for complete."""
-    doomed = path.with_name(f"{_TEMPORARY}{path.name}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    def _superfluous(self, written: Checkpoint, keep: str) -> list[Checkpoint]:
+        """What nobody needs any more, or what belongs to a later time than ``written`` and was not good enough to go on from."""
+        others = [other for other in self.found() if other.path != written.path]
+        inside = [other for other in others if other.step is not None]
+        if written.step is None:
+            return inside + [other for other in others if other.step is None and keep == "last"]
+        earlier = [other for other in inside if other.task == written.task and (other.step or 0) < written.step]
+        stay = earlier[-(_IN_A_TASK - 1) :]
+        return [other for other in inside if other not in stay]

@@ -16,7 +16,17 @@ _CHECK_EVERY = 16
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss became infinite or NaN. The message names the task, the step and every term."""
+    """A loss or a weight became infinite or NaN. The message names the task, the step and every term.
+
+    Attributes:
+        task: its name.
+        step: 0-based step of the task.
+        terms: the loss terms of that step as text, by name; empty where every loss was finite.
+    """
+
+    def __init__(self, message: str, *, task: str, step: int, terms: dict[str, str]) -> None:
+        super().__init__(message)
+        self.task, self.step, self.terms = task, step, terms
 
 
 class LossLog:
@@ -45,10 +55,14 @@ class LossLog:
         finite = torch.isfinite(torch.stack([terms["loss"].float() for _, terms in self._unchecked])).tolist()
         if not all(finite):
             step, terms = self._unchecked[finite.index(False)]
-            listed = ", ".join(f"{name} = {value.item():g}" for name, value in terms.items())
+            found = {name: f"{value.item():g}" for name, value in terms.items()}
+            listed = ", ".join(f"{name} = {value}" for name, value in found.items())
             raise NonFiniteLossError(
                 f"loss is not finite at step {step} of task {self.task}: {listed}. "
-                "Lower the learning rate or lengthen the warm-up; the terms that are not finite say where to look."
+                "Lower the learning rate or lengthen the warm-up; the terms that are not finite say where to look.",
+                task=self.task,
+                step=step,
+                terms=found,
             )
         self._unchecked.clear()
 

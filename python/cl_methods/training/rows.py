@@ -35,6 +35,30 @@ class Rows:
         further = {space: cls.from_dict(rows) for space, rows in values.get("further", {}).items()}
         return cls(**{**values, "further": further})
 
+    @classmethod
+    def checked(cls, values: Any, tasks: int) -> Rows:
+        """The same, of a file that may be damaged.
+
+        Args:
+            values: what the file holds; None if there is none.
+            tasks: of the run.
+
+        Raises:
+            ValueError: it is not what evaluations of so many tasks write.
+        """
+        try:
+            rows = cls() if values is None else cls.from_dict(values)
+            measured = [] if rows.zero_shot is None else [rows.zero_shot]
+            for found in (rows, *rows.further.values()):
+                numbers = [float(value) for row in (*measured, *found.accuracy) for value in row]
+                if len(numbers) != tasks * (len(measured) + len(found.accuracy)):
+                    raise ValueError(f"rows of other lengths than the {tasks} tasks")
+                if not len(found.accuracy) <= len(rows.accuracy) <= tasks:
+                    raise ValueError(f"{len(rows.accuracy)} rows after {tasks} tasks")
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"it does not hold rows of accuracies: {error}") from error
+        return rows
+
     def add(self, measured: Sequence[Measured]) -> list[float]:
         """Append a row, the zero-shot one first; its accuracies."""
         row = [entry.accuracy for entry in measured]

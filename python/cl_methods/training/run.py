@@ -19,11 +19,13 @@ from cl_methods.methods.find import find_method
 from cl_methods.scenarios import load as load_scenario
 from cl_methods.scenarios.base import Scenario
 from cl_methods.seeding import derive_seed, seed_everything
-from cl_methods.training.checkpoints import Checkpoint, RunDirectory, RunDirectoryError, TrainingProgress
+from cl_methods.training.checkpoints import DamagedError, RunDirectory, RunDirectoryError, TrainingProgress
 from cl_methods.training.config import RunConfig, differences
 from cl_methods.training.environment import choose_device, describe_environment
+from cl_methods.training.failures import explain, require_finite
 from cl_methods.training.loop import StepReport
 from cl_methods.training.progress import RunProgress
+from cl_methods.training.restoring import Restored, restore
 from cl_methods.training.result import run_result
 from cl_methods.training.rows import Rows
 from cl_methods.training.task import Continuation, TaskTraining
@@ -60,7 +62,9 @@ def run(
         RunDirectoryError: ``output`` has content that may not be touched, or holds a run of other settings or other data.
         DataError: the scenario's data is missing or damaged.
         ValueError: a setting is wrong.
-        NonFiniteLossError: training diverged.
+        NonFiniteLossError: training diverged; ``diverged.json`` says where.
+        WorkerDiedError: a process that reads images was killed.
+        WriteError: something could not be written; what was written before is intact.
         StoppedError: :meth:`Run.stop` was called.
     """
     with progress or RunProgress() as reporter:
@@ -95,18 +99,34 @@ class Run:
             self.directory.write_json("run.json", self.description)
         if origin is not None and origin.source != "embedded":
             self.reporter.note(origin.sentence())
-        self.rows = Rows.from_dict(self.directory.read_json("rows.json") or {})
+        self.rows = Rows()
         self.features = feature_store(scenario.tasks, config.evaluation, progress.note)
         self.method.expect(scenario.tasks)
         self.training = TrainingProgress()
 
     def stop(self) -> None:
-        """Ask the run to write a checkpoint after the present optimiser step and raise :class:`StoppedError`."""
+        """Ask the run to write a checkpoint after the present optimiser step and raise :class:`StoppedError`.
+
+        During an evaluation, before which everything has been written, it ends after the present task's images.
+        """
         self._stop = True
 
     def execute(self) -> dict[str, Any]:
         """Do what is left to do and write ``result.json``."""
-        finished = self.directory.read_json("result.json")
+        try:
+            return self._execute()
+        except RuntimeError as error:
+            explained = explain(error, self.directory)
+            if explained is error:
+                raise
+            raise explained from error
+
+    def _execute(self) -> dict[str, Any]:
+        try:
+            finished = self.directory.read_json("result.json")
+        except DamagedError as error:
+            finished = None
+            self.reporter.note(f"{error}; it is made again")
         if finished is not None:
             self.reporter.note(f"{self.directory.path} is complete; nothing left to do")
             return finished
@@ -120,16 +140,18 @@ class Run:
             steps,
             closed_form=self.method.closed_form,
         )
-        latest = self._restore(steps)
+        restored = self._restore(steps)
+        latest = restored.checkpoint
         if self.rows.zero_shot is None:
             self._evaluate(0)
         for index in range(rows_after_learning(self.config, self.method, len(tasks)) if not trains else 0):
             if len(self.rows.accuracy) <= index:
                 self._evaluate(index + 1)
         for index in sessions:
+            self._end_if_stopped(f"before task {tasks[index].name}")
             done = latest is not None and (index < latest.task or (index == latest.task and latest.step is None))
             if not done:
-                self._train(index, len(sessions), steps[index], latest if latest and latest.task == index else None)
+                self._train(index, len(sessions), steps[index], restored if latest and latest.task == index else None)
             if len(self.rows.accuracy) <= index:
                 self._evaluate(index + 1)
         result = run_result(
@@ -173,30 +195,32 @@ class Run:
                 f"resuming in another environment; results may differ in the last bits: {'; '.join(moved)}"
             )
 
-    def _restore(self, steps: list[int]) -> Checkpoint | None:
-        """Load the newest checkpoint, or for one inside a task what came before that task."""
-        checkpoints = self.directory.found()
-        if not checkpoints:
-            return None
-        latest = checkpoints[-1]
-        _, self.training = latest.training_state()
-        finished = [checkpoint for checkpoint in checkpoints if checkpoint.step is None]
-        if finished:
-            self.method.load_state_dict(finished[-1].method_state())
-            self.method.recall(self.scenario.tasks[: finished[-1].task + 1])
+    def _restore(self, steps: list[int]) -> Restored:
+        """Load the newest checkpoint that is intact, or for one inside a task what came before that task."""
+        restored = restore(self.directory, len(self.scenario.tasks))
+        for sentence in restored.sentences:
+            self.reporter.note(sentence)
+        self.rows, self.training, latest = restored.rows, restored.training, restored.checkpoint
+        if latest is None:
+            return restored
+        if restored.before is not None:
+            self.method.load_state_dict(restored.before)
+            self.method.recall(self.scenario.tasks[: latest.task + (latest.step is None)])
         rows = len(self.rows.accuracy) + (self.rows.zero_shot is not None)
         self.reporter.pace.skip(sum(steps[: latest.task + (latest.step is None)]) + (latest.step or 0), rows)
         where = "after" if latest.step is None else f"at step {latest.step} of"
         self.reporter.note(f"resuming {where} task {self.scenario.tasks[latest.task].name}")
-        return latest
+        return restored
 
-    def _train(self, index: int, sessions: int, steps: int, checkpoint: Checkpoint | None) -> None:
+    def _train(self, index: int, sessions: int, steps: int, restored: Restored | None) -> None:
         method, progress = self.method, self.training
+        watched: list[tuple[str, torch.Tensor]] = []
+        watched_of: torch.optim.Optimizer | None = None
         name = "all tasks together" if method.joint else self.scenario.tasks[index].name
         continuation = None
-        if checkpoint is not None:
-            optimizer_state, _ = checkpoint.training_state()
-            continuation = Continuation(checkpoint.step or 0, checkpoint.method_state(), optimizer_state or {})
+        if restored is not None and restored.checkpoint is not None and restored.method_state is not None:
+            done_before = restored.checkpoint.step or 0
+            continuation = Continuation(done_before, restored.method_state, restored.optimizer_state or {})
         else:
             progress.seconds.append(0.0)
         clock = time.perf_counter()
@@ -215,15 +239,18 @@ class Run:
             self.reporter.task_started(name, index + 1, sessions, steps, done)
 
         def on_step(report: StepReport) -> None:
+            nonlocal watched, watched_of
+            if report.optimizer is not watched_of:  # a stage begins
+                watched, watched_of = list(method.trainable()), report.optimizer
             progress.samples += report.samples
             self.reporter.step(report)
             done, every = report.step + 1, self.config.checkpoint.every
             if self._stop or (every and done % every == 0 and done < steps):
                 report.log.check()  # never store weights that a loss has already shown to be broken
+                require_finite(watched, name, report.step)
                 count_time()
                 self._save(index, done, report.optimizer.state_dict() if report.optimizer is not None else None)
-            if self._stop:
-                raise StoppedError(f"stopped after step {done} of task {name}; continue with --resume")
+            self._end_if_stopped(f"after step {done} of task {name}")
 
         training = TaskTraining(
             method,
@@ -236,12 +263,18 @@ class Run:
             on_step=on_step,
         )
         training.execute()
+        require_finite(method.state_dict().items() if method.closed_form else watched, name, steps - 1)
         count_time()
         self._save(index, None, None)
 
     def _save(self, index: int, step: int | None, optimizer_state: dict[str, Any] | None) -> None:
         state, keep = self.method.state_dict(), self.config.checkpoint.keep
-        self.directory.save(index, step, state, optimizer_state, self.training, keep=keep)
+        rows = asdict(self.rows)
+        self.directory.save(index, step, state, optimizer_state, self.training, keep=keep, rows=rows)
+
+    def _end_if_stopped(self, where: str) -> None:
+        if self._stop:
+            raise StoppedError(f"stopped {where}; continue with --resume")
 
     def _evaluate(self, learnt: int) -> None:
         """Measure one row of the matrix and write it down; 0 tasks learnt is the zero-shot row."""
@@ -251,13 +284,19 @@ class Run:
             learnt = len(tasks)
         self.reporter.evaluation_started(after, len(tasks))
         clock = time.perf_counter()
+
+        def evaluated(index: int, value: float) -> None:
+            self.reporter.evaluated(tasks[index].name, value)
+            if index + 1 < len(tasks):  # the row is complete after the last
+                self._end_if_stopped(f"in the evaluation {after}")
+
         measured = measure_spaces(
             self.method,
             tasks,
             learnt,
             self.config.evaluation,
             self.config.workers,
-            on_task=lambda index, value: self.reporter.evaluated(tasks[index].name, value),
+            on_task=evaluated,
             store=self.features,
         )
         self.rows.seconds.append(time.perf_counter() - clock)

@@ -1,0 +1,104 @@
+"""Files that are written whole or not at all, and what is said when they cannot be."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+TEMPORARY = ".incomplete-"
+"""Beginning of the names of what is being written; whatever bears it may be deleted."""
+
+
+class WriteError(OSError):
+    """Something could not be written. The message names it and the reason; what was there before is untouched."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to a temporary file beside ``path``, synchronise it and rename it over ``path``.
+
+    Raises:
+        WriteError: the disk is full, the folder is gone or may not be written; ``path`` is as it was.
+    """
+    with writing(path):
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)  # a full disk gets its room back
+            raise
+        synchronise(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tell every library's failure to write ``path`` in the same words.
+
+    Raises:
+        WriteError: for OSError, SafetensorError and torch's RuntimeError.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise WriteError(
+            f"{path} cannot be written ({reason}); make room or restore the folder, then go on with --resume"
+        ) from error
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that takes its name and place, synchronised, when the block ends well.
+
+    Raises:
+        WriteError: it cannot be written; what was at ``target`` is as it was.
+    """
+    with writing(target):
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=target.parent))
+        try:
+            yield folder
+            for file in folder.iterdir():
+                synchronise(file)
+            synchronise(folder)
+            if target.exists():
+                remove_folder(target)
+            folder.rename(target)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        synchronise(target.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that a half-deleted one is never taken for complete."""
+    doomed = path.with_name(f"{TEMPORARY}{path.name}")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def synchronise(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file's bytes in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,69 @@
+"""What is said, and kept, when training cannot go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from cl_methods.training.atomic import WriteError
+from cl_methods.training.checkpoints import RunDirectory
+from cl_methods.training.loop import NonFiniteLossError
+
+
+class WorkerDiedError(RuntimeError):
+    """A data-loading process was killed or crashed. The message says what is kept and what to try."""
+
+
+def last_good(directory: RunDirectory) -> str:
+    """Where the last state that was written is."""
+    found = directory.found()
+    if not found:
+        return f"No checkpoint had been written to {directory.path} yet."
+    return f"The last good state is {found[-1].path}."
+
+
+def explain(error: RuntimeError, directory: RunDirectory) -> RuntimeError:
+    """The error that a run ends with: itself, or one that says more.
+
+    A loss that is not finite is also described in ``diverged.json``.
+    """
+    if isinstance(error, NonFiniteLossError):
+        text = f"{error} {last_good(directory)} The same settings would diverge again: start a new run with others."
+        found = {"task": error.task, "step": error.step, "terms": error.terms, "message": text}
+        try:
+            directory.write_json("diverged.json", found)
+        except WriteError as further:
+            text += f" ({further})"
+        return NonFiniteLossError(text, task=error.task, step=error.step, terms=error.terms)
+    if "DataLoader worker" in str(error):
+        reason = str(error).splitlines()[0].rstrip(". ")
+        return WorkerDiedError(
+            f"{reason}: a process that reads images has died, most often for want of memory. {last_good(directory)} "
+            "Go on with --resume; fewer --workers need less memory, 0 reads in the main process. Results do not depend on it"
+        )
+    return error
+
+
+def require_finite(values: Iterable[tuple[str, Tensor]], task: str, step: int) -> None:
+    """Look at every parameter before it is stored: gradients can overflow where the loss did not.
+
+    One reduction per tensor and one wait for the device.
+
+    Raises:
+        NonFiniteLossError: one of them holds NaN or an infinity.
+    """
+    named = [(name, value.detach()) for name, value in values if value.is_floating_point()]
+    if not named:
+        return
+    whole = torch.stack([torch.isfinite(value).all() for _, value in named]).tolist()
+    wrong = [name for (name, _), finite in zip(named, whole, strict=True) if not finite]
+    if wrong:
+        raise NonFiniteLossError(
+            f"weights are not finite after step {step} of task {task}, though every loss was: {', '.join(wrong[:4])}"
+            f"{' …' if len(wrong) > 4 else ''}. Lower the learning rate, or train in float32.",
+            task=task,
+            step=step,
+            terms={},
+        )
