@@ -13,7 +13,7 @@ SEED   ?= 0
 ORDER  ?= I
 METHODS := zero_shot,finetune,zscl,moe_adapters
 
-.PHONY: install mini test lint test-unit test-interpreter test-aot test-install sanitize fuzz bench wheel clean
+.PHONY: install mini test lint test-unit test-interpreter test-aot test-install sanitize fuzz faults bench wheel clean
 
 install: $(STAMP)
 
@@ -49,7 +49,8 @@ test-aot: install
 test-install: install
 	bash tests/packaging/check_without_compiler.sh $(BIN)/python
 
-# Slower checks, by hand: the compiled kernels under sanitizers, many random cases, and how fast everything is.
+# Slower checks, by hand: the compiled kernels under sanitizers, many random cases, faults of every kind on every method, and
+# how fast everything is.
 CASES ?= 100000
 
 sanitize: install
@@ -57,6 +58,10 @@ sanitize: install
 
 fuzz: install
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tests/fuzz/fuzz_cases.py --cases $(CASES)
+
+faults: install
+	folder=$$(mktemp -d) && OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python tests/training/faults.py $$folder; \
+	status=$$?; if [ $$status -eq 0 ]; then rm -r $$folder; else echo "what the runs left is in $$folder"; fi; exit $$status
 
 bench: install
 	$(BIN)/pytest -c benchmarks/pytest.ini benchmarks --benchmark-json=benchmark.json

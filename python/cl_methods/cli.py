@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from cl_methods.text import printable
+
 COMMANDS = {
     "run": "train and evaluate a method over a whole task sequence",
     "compare": "one table, figures and an HTML page over several runs",
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPECTED_ERRORS as error:
         if debug:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = printable(" ".join(str(error).split())) or type(error).__name__
         print(f"clk {verb}: error: {text} (--debug shows where)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cl_methods.evaluation.accuracy import LabelSpace
 from cl_methods.methods import METHODS, Method
-from cl_methods.methods.find import find_method
+from cl_methods.methods.find import find_method, named_in_data
 from cl_methods.scenarios import SCENARIOS, ScenarioOptions
 from cl_methods.training.config import RunConfig
 
@@ -63,8 +63,12 @@ def parse(arguments: Sequence[str], description: str) -> tuple[RunConfig, Invoca
     file = read_yaml(Path(path)) if path is not None else {}
     from_file = file.get("method", {})
     from_file = {"name": from_file} if isinstance(from_file, str) else dict(from_file)
-    method = _peek(arguments, "--method") or from_file.get("name", DEFAULT_METHOD)
-    _method_type(method)
+    method = _peek(arguments, "--method")
+    if method is None:
+        method = from_file.get("name", DEFAULT_METHOD)
+        _method_type(method, path)
+    else:
+        _method_type(method)
     scenario = _known("scenario", _peek(arguments, "--scenario") or file.get("scenario", "mini"), SCENARIOS)
     if from_file.pop("name", method) != method:
         from_file = {}
@@ -148,9 +152,10 @@ def _protocol(scenario: str, given: Mapping[str, Any]) -> str:
     return ScenarioOptions(shots=shots).protocol(scenario)
 
 
-def _method_type(name: str) -> type[Method]:
+def _method_type(name: str, file: str | None = None) -> type[Method]:
+    """The method that a command line asks for, or that ``file`` names."""
     try:
-        return find_method(name)
+        return find_method(name) if file is None else named_in_data(name, file)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
 

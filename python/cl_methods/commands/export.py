@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from cl_methods.backbone import MINI_WEIGHTS
+from cl_methods.methods.find import find_method
 from cl_methods.training.export import ADAPTER_CONFIG, NewFolder, read_adapter
 from cl_methods.training.export_run import export_file, export_public, export_run
 
@@ -43,6 +44,7 @@ class Export:
         detector: list of autoencoders, for a checkpoint of MoE-Adapters.
         frozen: list of frozen experts, for a checkpoint of MoE-Adapters.
         with_model: put the frozen CLIP beside an adapter file too.
+        method: MODULE:CLASS or PATH.py:CLASS of your own, if the run is of one; runs that file, which no run directory may.
     """
 
     source: Annotated[Path, tyro.conf.Positional]
@@ -54,6 +56,7 @@ class Export:
     detector: Path | None = None
     frozen: Path | None = None
     with_model: bool = False
+    method: str | None = None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -69,6 +72,8 @@ def main(arguments: Sequence[str]) -> int:
         if path is not None and not path.exists():
             raise FileNotFoundError(f"{name}: {path} does not exist")
     _check(options, {name: getattr(options, name) for name in ("model", "detector", "frozen", "task")})
+    if options.method is not None:
+        find_method(options.method)
     with NewFolder(options.output) as folder:
         if options.layout == "moe-adapters4cl":
             written = export_public(options.source, folder, options.task, options.pretrained)

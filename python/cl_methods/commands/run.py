@@ -70,6 +70,8 @@ def _run(config: RunConfig, invocation: Invocation, output: Path) -> int:
         except StoppedError as stopped:
             reporter.note(str(stopped))
             return 128 + (stopping.received or 2)
+        if stopping.received is not None:
+            reporter.note("stopped at the end of the run, which is complete")
         stopping.run = None  # everything is written; the report can be made again
     write_run_report(result, output, Console())
     return 0 if stopping.received is None else 128 + stopping.received  # a series ends here too

@@ -13,9 +13,8 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
-from cl_methods.datasets.images import DataError, ImageSource, file_stamp
+from cl_methods.datasets.images import UNREADABLE, DataError, ImageSource, file_stamp
 from cl_methods.datasets.listing import SPLIT_NAMES, Listing, require_all_classes
-from cl_methods.datasets.sources import UNREADABLE
 from cl_methods.datasets.texts import Classes
 
 

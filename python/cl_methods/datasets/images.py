@@ -17,6 +17,10 @@ RawImage = Image.Image | Tensor
 """An image before any transform: a PIL image, or a uint8 tensor (3, H, W)."""
 
 
+UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for bytes that are no image, are cut off, are damaged, or say that they are absurdly large."""
+
+
 class DataError(ValueError):
     """Data on disk is not what it should be. The message names the file and says what to do."""
 
@@ -114,7 +118,7 @@ class FileImages(ImageSource):
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{path} is not a readable image ({error}); replace it or remove it") from error
 
     @override

@@ -10,15 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
 from cl_methods.datasets.archives import Member
-from cl_methods.datasets.images import DataError, FileImages, ImageSource, Subset, file_stamp
-
-UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for bytes that are no image, are cut off or are damaged."""
+from cl_methods.datasets.images import UNREADABLE, DataError, FileImages, ImageSource, Subset, file_stamp
 
 
 class ArrayImages(ImageSource):

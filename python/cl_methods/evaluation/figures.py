@@ -11,6 +11,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from cl_methods.evaluation.results import Board, Group
@@ -172,6 +173,9 @@ def legend_below(figure: Figure, handles: list[Artist], labels: list[str]) -> No
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
+    for text in figure.findobj(Text):  # names from data are no formulas; matplotlib's own ticks may be
+        if "$" in text.get_text() and r"\mathdefault" not in text.get_text():
+            text.set_parse_math(False)
     figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white")
     return buffer.getvalue()
 

@@ -21,6 +21,7 @@ from cl_methods.evaluation.tables import (
     per_task_tables,
     summary_table,
 )
+from cl_methods.text import printable
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
@@ -55,7 +56,10 @@ def write_run_report(result: dict[str, Any], output: Path, console: Console) -> 
     pictures = "![accuracy per task over time](accuracy.png)\n\n![accuracy matrix](matrix.png)\n"
     (output / "report.md").write_text(f"{text}\n{pictures}")
     console.print(
-        f"result.json, report.md, accuracy.png and matrix.png are in {output}", soft_wrap=True, highlight=False
+        f"result.json, report.md, accuracy.png and matrix.png are in {output}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
     )
 
 
@@ -79,7 +83,7 @@ def compare(paths: Sequence[Path], output: Path, console: Console) -> list[Board
     boards, notes = arrange([read_result(path) for path in find_results(paths)])
     output.mkdir(parents=True, exist_ok=True)
     for note in notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        console.print(f"note: {printable(note)}", highlight=False, soft_wrap=True, markup=False)
     markdown, tables, sections = [], list[TextTable](), []
     for number, board in enumerate(boards):
         suffix = "" if len(boards) == 1 else f"-{number + 1}"
@@ -103,14 +107,15 @@ def compare(paths: Sequence[Path], output: Path, console: Console) -> list[Board
     (output / "table.md").write_text("\n".join(markdown) + _footnote(notes))
     (output / "table.tex").write_text(latex.document(tables, _footnote(notes)))
     (output / "report.html").write_text(_page(sections, notes))
-    console.print(f"table.md, table.tex, report.html and figures are in {output}", soft_wrap=True, highlight=False)
+    where = f"table.md, table.tex, report.html and figures are in {output}"
+    console.print(where, soft_wrap=True, highlight=False, markup=False)
     return boards
 
 
 def _print(table: TextTable, console: Console) -> None:
     """Print a table; where there is no terminal whose width counts, as wide as it needs to be."""
     target = console if console.is_terminal else Console(file=console.file, width=240)
-    target.print(table.title, style="bold", highlight=False)
+    target.print(printable(table.title), style="bold", highlight=False, markup=False)
     target.print(table.rich())
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cl_methods.evaluation.metrics import mtil_metrics
+from cl_methods.text import printable_values
 
 REQUIRED = (
     "method", "scenario", "seed", "tasks", "zero_shot", "accuracy", "transfer", "average", "last", "forgetting", "train",
@@ -157,12 +158,13 @@ def read_result(path: Path) -> dict[str, Any]:
         ResultError: it is not valid JSON, lacks keys, or its matrix does not fit its tasks.
     """
     try:
-        result = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        result = printable_values(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
         raise ResultError(f"{path} is not valid JSON: {error}") from error
     missing = [key for key in REQUIRED if key not in result] if isinstance(result, dict) else list(REQUIRED)
     if missing:
         raise ResultError(f"{path} lacks {', '.join(missing)}; it was not written by `clk run`")
+    _check_types(path, result)
     shape, tasks = np.shape(result["accuracy"]), len(result["tasks"])
     if shape != (tasks, tasks) or len(result["zero_shot"]) != tasks:
         raise ResultError(
@@ -170,6 +172,25 @@ def read_result(path: Path) -> dict[str, Any]:
         )
     _check_reliability(path, result, tasks)
     return {**result, "path": str(path.parent)}
+
+
+def _check_types(path: Path, result: dict[str, Any]) -> None:
+    """Refuse what tables and figures would stumble over."""
+    texts, mappings = ("method", "scenario"), ("train", "environment", "config")
+    wrong = [name for name in texts if not isinstance(result[name], str)]
+    wrong += [name for name in mappings if not isinstance(result[name], dict)]
+    wrong += [] if isinstance(result["seed"], int) else ["seed"]
+    wrong += [] if _lists(result["tasks"], str) else ["tasks"]
+    wrong += [] if _lists(result["zero_shot"], (int, float)) else ["zero_shot"]
+    rows = result["accuracy"]
+    regular = isinstance(rows, list) and all(_lists(row, (int, float)) for row in rows)
+    wrong += [] if regular and len({len(row) for row in rows}) == 1 else ["accuracy"]
+    if wrong:
+        raise ResultError(f"{path}: {', '.join(wrong)} is not what `clk run` writes; restore the file or run it again")
+
+
+def _lists(values: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
 def arrange(results: Sequence[dict[str, Any]]) -> tuple[list[Board], list[str]]:

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from cl_methods.evaluation.results import METRICS, Board, published
+from cl_methods.text import printable
 
 ABSENT = "–"
 
@@ -37,10 +39,13 @@ class TextTable:
         """For the terminal, without the title."""
         table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1))
         for position, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if position else "left", no_wrap=position > 0, overflow="fold")
+            table.add_column(
+                Text(printable(column)), justify="right" if position else "left", no_wrap=position > 0, overflow="fold"
+            )
         for number, row in enumerate(self.rows):
-            cells = [
-                f"[bold]{cell}[/]" if (number, column) in self.emphasised else cell for column, cell in enumerate(row)
+            cells = [  # Text, because a cell may hold what rich would take for markup
+                Text(printable(cell), style="bold" if (number, column) in self.emphasised else "")
+                for column, cell in enumerate(row)
             ]
             table.add_row(*cells, end_section=number + 1 in self.breaks)
         return table
@@ -48,15 +53,23 @@ class TextTable:
     def markdown(self) -> str:
         """A heading and a pipe table."""
         lines = [
-            f"### {self.title}",
+            f"### {_markdown(self.title)}",
             "",
-            "| " + " | ".join(self.columns) + " |",
+            "| " + " | ".join(map(_markdown, self.columns)) + " |",
             "|" + "|".join("---" if position == 0 else "---:" for position in range(len(self.columns))) + "|",
         ]
         for number, row in enumerate(self.rows):
-            cells = [f"**{cell}**" if (number, column) in self.emphasised else cell for column, cell in enumerate(row)]
+            texts = [_markdown(cell) for cell in row]
+            cells = [
+                f"**{text}**" if (number, column) in self.emphasised else text for column, text in enumerate(texts)
+            ]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
+
+
+def _markdown(text: str) -> str:
+    """As Markdown shows it: no column ends in it and no HTML begins in it."""
+    return printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def matrix_table(result: dict[str, Any], where: str | None = None) -> TextTable:

@@ -13,9 +13,34 @@ from typing import Any
 from cl_methods.methods import METHODS
 from cl_methods.methods.base import Method
 
+_REQUESTED: set[str] = set()
+"""Names by which somebody has asked for a class of their own, in this process."""
+
+
+def named_in_data(name: str, file: Path | str) -> type[Method]:
+    """The method that a file names: one of this package, or a class that has been asked for by name before.
+
+    Files are data. Which code is run is decided by who calls :func:`find_method`, or by ``--method`` on a command line.
+
+    Args:
+        name: as for :func:`find_method`.
+        file: where the name stands, for the message.
+
+    Raises:
+        ValueError: it names code that nobody has asked for, or see :func:`find_method`.
+    """
+    if isinstance(name, str) and ":" in name and name not in _REQUESTED:
+        raise ValueError(
+            f"method: {file} names code, {name!r}, which a file may not have run; "
+            f"if you trust it, ask for it yourself with --method {name} (find_method({name!r}) in Python)"
+        )
+    return find_method(name)
+
 
 def find_method(name: str) -> type[Method]:
     """A method of this package by its name, or one of your own as ``MODULE:CLASS`` or ``PATH.py:CLASS``.
+
+    Naming a class of your own runs the file or module that it is in.
 
     Args:
         name: ``"zscl"``, ``"my_package.my_method:MyMethod"``, ``"experiments/my_method.py:MyMethod"``.
@@ -31,6 +56,7 @@ def find_method(name: str) -> type[Method]:
         close = get_close_matches(name, METHODS, n=1)
         hint = f"; did you mean {close[0]}?" if close else "; one of your own is MODULE:CLASS or PATH.py:CLASS"
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}{hint}")
+    _REQUESTED.add(name)
     found: Any = getattr(_module(place, name), class_name, None)
     if found is None:
         raise ValueError(f"method: {place} has no class {class_name!r}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cl_methods.backbone import MINI_WEIGHTS, Backbone, load_backbone
 from cl_methods.methods.base import Method
-from cl_methods.methods.find import find_method
+from cl_methods.methods.find import named_in_data
 from cl_methods.methods.settings import build_settings
 from cl_methods.seeding import derive_seed, seed_everything
 from cl_methods.torchvision_compat import prepare_torchvision
@@ -199,7 +199,7 @@ def load_adapter(
     """
     folder = Path(folder)
     adapter, state = read_adapter(folder)
-    method_type = find_method(adapter.method)
+    method_type = named_in_data(adapter.method, folder)
     config = build_settings(method_type.Config, _merged(adapter.settings, settings or {}))
     seed_everything(derive_seed(adapter.seed, "build"))
     if backbone is None and pretrained is None and any((folder / name).is_file() for name in (MODEL, MINI_WEIGHTS)):

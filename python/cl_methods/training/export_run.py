@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl_methods.backbone import Backbone, load_backbone
 from cl_methods.methods.base import Method
-from cl_methods.methods.find import find_method
+from cl_methods.methods.find import named_in_data
 from cl_methods.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig
 from cl_methods.methods.settings import build_settings
 from cl_methods.open_clip_loading import loaded_from
@@ -62,7 +62,8 @@ def export_run(
     """
     adapter, state, backbone = _read(source, task, pretrained)
     weights = clip_part(state, backbone)
-    if _scored_by_clip_alone(find_method(adapter.method)) and weights.keys() == backbone.model.state_dict().keys():
+    scored_by_clip_alone = _scored_by_clip_alone(named_in_data(adapter.method, source))
+    if scored_by_clip_alone and weights.keys() == backbone.model.state_dict().keys():
         return write_model(folder, backbone, weights, adapter.source)
     written = write_adapter(folder, adapter, state)
     return written + (write_model(folder, backbone, backbone.model.state_dict(), adapter.source) if with_model else [])

@@ -13,6 +13,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from cl_methods.text import printable
 from cl_methods.training.loop import StepReport
 
 
@@ -149,7 +150,7 @@ class PlainProgress(RunProgress):
 
     def note(self, text: str) -> None:
         """See the base class."""
-        print(text, file=self.stream, flush=True)
+        print(printable(text), file=self.stream, flush=True)
 
 
 class RichProgress(RunProgress):
@@ -159,10 +160,10 @@ class RichProgress(RunProgress):
         super().__init__()
         self.console = console or Console()
         self.bars = Progress(
-            TextColumn("{task.description}", justify="left"),
+            TextColumn("{task.description}", justify="left", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[info]}"),
+            TextColumn("{task.fields[info]}", markup=False),
             console=self.console,
             transient=True,
         )
@@ -184,7 +185,7 @@ class RichProgress(RunProgress):
         """See the base class."""
         super().task_started(name, number, tasks, steps, done)
         self._read = 0.0
-        description = f"task {number}/{tasks} {name}"
+        description = f"task {number}/{tasks} {printable(name)}"
         self.bars.update(self._whole, completed=self._started[number - 1] + done)
         self.bars.reset(self._part, total=steps, completed=done, description=description, visible=True, info="")
 
@@ -203,21 +204,22 @@ class RichProgress(RunProgress):
         """See the base class."""
         super().evaluation_started(after, tasks)
         self.bars.refresh()  # a task shorter than the refresh interval still shows its last step
-        self.bars.reset(self._part, total=tasks, description=f"evaluating {after}", visible=True, info="")
+        self.bars.reset(self._part, total=tasks, description=f"evaluating {printable(after)}", visible=True, info="")
 
     def evaluated(self, task: str, accuracy: float) -> None:
         """See the base class."""
-        self.bars.update(self._part, advance=1, info=f"{task} {accuracy:.1f} %")
+        self.bars.update(self._part, advance=1, info=f"{printable(task)} {accuracy:.1f} %")
 
     def row_finished(self, after: str, row: list[float]) -> None:
         """See the base class."""
         super().row_finished(after, row)
         values = " ".join(f"{value:5.1f}" for value in row)
-        self.bars.console.print(f"{after:<22} {values}   mean {sum(row) / len(row):5.1f}", highlight=False)
+        line = f"{printable(after):<22} {values}   mean {sum(row) / len(row):5.1f}"
+        self.bars.console.print(line, highlight=False, markup=False)
 
     def note(self, text: str) -> None:
         """See the base class."""
-        self.bars.console.print(text)
+        self.bars.console.print(printable(text), markup=False)
 
     def close(self) -> None:
         """See the base class."""

@@ -113,6 +113,7 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Do what is left to do and write ``result.json``."""
+        (self.directory.path / "diverged.json").unlink(missing_ok=True)
         try:
             return self._execute()
         except RuntimeError as error:
