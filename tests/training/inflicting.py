@@ -21,7 +21,7 @@ from cl_methods.training import run as run_module
 from cl_methods.training.checkpoints import RunDirectory
 from cl_methods.training.progress import PlainProgress
 
-WITHOUT_TRAINING = ["sigterm", "sigint", "kill", "worker killed", "no room", "kill"]
+WITHOUT_TRAINING = ["sigterm", "sigint", "kill", "two signals", "no room"]
 SMALL = 4096
 
 
