@@ -8,7 +8,7 @@ from cl_kernels.profile.ceilings import Ceilings, measure_ceilings
 from cl_kernels.profile.costs import Cost, costs
 from cl_kernels.profile.counting import OperationCount
 from cl_kernels.profile.layers import Layer
-from cl_kernels.profile.memory import ExtraMemory, peak_memory_bytes, start_peak_memory
+from cl_kernels.profile.memory import ExtraMemory, peak_memory_bytes, resident_bytes, start_peak_memory
 from cl_kernels.profile.recorder import Operation, Recorder, StepRecord
 from cl_kernels.profile.result import AdapterProfile
 from cl_kernels.profile.timing import Spread, Trust, Watch
@@ -41,5 +41,6 @@ __all__ = [
     "profile_adapter",
     "profile_workloads",
     "record_step",
+    "resident_bytes",
     "start_peak_memory",
 ]

@@ -42,6 +42,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if platform.system() == "Darwin" else peak * 1024  # kilobytes elsewhere
 
 
+def resident_bytes() -> int:
+    """Memory of this process that is resident now, tensors on a GPU not included; 0 where the system does not tell."""
+    return _status("VmRSS") if _STATUS.is_file() else 0
+
+
 class ExtraMemory:
     """What a block of code needs beyond what was there before it: ``with ExtraMemory(device) as extra: …``, ``extra.bytes``.
 

@@ -92,6 +92,7 @@ class Part:
 
 
 _part: contextvars.ContextVar[Part | None] = contextvars.ContextVar("part", default=None)
+_middle_left_out: contextvars.ContextVar[bool] = contextvars.ContextVar("middle_left_out", default=False)
 
 
 def current_part() -> Part | None:
@@ -107,6 +108,19 @@ def as_part(part: Part) -> Iterator[None]:
         yield
     finally:
         _part.reset(token)
+
+
+@contextmanager
+def leaving_out_middle_parts() -> Iterator[None]:
+    """Inside, only the first part of a batch and the last are encoded; the features of the others are whatever is in memory.
+
+    For rehearsals on tensors without data: parts of one size need the same memory.
+    """
+    token = _middle_left_out.set(True)
+    try:
+        yield
+    finally:
+        _middle_left_out.reset(token)
 
 
 def encode_in_parts(
@@ -137,6 +151,9 @@ def encode_in_parts(
         first = number * size
         part = Part(first, len(rows), total, _drawn=drawn)
         last = first + len(rows) == total
+        if _middle_left_out.get() and number and not last:
+            outputs.append(outputs[0].new_empty(outputs[0].shape))
+            continue
         keep = not recorded or total <= size or (keep_last and last)
         run = partial(_with_blocks, encode, blocks if recorded else [])
         if keep:

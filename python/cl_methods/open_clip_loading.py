@@ -82,6 +82,17 @@ def untrained_open_clip(model: str, device: str = "cpu") -> Parts:
     return _parts(model, _untrained(model, device=device))
 
 
+def shapes_of_open_clip(model: str) -> Parts:
+    """The same with weights on the meta device: shapes alone, which take no memory.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    _check_name(model)
+    with torch.device("meta"):
+        return _parts(model, _untrained(model, device="meta"))
+
+
 def _untrained(model: str, **options: Any) -> nn.Module:
     logger = logging.getLogger()
     level = logger.level

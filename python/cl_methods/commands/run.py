@@ -16,6 +16,7 @@ from cl_methods.evaluation.report import compare, write_run_report
 from cl_methods.methods.find import find_method
 from cl_methods.training.checkpoints import RunDirectory, write_atomically
 from cl_methods.training.config import RunConfig
+from cl_methods.training.environment import choose_device
 from cl_methods.training.plan import make_plan, readable_flops
 from cl_methods.training.progress import progress_for
 from cl_methods.training.run import Run, StoppedError, select_scenario
@@ -109,6 +110,12 @@ def _print_plan(config: RunConfig, output: Path) -> None:
         console.print(f"{sessions} {times}{steps}, model {config.model}")
     for sentence in plan.sentences():
         console.print(sentence, soft_wrap=True, highlight=False)
+    if config.memory_budget is not None:
+        from cl_methods.training.memory import plan_run  # which takes a second to load
+
+        memory = plan_run(config, scenario, choose_device(config.device))
+        for line in memory.lines() if memory is not None else ():
+            console.print(line, soft_wrap=True, highlight=False)
     console.print(planned_weights(config.model, config.pretrained), soft_wrap=True, highlight=False, markup=False)
     console.print(f"would write to {output}; nothing has been written", soft_wrap=True)
     console.print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(), highlight=False)

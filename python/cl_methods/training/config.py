@@ -10,9 +10,11 @@ from typing import Any
 from cl_methods.evaluation.accuracy import EvaluationOptions
 from cl_methods.scenarios import ScenarioOptions
 from cl_methods.training.checkpoints import CheckpointOptions
+from cl_methods.training.sizes import parse_size
 
 WITHOUT_EFFECT = (
     "workers",
+    "memory_budget",
     "checkpoint.every",
     "checkpoint.keep",
     "evaluation.feature_memory",
@@ -22,7 +24,8 @@ WITHOUT_EFFECT = (
     "data.cache",
     "data.cache_gib",
 )
-"""Settings that cannot change a result, or whose effect the scenario's fingerprint covers: a resumed run may change them."""
+"""Settings that cannot change a result, or (a memory budget) its last bits at most, or whose effect the scenario's fingerprint
+covers: a resumed run may change them."""
 
 
 @dataclass
@@ -46,6 +49,8 @@ class RunConfig:
         data: where the scenario's data is and how it is split.
         evaluation: label spaces, split, and how many images.
         checkpoint: when checkpoints are written.
+        memory_budget: most memory for a training step, such as `8GiB`: batches then go through the model in parts, with the same
+            losses and gradients, see docs/memory.md. None: all at once.
     """
 
     method: str
@@ -62,6 +67,7 @@ class RunConfig:
     data: ScenarioOptions = field(default_factory=ScenarioOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    memory_budget: str | None = None
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -70,6 +76,13 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a number >= 1, got {value}")
+        if self.memory_budget is not None:
+            parse_size(self.memory_budget)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """:attr:`memory_budget` in bytes."""
+        return None if self.memory_budget is None else parse_size(self.memory_budget)
 
     def effective_settings(self) -> Any:
         """The method's settings after ``limit_iterations``, which bounds every stage's ``iterations`` or ``…_iterations``."""

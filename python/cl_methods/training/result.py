@@ -65,6 +65,7 @@ def run_result(
             "trainable_parameters": max(training.trainable_parameters, default=0),
             "seconds_per_task": training.seconds,
             "samples": training.samples,
+            **_memory(description.get("memory_plan"), peak_memory),
         },
         "evaluation_seconds": rows.seconds,
         "data": scenario.notes,
@@ -97,6 +98,13 @@ def _accuracies(config: RunConfig, scenario: Scenario, space: LabelSpace, rows: 
         "last_per_task": metrics["last_per_task"],
         **_class_incremental(config, scenario, space, matrix, joint),
     }
+
+
+def _memory(plan: dict[str, Any] | None, measured: int) -> dict[str, Any]:
+    """``memory``: the plan, and how far the measured peak is from its prediction as a share of it; nothing without a plan."""
+    if plan is None:
+        return {}
+    return {"memory": {"plan": plan, "difference": measured / plan["peak"] - 1}}
 
 
 def _class_incremental(

@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,7 +28,10 @@ from cl_methods.training.progress import RunProgress
 from cl_methods.training.restoring import Restored, restore
 from cl_methods.training.result import run_result
 from cl_methods.training.rows import Rows
-from cl_methods.training.task import Continuation, TaskTraining
+from cl_methods.training.task import Continuation, TaskTraining, use_micro_batches
+
+if TYPE_CHECKING:
+    from cl_methods.training.memory import MemoryPlan
 
 
 class StoppedError(RuntimeError):
@@ -81,7 +84,10 @@ class Run:
         self.device = choose_device(config.device)
         start_peak_memory(self.device)
         self.scenario = scenario = select_scenario(config)
+        self.memory_plan = self._plan_memory() if config.memory_budget is not None else None
         self.method = build_method(config, scenario, self.device)
+        if self.memory_plan is not None:
+            use_micro_batches(self.method, self.memory_plan.micro_batches)
         self.directory = RunDirectory(output)
         origin = getattr(self.method.backbone, "origin", None)
         self.description: dict[str, Any] = {
@@ -92,6 +98,8 @@ class Run:
             "environment": describe_environment(self.device),
             "command": shlex.join(sys.argv),
         }
+        if self.memory_plan is not None:
+            self.description["memory_plan"] = self.memory_plan.as_dict()
         self._stop = False
         if self.directory.prepare(resume=resume, overwrite=overwrite):
             self._check_same(self.directory.read_json("run.json"))
@@ -103,6 +111,18 @@ class Run:
         self.features = feature_store(scenario.tasks, config.evaluation, progress.note)
         self.method.expect(scenario.tasks)
         self.training = TrainingProgress()
+
+    def _plan_memory(self) -> MemoryPlan | None:
+        from cl_methods.training.memory import give_back_freed_memory, plan_run  # which take a second to load
+
+        if self.device.type == "cpu":
+            give_back_freed_memory()
+        plan = plan_run(self.config, self.scenario, self.device)
+        for line in (
+            plan.lines() if plan is not None else ["memory_budget: no plan, the method takes no optimiser steps"]
+        ):
+            self.reporter.note(line)
+        return plan
 
     def stop(self) -> None:
         """Ask the run to write a checkpoint after the present optimiser step and raise :class:`StoppedError`.
@@ -165,6 +185,8 @@ class Run:
             peak_memory=peak_memory_bytes(self.device),
             description=self.description,
         )
+        if self.memory_plan is not None:
+            self.reporter.note(self.memory_plan.measured(result["train"]["peak_memory_bytes"]))
         self.directory.write_json("result.json", result)
         return result
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_methods.backbone import Backbone
 from cl_methods.datasets.task import Task
 from cl_methods.methods.base import Method, Stage
+from cl_methods.micro_batches import MicroBatches
 from cl_methods.seeding import derive_seed, seed_everything
 from cl_methods.training.data import TrainingSteps, one_pass, training_batches
 from cl_methods.training.loop import StepReport, learn_from_batches, train_on_batches
@@ -169,3 +171,13 @@ class TaskTraining:
             on_step=self.on_step,
             task_name="all tasks" if method.joint else self.task.name,
         )
+
+
+def use_micro_batches(method: Method, parts: MicroBatches | None) -> None:
+    """Let the method's backbone, and the copies of it that it holds as teachers, encode in these parts from now on."""
+    method.backbone.micro_batches = parts
+    for value in vars(method).values():
+        inner = vars(value).values() if hasattr(value, "__dict__") else ()
+        for held in (value, *inner):
+            if isinstance(held, Backbone):
+                held.micro_batches = parts

@@ -1,0 +1,84 @@
+"""Bytes of the tensors that are alive, counted operation by operation."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+_REAL = 1 << 16
+"""Numbers that a new tensor may have and be real; where a hook looks at values, it looks at small tensors."""
+
+
+class TooLongError(RuntimeError):
+    """More operations than :attr:`LiveMemory.operations_left` allowed."""
+
+
+class LiveMemory(TorchDispatchMode):
+    """Bytes of the tensors that are alive, and the most at any time: every operation's results until their last reference goes.
+
+    Counts real tensors and fake ones alike; each storage once. What an operation needs only while it runs is not seen.
+
+    Attributes:
+        bytes: alive now, of what was made inside the ``with`` or passed to :meth:`count`.
+        peak: the most since it was last set.
+        operations_left: how many operations may follow before :class:`TooLongError`; None: any number.
+
+    Args:
+        fake: makes large new tensors without data; None: all are real.
+    """
+
+    def __init__(self, fake: FakeTensorMode | None = None) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.operations_left: int | None = None
+        self._fake = fake
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def count(self, tensor: Tensor) -> None:
+        """Count the memory behind ``tensor`` (any shape), unless it is counted already."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        known = self._storages.get(key)
+        if known is not None and known() is storage:
+            return
+
+        def gone(_: Any) -> None:
+            self._storages.pop(key, None)
+            self.bytes -= size
+
+        self._storages[key] = weakref.ref(storage, gone)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return args[0].device if self._fake is None else args[0].fake_device
+        if self.operations_left is not None:
+            self.operations_left -= 1
+            if self.operations_left < 0:
+                raise TooLongError
+        made = func(*args, **kwargs) if self._fake is None or _given(args, kwargs) else self._make(func, args, kwargs)
+        for value in tree_iter(made):
+            if isinstance(value, Tensor):
+                self.count(value)
+        return made
+
+    def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of an operation that takes no tensor."""
+        assert self._fake is not None
+        with self._fake:
+            made = func(*args, **kwargs)
+        if isinstance(made, Tensor) and made.is_floating_point() and made.numel() > _REAL:
+            return made
+        return func(*args, **kwargs)
+
+
+def _given(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(value, Tensor) for value in tree_iter((args, kwargs)))

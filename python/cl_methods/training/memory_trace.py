@@ -1,0 +1,182 @@
+"""Bytes that a method needs, counted by rehearsing its hooks and a training step on tensors that have shapes and no data."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import unittest.mock
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from cl_methods.backbone import Backbone
+from cl_methods.datasets.task import Reference, Task
+from cl_methods.methods.base import Batch, Method
+from cl_methods.micro_batches import MicroBatches, leaving_out_middle_parts
+from cl_methods.training.memory_live import LiveMemory, TooLongError
+from cl_methods.training.memory_stand_ins import IMAGES, blank_transform, stand_ins_for
+from cl_methods.training.task import use_micro_batches
+from cl_methods.training.without_data import BlankImages
+
+_CAPTIONS = 2048
+"""Reference texts that are rehearsed."""
+
+_OPERATIONS = 20_000
+"""Operations of a hook at the end of a task that are rehearsed."""
+
+
+class Rehearsal:
+    """A method on a model without data, ready for the training steps of its last task.
+
+    The earlier tasks stand together as one, with the classes of all of them, so that what grows with the classes has its final
+    size. Images are blank, and few.
+
+    Attributes:
+        memory: counts.
+        model, carried, optimiser: bytes of the model's weights and buffers; of what else the method holds before the step
+            (teachers, anchors, averages, adapters, cached features); of the optimiser's state.
+        gradients: bytes of the gradients.
+        preparation: the most bytes before the first step.
+        left_out: what could not be rehearsed, as a phrase; None if nothing.
+
+    Args:
+        method: its class.
+        settings: its configuration.
+        backbone: gives the shapes; its weights may be anywhere, also on the meta device. Not changed.
+        tasks: the sequence.
+        reference: reference data, or None.
+        parts: micro-batches of the preparation and the first step.
+    """
+
+    def __init__(
+        self,
+        method: type[Method],
+        settings: Any,
+        backbone: Backbone,
+        tasks: Sequence[Task],
+        reference: Reference | None,
+        parts: MicroBatches | None,
+    ) -> None:
+        self.settings, self.left_out = settings, None
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        stand_ins = stand_ins_for(tasks, joint=method.joint)
+        blank = (
+            None
+            if reference is None
+            else Reference(BlankImages(min(IMAGES, len(reference.images)), 1), reference.captions[:_CAPTIONS])
+        )
+        build: Callable[[], Method] = lambda: method(self._shapes(backbone, parts), settings, blank)  # noqa: E731
+        with self._rehearsing():
+            self.method = build()
+            if len(stand_ins) > 1:
+                try:
+                    self.method.before_task(0, stand_ins[0])
+                    self.memory.operations_left = _OPERATIONS
+                    self.method.after_task(0, stand_ins[0])
+                except (DataDependentOutputException, NotImplementedError, TooLongError) as error:
+                    self.left_out = f"what {method.name} keeps of earlier tasks ({type(error).__name__})"
+                self.memory.operations_left = None
+                if self.left_out is not None:
+                    del self.method
+                    gc.collect()
+                    self.memory.peak = self.memory.bytes
+                    self.method, stand_ins = build(), stand_ins[1:]
+            self.task = stand_ins[-1]
+            self.method.before_task(len(stand_ins) - 1, self.task)
+            stage = self.method.stages(self.task)[0]
+            self.method.stage = stage
+            self.method.before_stage(stage)
+            self.carried = self.memory.bytes - self.model
+            self.preparation = self.memory.peak
+            self.optimizer = self.method.optimizer()
+            self.batch_size, self._stage_steps, self._steps = stage.batch_size, stage.steps, 0
+        self.step(parts)
+        self.gradients = sum(
+            value.numel() * value.element_size() for value in self._trainable if value.grad is not None
+        )
+        self.optimiser = self.memory.bytes - self.model - self.carried - self.gradients
+
+    def step(self, parts: MicroBatches | None) -> int:
+        """The most bytes that are alive in one training step with these micro-batches."""
+        with self._rehearsing():
+            method, memory = self.method, self.memory
+            use_micro_batches(method, parts)
+            batch = self._batch()
+            memory.peak = memory.bytes
+            self.optimizer.zero_grad(set_to_none=True)
+            terms = method.loss(batch)
+            terms["loss"].backward()
+            method.before_step(batch)
+            self.optimizer.step()
+            if self._steps < self._stage_steps:  # averages may know how many steps to expect
+                method.after_step(0)
+                self._steps += 1
+            return memory.peak
+
+    @property
+    def largest_batch(self) -> int:
+        """Images that a step sends through the image tower together."""
+        batch = self._batch()
+        return len(batch.images) + (0 if batch.reference_images is None else len(batch.reference_images))
+
+    @property
+    def _trainable(self) -> list[nn.Parameter]:
+        return [value for _, value in self.method.trainable()]
+
+    def _shapes(self, backbone: Backbone, parts: MicroBatches | None) -> Backbone:
+        """A copy whose weights have no data, but for single numbers."""
+        memo: dict[int, Any] = {}
+        for value in (*backbone.model.parameters(), *backbone.model.buffers()):
+            memo[id(value)] = self._shape_of(value, backbone.device)
+        network = copy.deepcopy(backbone.model, memo)
+        blank: Callable[[Any], Tensor] = blank_transform(backbone)
+        shapes = Backbone(network, backbone.tokenize, blank, blank, name=backbone.name, device=backbone.device)
+        shapes.micro_batches = parts
+        for value in (*network.parameters(), *network.buffers()):
+            self.memory.count(value)
+        self.model = self.memory.bytes
+        return shapes
+
+    def _shape_of(self, value: Tensor, device: torch.device) -> Tensor:
+        if value.numel() == 1:
+            number = torch.ones(value.shape, dtype=value.dtype) if value.is_meta else value.detach().clone()
+            return nn.Parameter(number, value.requires_grad) if isinstance(value, nn.Parameter) else number
+        with self._fake:
+            shape = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+            return nn.Parameter(shape, value.requires_grad) if isinstance(value, nn.Parameter) else shape
+
+    def _batch(self) -> Batch:
+        backbone, count = self.method.backbone, self.batch_size
+        source = self.method.training_images(self.task)
+        others = self.method.reference_source(self.task) if self.method.uses_reference else None
+        size = backbone.train_transform(None).shape
+        rows = torch.arange(count) % max(1, len(source))
+        shown, places = None, None
+        if others is not None:
+            places = torch.arange(getattr(self.settings, "reference_batch_size", count)) % max(1, len(others))
+            shown = self._images(len(places), size, backbone.device)
+        task = self.task if self.method.joint else None
+        images = self._images(count, size, backbone.device)
+        return Batch(images, source.labels[rows].to(backbone.device), 0, shown, places, task, rows)
+
+    def _images(self, count: int, size: torch.Size, device: torch.device) -> Tensor:
+        with self._fake:
+            images = torch.empty(count, *size, device=device)
+        self.memory.count(images)
+        return images
+
+    @contextlib.contextmanager
+    def _rehearsing(self) -> Iterator[None]:
+        if not hasattr(self, "memory"):
+            self.memory = LiveMemory(self._fake)
+        stay = unittest.mock.patch.object(
+            nn.Module, "to", lambda module, *_, **__: module
+        )  # they are where they belong
+        with warnings.catch_warnings(), torch.random.fork_rng(), stay, leaving_out_middle_parts(), self.memory:
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by copy.deepcopy
+            yield
