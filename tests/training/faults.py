@@ -77,6 +77,7 @@ class Sufferer:
     def __init__(self, method: str, folder: Path) -> None:
         self.method, self.folder = method, folder
         self.moments, self.number, self.count = random.Random(method), 0, 0
+        self.latest = 6 if METHODS[method].trains else 3  # of two tasks only the evaluation is reported
         status = start(method, folder / "whole", None, resume=False)
         assert status == 0, log_of(folder / "whole").read_text()
         self.expected = without_times(folder / "whole")
@@ -93,8 +94,8 @@ class Sufferer:
                 self.suffer("kill")
             self._damage(name)
             return
-        for _ in range(4):
-            fault = Inflict(name, self.moments.randrange(1, 6))
+        for _ in range(8):
+            fault = Inflict(name, self.moments.randrange(1, self.latest))
             status = start(self.method, self.output, fault, resume=self.resume)
             text = log_of(self.output).read_text()
             self._check_sentence(text)
@@ -184,5 +185,5 @@ def main(folder: Path, wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background jobs ignore it
     main(Path(sys.argv[1]), sys.argv[2:])

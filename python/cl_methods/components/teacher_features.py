@@ -215,7 +215,10 @@ def _read(path: Path, place: int) -> tuple[bytes, Tensor] | None:
         with path.open("rb") as file:
             file.seek(place)
             key, rows, columns, kind, check = _HEADER.unpack(file.read(_HEADER.size))
-            content = bytearray(file.read(rows * columns * _DTYPES[kind].itemsize))
+            size = rows * columns * _DTYPES[kind].itemsize
+            if size > path.stat().st_size:
+                return None
+            content = bytearray(file.read(size))
     except (OSError, struct.error, IndexError):
         return None
     if len(content) != rows * columns * _DTYPES[kind].itemsize or zlib.crc32(content) != check or not content:
