@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cl_methods.micro_batches import Encoder, MicroBatches, encode_in_parts
+from cl_methods import ranks
+from cl_methods.micro_batches import Encoder, MicroBatches, Part, encode_in_parts
 from cl_methods.torchvision_compat import prepare_torchvision
 from cl_methods.weights import WeightsOrigin, file_sha256, fingerprint
 
@@ -118,6 +119,8 @@ class Backbone:
     def frozen_text_features(self, tokens: Tensor, chunk: int = _TEXT_CHUNK, *, normalise: bool = True) -> Tensor:
         """:meth:`encode_texts` without gradient for any number of texts: up to ``chunk`` per pass, similar lengths together.
 
+        Every process computes all of them: they are cached here and there, and who has them must not have to wait for others.
+
         Args:
             tokens: (N, L) int64 on the CPU.
             chunk: texts per pass; bounds memory.
@@ -126,6 +129,10 @@ class Backbone:
         Returns:
             (N, d).
         """
+        with ranks.alone():
+            return self._text_chunks(tokens, chunk, normalise)
+
+    def _text_chunks(self, tokens: Tensor, chunk: int, normalise: bool) -> Tensor:
         if len(tokens) <= chunk:
             return self.encode_texts(tokens, normalise=normalise)
         order = self._readout(tokens).argsort(stable=True) if self._trimmable else torch.arange(len(tokens))
@@ -190,28 +197,49 @@ class Backbone:
         return frozen
 
     def _encode(self, encode: Encoder, batch: Tensor, kind: str) -> Tensor:
-        """``encode(batch)``, all at once or as :attr:`micro_batches` says for this ``kind`` of batch, ``images`` or ``texts``."""
-        parts = self.micro_batches
-        if parts is None:
+        """``encode(batch)`` for a ``kind`` of batch, ``images`` or ``texts``: all at once, or as :attr:`micro_batches` says, and in
+        shares where several processes compute together (:mod:`cl_methods.ranks`).
+        """
+        parts, total = self.micro_batches, len(batch)
+        if parts is None and ranks.count() == 1:
             return encode(batch)
-        tower = self.text_tower if kind == "texts" else self.model.visual
-        coupling = next(
-            (module for module in tower.modules() if isinstance(module, _BatchNorm) and module.training), None
+        self._check_uncoupled(kind, "micro_batches" if ranks.count() == 1 else "processes")
+        # fewer samples than processes: everyone encodes all of them, and what is counted on the way counts once
+        shared = total >= ranks.count() > 1
+        rows = ranks.share(total) if shared else range(total)
+        own = self._encode_parts(
+            encode,
+            batch[rows.start : rows.stop],
+            Part(rows.start, len(rows), total, repeated=not shared and ranks.rank() > 0),
+            kind,
         )
-        if coupling is not None:
-            raise ValueError(
-                f"micro_batches: the {kind} of {self.name} are normalised over their batch ({type(coupling).__name__}), "
-                "which cannot be cut into parts; expected a model without batch normalisation, or a budget that needs no parts"
-            )
-        recorded = torch.is_grad_enabled()
-        transformer = getattr(tower, "transformer", None)
+        return ranks.gather_rows(own, total) if shared else own
+
+    def _encode_parts(self, encode: Encoder, batch: Tensor, place: Part, kind: str) -> Tensor:
+        parts = self.micro_batches or MicroBatches()
+        transformer = getattr(self._tower(kind), "transformer", None)
         return encode_in_parts(
             encode,
             batch,
-            getattr(parts, kind if recorded else f"frozen_{kind}"),
+            getattr(parts, kind if torch.is_grad_enabled() else f"frozen_{kind}"),
             blocks=getattr(transformer, "resblocks", ()) if parts.blocks else (),
             keep_last=parts.keep_last,
+            place=place,
         )
+
+    def _tower(self, kind: str) -> Any:
+        return self.text_tower if kind == "texts" else self.model.visual
+
+    def _check_uncoupled(self, kind: str, setting: str) -> None:
+        """Refuse to cut a batch whose samples are normalised together."""
+        modules = self._tower(kind).modules()
+        coupling = next((module for module in modules if isinstance(module, _BatchNorm) and module.training), None)
+        if coupling is not None:
+            raise ValueError(
+                f"{setting}: the {kind} of {self.name} are normalised over their batch ({type(coupling).__name__}), "
+                "which cannot be cut into parts; expected a model without batch normalisation, or "
+                + ("a budget that needs no parts" if setting == "micro_batches" else "one process")
+            )
 
     @property
     def _context_length(self) -> int:

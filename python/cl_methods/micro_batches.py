@@ -124,7 +124,13 @@ def leaving_out_middle_parts() -> Iterator[None]:
 
 
 def encode_in_parts(
-    encode: Encoder, batch: Tensor, size: int | None, *, blocks: Iterable[nn.Module] = (), keep_last: bool = False
+    encode: Encoder,
+    batch: Tensor,
+    size: int | None,
+    *,
+    blocks: Iterable[nn.Module] = (),
+    keep_last: bool = False,
+    place: Part | None = None,
 ) -> Tensor:
     """``encode(batch)``, at most ``size`` samples at a time.
 
@@ -138,18 +144,20 @@ def encode_in_parts(
         size: samples per part; a batch that is one part is not computed again. None: all.
         blocks: modules inside ``encode`` whose activations are computed again one after the other.
         keep_last: do not compute the last part's activations again.
+        place: where ``batch`` lies in a larger one, of which other processes encode the rest; None: it is the whole.
 
     Returns:
         (N, d).
     """
     total = len(batch)
+    place = Part(0, total, total) if place is None else place
     size = max(1, total) if size is None else size
     blocks, recorded = list(blocks), torch.is_grad_enabled()
     drawn: dict[tuple[int, str], Tensor] = {}
     outputs: list[Tensor] = []
     for number, rows in enumerate(batch.split(size) if total else (batch,)):
         first = number * size
-        part = Part(first, len(rows), total, _drawn=drawn)
+        part = Part(place.first + first, len(rows), place.total, repeated=place.repeated, _drawn=drawn)
         last = first + len(rows) == total
         if _middle_left_out.get() and number and not last:
             outputs.append(outputs[0].new_empty(outputs[0].shape))

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
+from cl_methods import ranks
 from cl_methods.backbone import planned_weights
 from cl_methods.commands.configuration import Invocation, parse
 from cl_methods.commands.series import expand, parse_series
 from cl_methods.evaluation.report import compare, write_run_report
 from cl_methods.methods.find import find_method
-from cl_methods.training.checkpoints import RunDirectory, write_atomically
+from cl_methods.training.checkpoints import RunDirectory
 from cl_methods.training.config import RunConfig
+from cl_methods.training.distributed import processes
 from cl_methods.training.environment import choose_device
 from cl_methods.training.plan import make_plan, readable_flops
-from cl_methods.training.progress import progress_for
+from cl_methods.training.progress import RunProgress, progress_for
 from cl_methods.training.run import Run, StoppedError, select_scenario
 from cl_methods.training.signals import StopOnSignal
 
@@ -35,13 +38,19 @@ examples:
   clk run --scenario cil --data.root /data --data.dataset CIFAR100 --data.steps 10 --method zscl
   clk run --config runs/zscl-1/config.yaml --seed 2 --output runs/zscl-2
   clk run --output runs/zscl-1 --method zscl --seed 1 --resume
+  torchrun --nproc-per-node 4 -m cl_methods.cli run --method zscl --workers 4     four processes or GPUs, see docs/distributed.md
   clk run --method my_method.py:MyMethod                        a method of your own, see docs/new_method.md
 
 `clk methods` lists methods and scenarios; --debug shows where an error comes from."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Parse, run, report; several runs one after the other, and their comparison."""
+    """Parse, run, report; several runs one after the other, and their comparison. With ``torchrun``: all its processes together."""
+    with processes():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
     lines = expand(arguments)
     if len(lines) == 1:
         config, invocation = parse(arguments, DESCRIPTION)
@@ -54,17 +63,21 @@ def main(arguments: Sequence[str]) -> int:
         if status:
             return status
     if not runs[0][1].dry_run:
-        compare([output for _, _, output in runs], folder / "compare", Console())
+        ranks.from_first(lambda: _compare([output for _, _, output in runs], folder / "compare"))
     return 0
+
+
+def _compare(runs: list[Path], output: Path) -> None:
+    compare(runs, output, Console())
 
 
 def _run(config: RunConfig, invocation: Invocation, output: Path) -> int:
     if invocation.dry_run:
-        _print_plan(config, output)
+        ranks.from_first(lambda: _print_plan(config, output))
         return 0
-    with progress_for() as reporter, StopOnSignal() as stopping:
+    with progress_for() if ranks.first() else RunProgress() as reporter, StopOnSignal() as stopping:
         run = Run(config, output, resume=invocation.resume, overwrite=invocation.overwrite, progress=reporter)
-        write_atomically(output / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+        run.directory.write_text("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
         stopping.run = run
         try:
             result = run.execute()
@@ -74,12 +87,20 @@ def _run(config: RunConfig, invocation: Invocation, output: Path) -> int:
         if stopping.received is not None:
             reporter.note("stopped at the end of the run, which is complete")
         stopping.run = None  # everything is written; the report can be made again
-    write_run_report(result, output, Console())
+    ranks.from_first(lambda: _report(result, output))
     return 0 if stopping.received is None else 128 + stopping.received  # a series ends here too
+
+
+def _report(result: dict[str, Any], output: Path) -> None:
+    write_run_report(result, output, Console())
 
 
 def _default_output(config: RunConfig, invocation: Invocation) -> Path:
     """A fresh directory under ``runs``; with --resume or --overwrite, the one that the same command made last."""
+    return ranks.from_first(lambda: _free_output(config, invocation))
+
+
+def _free_output(config: RunConfig, invocation: Invocation) -> Path:
     base = Path("runs") / f"{config.scenario}-{find_method(config.method).name}-seed{config.seed}"
     candidates = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 1000))]
     existing = [path for path in candidates if path.exists()]

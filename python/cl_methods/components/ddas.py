@@ -14,6 +14,7 @@ from cl_methods.backbone import Backbone, Transform
 from cl_methods.checks import check_field
 from cl_methods.components.frozen_features import Extractor, alexnet_features, backbone_features
 from cl_methods.components.image_batch import ImageBatch
+from cl_methods.components.source_features import source_features
 from cl_methods.datasets.images import ImageSource, Subset
 from cl_methods.datasets.loading import read_images
 
@@ -232,9 +233,11 @@ class DDAS(nn.Module):
         with torch.no_grad():
             return self.extractor.features(images.to(backbone.device))
 
+    @torch.no_grad()
     def _all(self, source: ImageSource) -> Tensor:
-        rows = torch.arange(len(source))
-        return self._squash(torch.cat([self._features(source, chunk, augment=False) for chunk in rows.split(_CHUNK)]))
+        encode, backbone = self.extractor.features, self._backbone[0]
+        transform, device = backbone.eval_transform, backbone.device
+        return self._squash(source_features(encode, source, transform, batch_size=_CHUNK, device=device))
 
     def _batches(self, source: ImageSource, iterations: int) -> Iterator[Tensor]:
         """``iterations`` batches of inputs, every image once per epoch; features are kept where they fit and are fixed."""

@@ -14,8 +14,8 @@ from cl_methods.checks import check_field
 from cl_methods.components.densities import Density, Gaussian, KernelDensity, LowRankGaussian
 from cl_methods.components.frozen_features import Extractor, backbone_features
 from cl_methods.components.image_batch import PLAIN, ImageBatch
+from cl_methods.components.source_features import source_features
 from cl_methods.datasets.images import ImageSource, Subset
-from cl_methods.datasets.loading import evaluation_batches
 
 _BATCH = 256
 
@@ -194,8 +194,8 @@ class DensitySelector(nn.Module):
 
     def _features(self, source: ImageSource) -> Tensor:
         backbone = self._backbone[0]
-        batches = evaluation_batches(source, backbone.eval_transform, batch_size=_BATCH, device=backbone.device)
-        return torch.cat([self.extractor.features(images) for images, _ in batches])
+        encode, transform = self.extractor.features, backbone.eval_transform
+        return source_features(encode, source, transform, batch_size=_BATCH, device=backbone.device)
 
     def _densities(self) -> Iterator[Density]:
         for density in self.tasks:

@@ -10,8 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_methods.backbone import Backbone
+from cl_methods.components.source_features import source_features
 from cl_methods.datasets.images import ImageSource, RawImage, Subset
-from cl_methods.datasets.loading import evaluation_batches
 from cl_methods.datasets.task import Task
 
 Selection = Callable[[Tensor, int], Tensor]
@@ -49,8 +49,9 @@ def herding(features: Tensor, count: int) -> Tensor:
 def encode_source(backbone: Backbone, source: ImageSource, batch_size: int = 128) -> Tensor:
     """Normalised features (N, d) of every image, evaluation transform, evaluation mode, on the device."""
     backbone.model.eval()
-    batches = evaluation_batches(source, backbone.eval_transform, batch_size=batch_size, device=backbone.device)
-    return torch.cat([backbone.encode_images(images) for images, _ in batches])
+    return source_features(
+        backbone.encode_images, source, backbone.eval_transform, batch_size=batch_size, device=backbone.device
+    )
 
 
 def herded(backbone: Backbone, task: Task) -> Selection:

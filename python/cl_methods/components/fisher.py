@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_methods import ranks
 from cl_methods.backbone import Backbone
 from cl_methods.datasets.images import ImageSource, Subset
 from cl_methods.datasets.loading import evaluation_batches
@@ -25,7 +26,8 @@ def fisher_diagonal(
     """``F_i = 1/n Σ_x (∂ log p(y | x) / ∂θ_i)²`` with ``p = softmax(s f_θ(x) g_θ(c)ᵀ)``, one gradient for each image.
 
     Squaring the gradient of a batch would let the images cancel each other, so every image has its own backward pass; the texts
-    go forward once for all of them. Draws from the global generators.
+    go forward once for all of them. Draws from the global generators. Where several processes compute together, the images are
+    dealt out to them and the squares added up.
 
     Args:
         backbone: the model, in any mode; it is left in evaluation mode.
@@ -54,10 +56,19 @@ def fisher_diagonal(
     values = [value for _, value in parameters]
     fisher = [torch.zeros_like(value) for value in values]
     backbone.model.eval()
-    with torch.enable_grad():
+    mine = ranks.dealt(count)
+    with torch.enable_grad(), ranks.alone():
         classes = backbone.encode_texts(texts, trimmed=True)
         scale = backbone.logit_scale.detach()
-        for image, label in evaluation_batches(chosen, backbone.eval_transform, batch_size=1, device=backbone.device):
+        batches = evaluation_batches(
+            chosen, backbone.eval_transform, batch_size=1, device=backbone.device, batches=mine
+        )
+        for number in range(count):
+            if number not in mine:
+                if labels == "sampled":  # what the image's process draws here
+                    torch.multinomial(classes.new_ones(1, len(classes)), 1)
+                continue
+            image, label = next(batches)
             log_likelihood = F.log_softmax(scale * backbone.encode_images(image) @ classes.T, dim=-1)
             if labels == "sampled":
                 label = torch.multinomial(log_likelihood.detach().exp(), 1).squeeze(1)
@@ -67,4 +78,5 @@ def fisher_diagonal(
             used = [(total, one) for total, one in zip(fisher, gradients, strict=True) if one is not None]
             totals, squares = [total for total, _ in used], [one for _, one in used]
             torch._foreach_addcmul_(totals, squares, squares, value=1 / count)
+    ranks.sum_(fisher)
     return {name: total for (name, _), total in zip(parameters, fisher, strict=True)}

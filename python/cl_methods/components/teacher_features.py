@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_methods import ranks
 from cl_methods.backbone import Backbone
 from cl_methods.datasets.cache_folder import CacheEntry, CacheFolder
 from cl_methods.datasets.image_cache import decoder_versions
@@ -124,18 +125,29 @@ class KeptBatches:
             self._scan(path)  # the newest counts: it may replace what is damaged in an older one
 
     def get(self, indices: list[int], compute: Callable[[], Tensor]) -> Tensor:
-        """Features (B, d) of the images at ``indices``, from disk or from ``compute()``, which is then kept."""
+        """Features (B, d) of the images at ``indices``, from disk or from ``compute()``, which is then kept.
+
+        Where several processes compute together, all read or all compute, and the first one keeps.
+        """
         state = b"".join(struct.pack("<qQ", index, self.source.stamp(index)) for index in indices)
         key = hashlib.sha256(state).digest()
-        if key in self._known:
-            path, place = self._known[key]
-            found = _read(path, place)
-            if found is not None and found[0] == key and len(found[1]) == len(indices):
-                return found[1]
-            self.folder.say(f"{path} is damaged; features in it are computed again")
+        found = self._find(key, len(indices))
+        if ranks.everyone(found is not None) and found is not None:
+            return found
         features = compute()
-        self._write(key, features)
+        if ranks.first():
+            self._write(key, features)
         return features
+
+    def _find(self, key: bytes, rows: int) -> Tensor | None:
+        if key not in self._known:
+            return None
+        path, place = self._known[key]
+        found = _read(path, place)
+        if found is not None and found[0] == key and len(found[1]) == rows:
+            return found[1]
+        self.folder.say(f"{path} is damaged; features in it are computed again")
+        return None
 
     def _scan(self, path: Path) -> None:
         size = path.stat().st_size
@@ -188,8 +200,9 @@ def _arithmetic(device: torch.device) -> list[str]:
     )
     precision = [torch.get_float32_matmul_precision(), str(torch.backends.cuda.matmul.allow_tf32 and on_gpu)]
     versions = [torch.__version__, metadata.version("open_clip_torch"), str(torch.version.cuda)]
+    shares = [f"shares of {ranks.count()} processes"] if ranks.count() > 1 else []
     threads = [] if on_gpu else [f"{torch.get_num_threads()} threads", _processor()]
-    return [where, *versions, *precision, *threads]
+    return [where, *versions, *precision, *threads, *shares]
 
 
 def _processor() -> str:

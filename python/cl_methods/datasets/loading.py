@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cl_methods import ranks
 from cl_methods.datasets.image_cache import CachedImages
 from cl_methods.datasets.images import DataError, ImageSource, RawImage
 from cl_methods.datasets.two_stage import two_stage
@@ -49,6 +50,22 @@ def read_images(source: ImageSource, indices: Sequence[int], transform: Transfor
     return images
 
 
+def read_share(source: ImageSource, indices: Tensor, transform: Transform, share: range) -> Tensor:
+    """:func:`read_images` of ``indices[share]``; (0, 3, R, R) for an empty share.
+
+    Args:
+        source: where the images are.
+        indices: B >= 1 positions in it.
+        transform: of each image.
+        share: which of them this process reads.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    some = share or range(1)  # an image tells the shape
+    return read_images(source, indices[some.start : some.stop].tolist(), transform)[: len(share)]
+
+
 def open_cache(source: ImageSource, transform: Transform) -> None:
     """Open what is kept of a source's images, so that worker processes that are started now find it open.
 
@@ -63,24 +80,37 @@ def open_cache(source: ImageSource, transform: Transform) -> None:
 
 
 class _InOrder(Dataset):
-    """Item b is the b-th batch of a source, in the source's order."""
+    """Item b is the b-th batch of a source, in the source's order; of its pixels this process's share."""
 
     def __init__(self, source: ImageSource, transform: Transform, batch_size: int) -> None:
         self.source, self.transform, self.batch_size = source, transform, batch_size
+        self.shares = {size: ranks.share(size) for size in {batch_size, len(source) % batch_size}}
 
     def __getitem__(self, batch: int) -> dict[str, Tensor] | DataError:
-        indices = range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.source)))
+        start, stop = batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.source))
         try:
-            images = read_images(self.source, indices, self.transform)
+            images = read_share(self.source, torch.arange(start, stop), self.transform, self.shares[stop - start])
         except DataError as error:
             return error
-        return {"images": images, "labels": self.source.labels[indices.start : indices.stop]}
+        return {"images": images, "labels": self.source.labels[start:stop]}
 
 
 def evaluation_batches(
-    source: ImageSource, transform: Transform, *, batch_size: int, device: torch.device, workers: int = 0
+    source: ImageSource,
+    transform: Transform,
+    *,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    batches: Sequence[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image of ``source`` once, in order.
+    """Every image of ``source`` once, in order; where several processes compute together, each reads its share of every batch.
+
+    Args:
+        source, transform: images and what makes tensors of them.
+        batch_size: images per batch.
+        device, workers: where they go, and processes that read ahead.
+        batches: numbers of the batches that are wanted; None: all.
 
     Returns:
         Pairs of images (B, 3, R, R) and labels (B,) on ``device``; the last batch may be smaller.
@@ -89,12 +119,15 @@ def evaluation_batches(
         DataError: an image cannot be read.
     """
     open_cache(source, transform)
-    count = -(-len(source) // batch_size)
-    for data in load_items(_InOrder(source, transform, batch_size), range(count), device, workers):
-        yield data["images"].to(device, non_blocking=True), data["labels"].to(device, non_blocking=True)
+    wanted = range(-(-len(source) // batch_size)) if batches is None else batches
+    for data in load_items(_InOrder(source, transform, batch_size), wanted, device, workers):
+        labels = data["labels"].to(device, non_blocking=True)
+        yield ranks.gather_rows(data["images"].to(device, non_blocking=True), len(labels)), labels
 
 
-def load_items(dataset: Dataset, order: range, device: torch.device, workers: int) -> Iterator[dict[str, Tensor]]:
+def load_items(
+    dataset: Dataset, order: Sequence[int], device: torch.device, workers: int
+) -> Iterator[dict[str, Tensor]]:
     """Items of a dataset in the given order, read ahead by one set of worker processes (0: read here).
 
     An item is a dictionary of tensors, or a :class:`DataError` that is raised when its turn comes.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_methods import ranks
 from cl_methods.components.image_batch import ImageBatch
 from cl_methods.datasets.task import Task
 from cl_methods.evaluation.features import EvaluationImages, FeatureStore
@@ -88,6 +89,8 @@ def measure_spaces(
 ) -> dict[LabelSpace, list[Measured]]:
     """Every task with the method as it is: one row of the matrix of each label space, from one pass over the images.
 
+    Where several processes compute together, every one scores whole batches of its own, each image once, and all get the totals.
+
     Args:
         method: the method after ``learnt`` tasks.
         tasks: the whole sequence.
@@ -103,9 +106,12 @@ def measure_spaces(
     method.before_evaluation()
     store = store or feature_store(tasks, options)
     rows: dict[LabelSpace, list[Measured]] = {space: [] for space in options.label_spaces}
+    start = 0
     for index, task in enumerate(tasks):
         spaces = [competing_tasks(tasks, index, learnt, space) for space in rows]
-        for row, measured in zip(rows.values(), _measure(method, task, spaces, options, workers, store), strict=True):
+        found = _measure(method, task, spaces, options, workers, store, start)
+        start += -(-len(evaluated_images(task, options)) // options.batch_size)
+        for row, measured in zip(rows.values(), found, strict=True):
             row.append(measured)
         if on_task is not None:
             on_task(index, rows[options.label_spaces[0]][-1].accuracy)
@@ -128,12 +134,15 @@ def _measure(
     options: EvaluationOptions,
     workers: int,
     store: FeatureStore,
+    start: int = 0,
 ) -> list[Measured]:
+    """:func:`measure` in several label spaces; ``start`` says how many batches were dealt to the processes before."""
     source = evaluated_images(task, options)
     if len(source) == 0:
         raise ValueError(f"evaluation.split: task {task.name} has no {options.split} images")
     device, asked = method.backbone.device, list({id(one): one for space in spaces for one in space}.values())
     tallies = [_Tally.of(task, candidates, device) for candidates in spaces]
+    batches = -(-len(source) // options.batch_size)
     images = EvaluationImages(
         source,
         method.backbone.eval_transform,
@@ -142,11 +151,15 @@ def _measure(
         device=device,
         workers=workers,
         store=store,
+        dealt=ranks.dealt(batches, start),
     )
-    for batch, labels in images:
-        scores = dict(zip(map(id, asked), _scores(method, batch, asked), strict=True))
-        for tally, candidates in zip(tallies, spaces, strict=True):
-            tally.add(torch.cat([scores[id(candidate)] for candidate in candidates], dim=1), labels)
+    with ranks.alone():
+        for batch, labels in images:
+            scores = dict(zip(map(id, asked), _scores(method, batch, asked), strict=True))
+            for tally, candidates in zip(tallies, spaces, strict=True):
+                tally.add(torch.cat([scores[id(candidate)] for candidate in candidates], dim=1), labels)
+    for tally in tallies:
+        tally.collect(batches, start)
     if any(bool(tally.invalid) for tally in tallies):
         raise ValueError(f"logits of {method.name} on {task.name}: some are NaN; the weights have diverged")
     return [tally.measured() for tally in tallies]
@@ -184,6 +197,20 @@ class _Tally:
         classes = scores.new_zeros(len(scores), len(self.predicted_class), dtype=torch.float64)
         classes.index_add_(1, self.predicted_class, scores.double().softmax(dim=1))
         self.confidence.append(classes.gather(1, predicted[:, None]).squeeze(1))
+
+    def collect(self, batches: int, start: int) -> None:
+        """Take in what the other processes counted in their batches, as they were dealt; all batches in order then."""
+        if ranks.count() == 1:
+            return
+        device = self.invalid.device
+        parts = ranks.gather_values(
+            ([one.cpu() for one in self.correct], [one.cpu() for one in self.confidence], bool(self.invalid))
+        )
+        owners = [(number + start) % len(parts) for number in range(batches)]
+        streams = [(iter(correct), iter(confidence)) for correct, confidence, _ in parts]
+        pairs = [(next(streams[owner][0]), next(streams[owner][1])) for owner in owners]
+        self.correct, self.confidence = ([one.to(device) for one in values] for values in zip(*pairs, strict=True))
+        self.invalid = torch.tensor(any(invalid for *_, invalid in parts), device=device)
 
     def measured(self) -> Measured:
         right, sure = torch.cat(self.correct), torch.cat(self.confidence)

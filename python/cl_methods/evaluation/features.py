@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from cl_methods.components.image_batch import ImageBatch
-from cl_methods.datasets.images import ImageSource, Subset
+from cl_methods.datasets.images import ImageSource
 from cl_methods.datasets.loading import Transform, evaluation_batches
 
 _GIB = 1 << 30
@@ -61,7 +61,10 @@ class FeatureStore:
 
 
 class EvaluationImages:
-    """All images of one task in batches; a batch reads its pixels when they are asked for, ahead of time if workers do it.
+    """Images of one task in batches; a batch reads its pixels when they are asked for, ahead of time if workers do it.
+
+    All images, or the batches that are dealt to this process; it reads and encodes them :func:`~cl_methods.ranks.alone`, so that a
+    row of features does not depend on how many processes there are.
 
     Args:
         source: the images.
@@ -69,6 +72,7 @@ class EvaluationImages:
         name: by which the store knows the source.
         batch_size, device, workers: see :func:`~cl_methods.datasets.loading.evaluation_batches`.
         store: of the features that outlive the batches.
+        dealt: numbers of the batches that are wanted, ascending; None: all.
     """
 
     def __init__(
@@ -81,15 +85,19 @@ class EvaluationImages:
         device: torch.device,
         workers: int,
         store: FeatureStore,
+        dealt: Sequence[int] | None = None,
     ) -> None:
         self.source, self.transform, self.name = source, transform, name
         self.batch_size, self.device, self.workers, self.store = batch_size, device, workers, store
+        self.batches = list(range(-(-len(source) // batch_size)) if dealt is None else dealt)
         self._reader: Iterator[tuple[Tensor, Tensor]] = iter(())
-        self._next = -1  # batch that the reader gives next
+        self._next = -1  # place in ``batches`` of the batch that the reader gives next
 
     def __iter__(self) -> Iterator[tuple[ImageBatch, Tensor]]:
         """Batches and their labels (B,), in order, on the device."""
-        for number, labels in enumerate(self.source.labels.split(self.batch_size)):
+        every = self.source.labels.split(self.batch_size)
+        for number in self.batches:
+            labels = every[number]
             yield _StoredBatch(self, number, len(labels)), labels.to(self.device, non_blocking=True)
 
     def read(self, number: int) -> Tensor:
@@ -98,22 +106,26 @@ class EvaluationImages:
         Raises:
             DataError: an image cannot be read.
         """
-        if self._next < 0 or number < self._next or (self.workers == 0 and number > self._next):
-            self._start(number)
-        while self._next < number:  # what workers have read ahead
+        place = self.batches.index(number)
+        if self._next < 0 or place < self._next or (self.workers == 0 and place > self._next):
+            self._start(place)
+        while self._next < place:  # what workers have read ahead
             next(self._reader)
             self._next += 1
         self._next += 1
         return next(self._reader)[0]
 
-    def _start(self, number: int) -> None:
-        """A loader from batch ``number`` on."""
-        rows = torch.arange(number * self.batch_size, len(self.source))
-        source = self.source if number == 0 else Subset(self.source, rows)
+    def _start(self, place: int) -> None:
+        """A loader of the batches from ``place`` on."""
         self._reader = evaluation_batches(
-            source, self.transform, batch_size=self.batch_size, device=self.device, workers=self.workers
+            self.source,
+            self.transform,
+            batch_size=self.batch_size,
+            device=self.device,
+            workers=self.workers,
+            batches=self.batches[place:],
         )
-        self._next = number
+        self._next = place
 
 
 class _StoredBatch(ImageBatch):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_methods import ranks
 from cl_methods.backbone import Backbone
 from cl_methods.checks import check_field
 from cl_methods.components.adapters import MountedAdapters
@@ -183,6 +184,7 @@ class MoEAdapters(Method):
     def before_step(self, batch: Batch) -> None:
         """Tell the optimiser which experts had samples."""
         super().before_step(batch)
+        ranks.sum_([block.step_usage for block in self.adapters.each()])
         for block in self.adapters.each():
             block.end_backward()
 

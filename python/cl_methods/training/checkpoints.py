@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from cl_methods import ranks
 from cl_methods.training.atomic import TEMPORARY, remove_folder, write_atomically, writing
 from cl_methods.training.checkpoint_folder import (
     Checkpoint,
@@ -64,7 +65,8 @@ class RunDirectory:
     ``run.json`` (what was asked for), ``rows.json`` (accuracies so far), ``checkpoints/``, ``result.json`` (only when
     the run is complete) and the report.
 
-    Random number generators are not stored: every step seeds them from (seed, task, step).
+    Random number generators are not stored: every step seeds them from (seed, task, step). Nor is the number of processes; where
+    several compute together, the first alone touches the disk, and all have what it read or the error that it met.
     """
 
     _OWN = (
@@ -83,6 +85,7 @@ class RunDirectory:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
 
+    @ranks.by_first
     def check(self, *, resume: bool = False, overwrite: bool = False) -> bool:
         """Whether an earlier run is there; touches nothing.
 
@@ -110,6 +113,7 @@ class RunDirectory:
             )
         return earlier
 
+    @ranks.by_first
     def prepare(self, *, resume: bool = False, overwrite: bool = False) -> bool:
         """Make the directory ready for a run.
 
@@ -139,10 +143,17 @@ class RunDirectory:
             else:
                 target.unlink(missing_ok=True)
 
+    @ranks.by_first
     def write_json(self, name: str, content: Any) -> None:
         """Replace ``name`` by ``content`` in one step: a reader sees the old file or the new one."""
-        write_atomically(self.path / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        self.write_text(name, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
+    @ranks.by_first
+    def write_text(self, name: str, text: str) -> None:
+        """The same for any text."""
+        write_atomically(self.path / name, text)
+
+    @ranks.by_first
     def read_json(self, name: str) -> Any:
         """The content of ``name``, or None if there is no such file.
 
@@ -151,6 +162,7 @@ class RunDirectory:
         """
         return read_json(self.path / name)
 
+    @ranks.by_first
     def found(self) -> list[Checkpoint]:
         """Complete checkpoints, in the order in which they were written."""
         checkpoints = []
@@ -161,6 +173,7 @@ class RunDirectory:
                 checkpoints.append(Checkpoint(path, int(task), None if step is None else int(step)))
         return sorted(checkpoints, key=lambda item: (item.task, float("inf") if item.step is None else item.step))
 
+    @ranks.by_first
     def save(
         self,
         task: int,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cl_methods import ranks
 from cl_methods.datasets.images import DataError, ImageSource, Subset
-from cl_methods.datasets.loading import Transform, evaluation_batches, load_items, open_cache, read_images
+from cl_methods.datasets.loading import Transform, evaluation_batches, load_items, open_cache, read_share
 from cl_methods.datasets.task import Task
 from cl_methods.methods.base import Batch
 from cl_methods.seeding import derive_seed
@@ -46,7 +47,10 @@ def _permutation(count: int, seed: int) -> Tensor:
 
 
 class TrainingSteps(Dataset):
-    """The data of every optimiser step of one stage of one task; item t is step t of the task, complete.
+    """The data of every optimiser step of one stage of one task; item t is step t of the task.
+
+    Complete, but for pixels where several processes compute together: then those of this process's share of each batch. Which
+    images a batch has, and how each is augmented, does not depend on the number of processes.
 
     Args:
         tasks: the current task; or all of them for joint training, of which step t takes number ``t mod T``.
@@ -81,6 +85,8 @@ class TrainingSteps(Dataset):
         self.task_index, self.seed = task_index, seed
         self.batch_size, self.reference_batch_size = batch_size, reference_batch_size
         self.train_transform, self.eval_transform = train_transform, eval_transform
+        self.share = ranks.share(batch_size)  # decided here: worker processes know nothing of the others
+        self.reference_share = ranks.share(reference_batch_size)
 
     def __getitem__(self, step: int) -> dict[str, Tensor] | DataError:
         """Images, labels and reference images of one step, or the error that reading them gave."""
@@ -98,15 +104,15 @@ class TrainingSteps(Dataset):
             len(source), turn * self.batch_size, self.batch_size, self.seed, *self.order, self.task_index + position
         )
         images = []
-        for place, index in enumerate(indices.tolist()):
+        for place in self.share or range(1):
             _seed_augmentation(derive_seed(self.seed, "augmentation", self.task_index, step, place))
-            images.append(self.train_transform(source.image(index)))
-        data = {"images": torch.stack(images), "labels": source.labels[indices], "indices": indices}
+            images.append(self.train_transform(source.image(int(indices[place]))))
+        data = {"images": torch.stack(images)[: len(self.share)], "labels": source.labels[indices], "indices": indices}
         data["step"] = torch.tensor(step)
         if self.reference is not None:
             size = self.reference_batch_size
             chosen = stream_indices(len(self.reference), step * size, size, self.seed, "reference", self.task_index)
-            data["reference_images"] = read_images(self.reference, chosen.tolist(), self.eval_transform)
+            data["reference_images"] = read_share(self.reference, chosen, self.eval_transform, self.reference_share)
             data["reference_indices"] = chosen
         return data
 
@@ -131,7 +137,11 @@ def training_batches(
         step = int(data["step"])
         task = steps.tasks[(step - steps.first_step) % len(steps.tasks)]
         # indices stay on the host, where caches look them up without waiting
-        on_device = {name: value.to(device, non_blocking=True) for name, value in data.items() if "images" in name}
+        on_device = {
+            name: ranks.gather_rows(value.to(device, non_blocking=True), size)
+            for name, size in (("images", steps.batch_size), ("reference_images", steps.reference_batch_size))
+            if (value := data.get(name)) is not None
+        }
         labels = data["labels"].to(device, non_blocking=True)
         yield Batch(
             **on_device,

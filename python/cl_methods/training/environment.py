@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any
 import torch
 
 import cl_kernels
+from cl_methods import ranks
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the first GPU if there is one, else the CPU.
+    """``auto`` is the first GPU if there is one, else the CPU; of several processes of a machine, each has a GPU of its own.
 
     Raises:
         ValueError: the device does not exist here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and ranks.joined_count() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -42,6 +46,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         **{name: version for name in packages if (version := _version(name)) is not None},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
+        "processes": ranks.joined_count(),
         "backends": {
             operation: [name for name, status in backends.items() if status == "available"]
             for operation, backends in cl_kernels.backends().items()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from cl_methods import ranks
 from cl_methods.training.atomic import WriteError
 from cl_methods.training.checkpoints import RunDirectory
 from cl_methods.training.loop import NonFiniteLossError
@@ -33,7 +34,8 @@ def explain(error: RuntimeError, directory: RunDirectory) -> RuntimeError:
         text = f"{error} {last_good(directory)} The same settings would diverge again: start a new run with others."
         found = {"task": error.task, "step": error.step, "terms": error.terms, "message": text}
         try:
-            directory.write_json("diverged.json", found)
+            if ranks.first():
+                directory.write_json("diverged.json", found)
         except WriteError as further:
             text += f" ({further})"
         return NonFiniteLossError(text, task=error.task, step=error.step, terms=error.terms)

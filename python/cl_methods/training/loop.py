@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cl_methods import ranks
 from cl_methods.methods.base import Batch, Method
 from cl_methods.seeding import seed_everything, step_seed
+from cl_methods.training.gradients import average_gradients, check_same_graph
 from cl_methods.training.schedule import warmup_cosine
 
 _CHECK_EVERY = 16
@@ -111,7 +113,8 @@ def train_on_batches(
 
     Each step: seed the global generators from (seed, task, step), set the learning rate of
     :func:`~cl_methods.training.schedule.warmup_cosine`, ``loss``, backward, ``before_step``, optimiser, ``after_step``.
-    ``before_task``, ``before_stage`` and ``after_task`` are the caller's.
+    ``before_task``, ``before_stage`` and ``after_task`` are the caller's. Where several processes compute together, gradients are
+    averaged between backward and ``before_step`` (:mod:`cl_methods.ranks`).
 
     Args:
         method: prepared with ``before_task``.
@@ -145,6 +148,10 @@ def train_on_batches(
         terms = method.loss(batch)
         log.add(step, terms)
         terms["loss"].backward()
+        if ranks.count() > 1:
+            if step == max(start_step, first_step):
+                check_same_graph(method.trainable())
+            average_gradients(method.trainable())
         method.before_step(batch)
         optimizer.step()
         method.after_step(step)

@@ -7,11 +7,12 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from cl_kernels.profile import peak_memory_bytes, start_peak_memory
+from cl_methods import ranks
 from cl_methods.backbone import load_backbone
 from cl_methods.evaluation.accuracy import feature_store, measure_spaces
 from cl_methods.methods import Method
@@ -117,7 +118,8 @@ class Run:
 
         if self.device.type == "cpu":
             give_back_freed_memory()
-        plan = plan_run(self.config, self.scenario, self.device)
+        with ranks.alone():  # a rehearsal of one process's step
+            plan = plan_run(self.config, self.scenario, self.device)
         for line in (
             plan.lines() if plan is not None else ["memory_budget: no plan, the method takes no optimiser steps"]
         ):
@@ -133,11 +135,13 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Do what is left to do and write ``result.json``."""
-        (self.directory.path / "diverged.json").unlink(missing_ok=True)
+        if ranks.first():
+            (self.directory.path / "diverged.json").unlink(missing_ok=True)
         try:
             return self._execute()
         except RuntimeError as error:
-            explained = explain(error, self.directory)
+            with ranks.alone():  # the others may be elsewhere
+                explained = explain(error, self.directory)
             if explained is error:
                 raise
             raise explained from error
@@ -182,7 +186,7 @@ class Run:
             joint=self.method.joint,
             rows=self.rows,
             training=self.training,
-            peak_memory=peak_memory_bytes(self.device),
+            peak_memory=max(ranks.gather_values(peak_memory_bytes(self.device))),
             description=self.description,
         )
         if self.memory_plan is not None:
@@ -220,7 +224,7 @@ class Run:
 
     def _restore(self, steps: list[int]) -> Restored:
         """Load the newest checkpoint that is intact, or for one inside a task what came before that task."""
-        restored = restore(self.directory, len(self.scenario.tasks))
+        restored = ranks.from_first(lambda: restore(self.directory, len(self.scenario.tasks)))
         for sentence in restored.sentences:
             self.reporter.note(sentence)
         self.rows, self.training, latest = restored.rows, restored.training, restored.checkpoint
@@ -268,12 +272,14 @@ class Run:
             progress.samples += report.samples
             self.reporter.step(report)
             done, every = report.step + 1, self.config.checkpoint.every
-            if self._stop or (every and done % every == 0 and done < steps):
+            stop = ranks.anyone(self._stop)
+            if stop or (every and done % every == 0 and done < steps):
                 report.log.check()  # never store weights that a loss has already shown to be broken
                 require_finite(watched, name, report.step)
                 count_time()
                 self._save(index, done, report.optimizer.state_dict() if report.optimizer is not None else None)
-            self._end_if_stopped(f"after step {done} of task {name}")
+            if stop:
+                self._end(f"after step {done} of task {name}")
 
         training = TaskTraining(
             method,
@@ -296,8 +302,12 @@ class Run:
         self.directory.save(index, step, state, optimizer_state, self.training, keep=keep, rows=rows)
 
     def _end_if_stopped(self, where: str) -> None:
-        if self._stop:
-            raise StoppedError(f"stopped {where}; continue with --resume")
+        """End here if somebody asked for it, in any of the processes."""
+        if ranks.anyone(self._stop):
+            self._end(where)
+
+    def _end(self, where: str) -> NoReturn:
+        raise StoppedError(f"stopped {where}; continue with --resume")
 
     def _evaluate(self, learnt: int) -> None:
         """Measure one row of the matrix and write it down; 0 tasks learnt is the zero-shot row."""

@@ -1,0 +1,111 @@
+"""Joining the processes that ``torchrun`` has started, and how all of them end when one does."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from cl_methods import ranks
+
+PATIENCE = timedelta(minutes=30)
+"""How long a process waits for another: while the first one writes a checkpoint, or reads an archive for the first time."""
+_FAILED = "first failure"
+_SECONDS_FOR_LAST_WORDS = 5
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Inside, the processes of ``torchrun`` compute together (:mod:`cl_methods.ranks`); one that was started alone stays alone.
+
+    An error in one process ends all: exchanges with a process that is gone fail, and whoever fails first leaves its sentence in
+    the store of the group. That process raises its error; the others exit with status 2 and say nothing.
+
+    Raises:
+        OtherRankError: a process is gone without a word; raised in one of those that are left.
+        ValueError: the environment lacks what ``torchrun`` sets.
+    """
+    world = _number("WORLD_SIZE", "1")
+    if world == 1 or ranks.joined_count() > 1:
+        yield
+        return
+    number, local = _number("RANK"), _number("LOCAL_RANK", "0")
+    with_gpus = torch.cuda.is_available()
+    if with_gpus:
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"LOCAL_RANK: process {local} of this machine needs a GPU of its own, there are {torch.cuda.device_count()}; "
+                "start fewer processes, or hide the GPUs (CUDA_VISIBLE_DEVICES=) and take --device cpu"
+            )
+        torch.cuda.set_device(local)
+    store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    own = dist.PrefixStore("cl_methods", store)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if with_gpus else "gloo", store=own, rank=number, world_size=world, timeout=PATIENCE
+    )
+    ranks.joined(True)
+    try:
+        with warnings.catch_warnings():
+            if number:
+                warnings.simplefilter("ignore")  # the first process says it
+            yield
+        ranks.everyone(True)  # nobody leaves while others still exchange
+        dist.destroy_process_group()
+    except Exception as error:  # noqa: BLE001  # of every kind the others have to know
+        _fail(dist.PrefixStore("failures", own), number, error)
+    finally:
+        ranks.joined(False)
+
+
+def _fail(store: dist.Store, number: int, error: Exception) -> None:
+    """Raise ``error`` if it was the first of the group, else leave quietly.
+
+    Raises:
+        SystemExit: another process has said or will say what happened.
+    """
+    consequence = isinstance(error, ranks.OtherRankError)
+    if consequence and _last_words(store):
+        _leave()
+    if not _claim(store, f"rank {number}: {error}"):
+        _leave()
+    if consequence:
+        raise ranks.OtherRankError(
+            "a process of the run is gone without a word (killed, or out of memory?), so all of them end. What was written is "
+            f"whole: the same command with --resume continues, with any number of processes ({error})"
+        ) from error
+    raise error
+
+
+def _last_words(store: dist.Store) -> bool:
+    """Whether somebody has left a sentence, or does so within some seconds; a store that is gone cannot tell."""
+    try:
+        store.wait([_FAILED], timedelta(seconds=_SECONDS_FOR_LAST_WORDS))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _claim(store: dist.Store, sentence: str) -> bool:
+    """Whether ``sentence`` is the first; also true if the store is gone, so that somebody speaks."""
+    try:
+        return store.compare_set(_FAILED, "", sentence).decode() == sentence
+    except RuntimeError:
+        return True
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    raise SystemExit(2)
+
+
+def _number(name: str, default: str | None = None) -> int:
+    value = os.environ.get(name, default)
+    if value is None or not value.isdigit():
+        raise ValueError(f"{name}: expected the number that torchrun sets, got {value!r}")
+    return int(value)

@@ -1,0 +1,183 @@
+"""1, 2 and 4 processes: the same losses, gradients, counts, statistics and matrix; a death, and going on with other numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cl_methods.methods.find import METHODS
+
+PROGRAM = Path(__file__).with_name("distributed_runs.py")
+SHORT = [
+    "--limit-tasks",
+    "2",
+    "--limit-iterations",
+    "2",
+    "--evaluation.split",
+    "validation",
+    "--evaluation.batch-size",
+    "24",
+]
+SHORT += ["--checkpoint.every", "0", "--checkpoint.keep", "last"]
+KINDS = {
+    "zscl": ["--method.batch-size", "10", "--method.reference-batch-size", "6"],  # consolidation, averages, captions
+    "moe_adapters": [
+        "--method.batch-size",
+        "10",
+        "--method.ddas.iterations",
+        "20",
+        "--method.ddas.generic-iterations",
+        "20",
+    ],
+    "mulki": ["--method.batch-size", "10"],  # relations of the samples of a batch, prototypes
+    "diki": ["--method.batch-size", "10"],  # Gaussians
+    "ranpac": ["--method.batch-size", "50"],  # closed form
+    "icarl": ["--method.batch-size", "10"],  # exemplars
+    "ewc": ["--method.batch-size", "10", "--method.fisher-samples", "9"],  # Fisher information
+}
+STATISTICS = ("gaussians.", "ddas.shift", "ddas.spread", "ddas.generic.unit", "ranpac.", "gram", "sums")
+REST = sorted(set(METHODS) - set(KINDS))
+
+
+def program(*arguments: object) -> subprocess.CompletedProcess[str]:
+    root = PROGRAM.parents[2]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{root}:{root / 'python'}",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, PROGRAM, *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=600)
+
+
+def compare(one: Path, many: Path) -> None:
+    """Two run directories hold the same to 1e-5, what is counted exactly."""
+    losses, others = (json.loads((path / "losses.json").read_text()) for path in (one, many))
+    assert len(losses) == len(others)
+    for mine, theirs in zip(losses, others, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(abs(mine[name] - theirs[name]) <= 1e-5 * max(1, abs(mine[name])) for name in mine), (mine, theirs)
+    gradients, others = (load_file(path / "gradients.safetensors") for path in (one, many))
+    assert gradients.keys() == others.keys()
+    for name, value in gradients.items():
+        largest = max(float(value.abs().max()), 1e-3 * max(float(grad.abs().max()) for grad in gradients.values()))
+        assert float((value - others[name]).abs().max()) <= 1e-5 * largest, name
+    result, other = (json.loads((path / "result.json").read_text()) for path in (one, many))
+    for key in ("zero_shot", "accuracy"):
+        torch.testing.assert_close(torch.tensor(result[key]), torch.tensor(other[key]), rtol=0, atol=1e-5)
+    assert result["evaluated"] == other["evaluated"]
+    assert result["train"]["samples"] == other["train"]["samples"]
+    for checkpoint in sorted((one / "checkpoints").iterdir())[-1:]:
+        state, others = (
+            load_file(path / "checkpoints" / checkpoint.name / "model.safetensors") for path in (one, many)
+        )
+        assert state.keys() == others.keys()
+        counted = [name for name, value in state.items() if not value.is_floating_point()]
+        assert all(torch.equal(state[name], others[name]) for name in counted)
+        for name in (name for name in state if name.startswith(STATISTICS)):
+            torch.testing.assert_close(others[name], state[name], rtol=1e-5, atol=1e-5 * float(state[name].abs().max()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_processes_compute_what_one_computes(method, folder):
+    """Ten images a batch on four processes are shares of two and three; captions and classes do not divide either."""
+    done = program(folder, "1,2,4", method, *SHORT, *KINDS[method])
+    assert done.returncode == 0, done.stderr
+    for count in ("2", "4"):
+        compare(folder / "1" / method, folder / count / method)
+        assert json.loads((folder / count / method / "result.json").read_text())["environment"]["processes"] == int(
+            count
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", REST)
+def test_every_other_method_too(method, folder):
+    done = program(folder, "1,2,4", method, *SHORT)
+    assert done.returncode == 0, done.stderr
+    for count in ("2", "4"):
+        compare(folder / "1" / method, folder / count / method)
+
+
+def test_shares_that_are_encoded_in_parts(folder):
+    """Noise, dropout and counts of a sample are those of its place in the whole batch, in a part of a share too."""
+    done = program(folder, "2x3", "moe_adapters", *SHORT, *KINDS["moe_adapters"])
+    assert done.returncode == 0, done.stderr
+    compare(folder / "1" / "moe_adapters", folder / "2x3" / "moe_adapters")
+
+
+def test_a_rank_that_dies_ends_the_run_and_other_numbers_of_processes_go_on(folder):
+    """Four processes, one killed in the second task; two go on from the last checkpoint and come to the same end."""
+    every = [*SHORT, *KINDS["zscl"], "--checkpoint.every", "2"]
+    done = program(folder / "fault", "4!2@5", "zscl", *every)
+    assert done.returncode == 1
+    assert done.stderr.count("is gone without a word") == 1, done.stderr
+    assert "--resume continues, with any number of processes" in done.stderr
+    broken = folder / "fault" / "4" / "zscl"
+    assert sorted(path.name for path in broken.iterdir()) == ["checkpoints", "rows.json", "run.json"]
+    assert [path.name for path in sorted((broken / "checkpoints").iterdir())] == ["task00", "task01-step000002"]
+    shutil.copytree(broken, folder / "fault" / "2" / "zscl")
+    done = program(folder / "fault", "2", "zscl", *every)
+    assert done.returncode == 0, done.stderr
+    whole, resumed = (
+        json.loads((path / "zscl" / "result.json").read_text()) for path in (folder / "1", folder / "fault" / "2")
+    )
+    assert whole["accuracy"] == resumed["accuracy"]
+    losses, rest = (
+        json.loads((path / "zscl" / "losses.json").read_text()) for path in (folder / "1", folder / "fault" / "2")
+    )
+    for mine, theirs in zip(losses[-len(rest) :], rest, strict=True):
+        assert all(abs(mine[name] - theirs[name]) <= 1e-5 * max(1, abs(mine[name])) for name in mine)
+
+
+def test_torchrun_starts_the_same_command_and_errors_are_said_once(tmp_path):
+    """``torchrun`` itself: first a run, then one that may not start."""
+    root = PROGRAM.parents[2]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{root}:{root / 'python'}",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "cl_methods.cli",
+    ]
+    command += [
+        "run",
+        "--method",
+        "ranpac",
+        "--limit-tasks",
+        "1",
+        "--evaluation.split",
+        "validation",
+        "--output",
+        tmp_path / "run",
+    ]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["environment"]["processes"] == 2
+    assert done.stdout.count("zero-shot") == len([line for line in done.stdout.splitlines() if "zero-shot" in line])
+    again = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
+    assert again.returncode != 0
+    assert again.stderr.count("already holds a run") == 1, again.stderr
