@@ -4,8 +4,8 @@ usage: distributed_runs.py FOLDER COUNTS METHODS [OPTION ...]
 
 COUNTS and METHODS are separated by commas; ``2x3`` are two processes whose encoders take three samples at a time, and
 ``4!RANK@STEP`` are four of which one is killed after a step. Options are those of ``clk run``. Every run is that of ``clk run
---resume`` in processes that are forked after the imports, which take longer than the runs. FOLDER/COUNT/METHOD is the run directory;
-``losses.json`` has what every step reported, ``gradients.safetensors`` the gradients of the first one.
+--resume`` in processes that are forked after the imports, which take longer than the runs. FOLDER/COUNT/METHOD is the run
+directory; ``losses.json`` has what every step reported, ``gradients.safetensors`` the gradients of the first one.
 """
 
 from __future__ import annotations
