@@ -20,6 +20,8 @@ prepare_torchvision()
 
 from open_clip.transformer import text_global_pool  # noqa: E402
 
+from cl_methods.text_trees import TextTrees, plant, takes_trees  # noqa: E402
+
 Transform = Callable[[Any], Tensor]
 _TEXT_CHUNK = 1024
 MINI_WEIGHTS = "mini_model.safetensors"
@@ -139,10 +141,31 @@ class Backbone:
         features = torch.cat([self.encode_texts(tokens[rows], normalise=normalise) for rows in order.split(chunk)])
         return features[order.argsort().to(features.device)]
 
+    @torch.no_grad()
+    def prompt_features(self, tokens: Tensor) -> Tensor:
+        """:meth:`frozen_text_features` of texts that begin alike: what several share is computed once.
+
+        The same up to the rounding of other matrix products. Towers that look ahead, or carry blocks that may not treat
+        all positions alike, and :attr:`micro_batches` fall back to rows.
+
+        Args:
+            tokens: (N, L) int64 on the CPU, N at least 1.
+
+        Returns:
+            (N, d).
+        """
+        if self.micro_batches is not None or not self._trimmable or not takes_trees(self.text_tower.transformer):
+            return self.frozen_text_features(tokens)
+        trees = plant(tokens, self._readout(tokens) + 1)
+        computed = [(self._tree_features(part.to(self.device)), texts) for part, texts in trees.parts()]
+        order = torch.cat([texts for _, texts in computed]).argsort()
+        features = torch.cat([features for features, _ in computed])[order.to(self.device)]
+        return features / features.norm(dim=-1, keepdim=True)
+
     def class_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Zero-shot classifier: mean over templates of normalised prompt features, normalised again.
 
-        ``w_c ∝ Σ_p g(template_p(class_c))``. Every prompt of every class goes through the text tower in one batch.
+        ``w_c ∝ Σ_p g(template_p(class_c))``. Prompts of all classes go through the text tower together, common beginnings once.
 
         Args:
             class_names: C names.
@@ -173,7 +196,7 @@ class Backbone:
                 raise ValueError(f"expected class names and templates, got {len(class_names)} and {len(templates)}")
         prompts = [[prompt(template, name) for name in names for template in some] for names, some in label_spaces]
         rows = {text: row for row, text in enumerate(dict.fromkeys(text for some in prompts for text in some))}
-        features = self.frozen_text_features(self.tokenize(list(rows)))
+        features = self.prompt_features(self.tokenize(list(rows)))
         found = []
         for (class_names, templates), texts in zip(label_spaces, prompts, strict=True):
             own = features[torch.tensor([rows[text] for text in texts], device=features.device)]
@@ -277,8 +300,19 @@ class Backbone:
         dtype = tower.transformer.get_cast_dtype()
         x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
         x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
-        x = text_global_pool(tower.ln_final(x), tokens, self._pool_type, eos_token_id=self._end_id)
-        projection = tower.text_projection
+        return self._projected(text_global_pool(tower.ln_final(x), tokens, self._pool_type, eos_token_id=self._end_id))
+
+    def _tree_features(self, trees: TextTrees) -> Tensor:
+        """Features (n, d) before normalisation of the texts in ``trees``."""
+        tower = self.text_tower
+        dtype = tower.transformer.get_cast_dtype()
+        x = tower.token_embedding(trees.tokens).to(dtype) + tower.positional_embedding[trees.depths].to(dtype)
+        block = tower.transformer.resblocks[0]
+        x = tower.transformer(x, attn_mask=trees.mask(block.attn.num_heads, dtype))
+        return self._projected(tower.ln_final(x[trees.rows, trees.places]))
+
+    def _projected(self, x: Tensor) -> Tensor:
+        projection = self.text_tower.text_projection
         if projection is None:
             return x
         return projection(x) if isinstance(projection, nn.Linear) else x @ projection

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from cl_methods.bench import evaluation, kernels
+from cl_methods.bench import decoding, evaluation, kernels
+from cl_methods.bench.agreement import CheckError
 from cl_methods.bench.world import open_clip_world
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.datasets.texts import classes
+from cl_methods.open_clip_loading import image_transforms
 
 
 def test_published_sizes_of_an_evaluation() -> None:
@@ -30,9 +32,11 @@ def test_flops_of_the_shapes_of_vit_b_16() -> None:
     assert evaluation._image_flops(backbone, world) == pytest.approx(35.1e9, rel=2e-3)
     tokens = backbone.tokenize(["a photo of a dog."] * 7)
     assert evaluation._flops(lambda: backbone.model.encode_text(tokens)) == 7 * prompt
-    short = evaluation._embed(backbone, {"MNIST": classes("MNIST", "zscl")})
+    short = evaluation._embed(backbone, [{"MNIST": classes("MNIST", "zscl")}])
     assert short.calls == 1
-    assert short.flops < 10 * prompt / 5
+    assert short.flops < 10 * prompt / 10
+    tables = {name: classes(name, "zscl") for name in evaluation.EVALUATED}
+    assert 8648 * prompt > 13.5 * evaluation._embed(backbone, [tables]).flops
 
 
 def benchmark(name: str, implementation: str, seconds: float, operations: int) -> dict:
@@ -71,3 +75,16 @@ def test_failing_benchmarks_report_no_speed(status: int, error: type, message: s
     monkeypatch.setattr(kernels.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(error, match=message):
         kernels.kernels_suite("y", 5, lambda _: None)
+
+
+def test_reading_images_beside_the_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = image_transforms({"size": 32, "mean": (0.5,) * 3, "std": (0.2,) * 3, "interpolation": "bicubic"})[1]
+    ours, plain, empty = decoding.decoding_rows(transform, images=6, size=(48, 36), batch_size=4, rounds=1)
+    assert ours.case == "reading 6 JPEG files of 48 x 36 pixels, 4 at once"
+    assert ours.checked == {"pixels": 0.0}
+    assert (plain.implementation, empty.implementation) == (decoding.PLAIN, decoding.EMPTY)
+    assert all(row.measured["seconds"].best > 0 and row.note.endswith("images/s") for row in (ours, plain, empty))
+    measured = dict.fromkeys(("plain", "first", "second"), 1.0)
+    monkeypatch.setattr(decoding, "measure_decoding", lambda *_, **__: {"identical": False, **measured})
+    with pytest.raises(CheckError, match="the cache gives other tensors than the transform"):
+        decoding.decoding_rows(transform)

@@ -69,8 +69,8 @@ def test_class_embeddings_in_one_pass(backbone: Backbone, monkeypatch: pytest.Mo
     for name in names:
         mean = untrimmed(backbone, tokenize([template.format(name) for template in templates])).mean(dim=0)
         rows.append(mean / mean.norm())
-    calls, original = [], backbone._text_features
-    monkeypatch.setattr(backbone, "_text_features", lambda tokens: calls.append(len(tokens)) or original(tokens))
+    calls, original = [], backbone._tree_features
+    monkeypatch.setattr(backbone, "_tree_features", lambda trees: calls.append(len(trees.rows)) or original(trees))
     found = backbone.class_embeddings(names, templates)
     torch.testing.assert_close(found, torch.stack(rows).detach(), rtol=1e-5, atol=1e-6)
     assert calls == [6]

@@ -171,8 +171,7 @@ def test_counts_of_experts_are_those_of_one_pass(backbone: Backbone) -> None:
         features.sum().backward()
         usage.append([block.step_usage.tolist() for block in adapters.each()])
         assert all(sum(counts) == 2 * 5 for counts in usage[-1])
-        for block in adapters.each():
-            block.end_backward()
+        adapters.end_backward()
     assert usage[1:] == usage[:1] * 3
 
 

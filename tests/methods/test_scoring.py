@@ -120,6 +120,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     counting("encode_images", len)
     counting("encode_texts", lambda tokens: 1)
+    counting("prompt_features", lambda tokens: 1)
     monkeypatch.setattr(run_module, "measure_spaces", row)
     return found
 
@@ -142,11 +143,11 @@ def test_a_run_encodes_no_image_twice(
     else:
         assert encoded["encode_images"] == rows * images
     if name in (*FROZEN, "snd", "clipood"):  # proof keeps the single prompts of learnt classes besides
-        assert encoded["encode_texts"] == 1 + TASKS * (name == "proof")
+        assert encoded["encode_texts"] + encoded["prompt_features"] == 1 + TASKS * (name == "proof")
     elif name == "icarl":  # after the last task there are means for all
-        assert encoded["encode_texts"] == rows - 1
+        assert encoded["encode_texts"] + encoded["prompt_features"] == rows - 1
     elif name not in ("moe_adapters", "diki"):
-        assert encoded["encode_texts"] == rows
+        assert encoded["encode_texts"] + encoded["prompt_features"] == rows
     assert set(result["label_spaces"]) == {"seen", "all"}
     assert result["evaluated"] == {
         "limit": 12,
@@ -202,7 +203,7 @@ def test_all_classifiers_of_a_row_come_from_one_batch(scenario: Scenario, encode
     for task, expected in reversed(list(zip(scenario.tasks, alone, strict=True))):
         torch.testing.assert_close(method.classifier(task), expected, rtol=0, atol=1e-6)
     run_module.measure_spaces(method, scenario.tasks, 0, OPTIONS)
-    assert encoded["encode_texts"] == 1
+    assert encoded["encode_texts"] + encoded["prompt_features"] == 1
 
 
 def test_a_method_that_trains_the_image_tower_cannot_call_it_frozen(scenario: Scenario, tmp_path: Any) -> None:

@@ -1,4 +1,4 @@
-"""Suite ``evaluation``: FLOPs of one whole MTIL evaluation, ours beside the public procedures; no weights, no images."""
+"""Suite ``evaluation``: FLOPs of one whole MTIL evaluation, ours beside the public procedures, and the speed of reading images."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cl_methods.backbone import Backbone
 from cl_methods.bench.counting import FORMULAS
+from cl_methods.bench.decoding import decoding_rows
 from cl_methods.bench.rows import Row
 from cl_methods.bench.world import World, fresh, open_clip_world, without_values
 from cl_methods.components.adapters import MountedAdapters
@@ -40,19 +41,21 @@ class Texts:
     flops: int
 
 
-def evaluation_suite(model: str, note: Callable[[str], None] = lambda _: None) -> list[Row]:
+def evaluation_suite(model: str, note: Callable[[str], None] = lambda _: None, *, time: bool = False) -> list[Row]:
     """Rows for a model that is trained as a whole (ZSCL) and for MoE-Adapters after its last task.
 
     Eleven datasets, their 1,201 classes, 8,648 prompts and 97,209 test images of the family ``zscl``. Public: every class in
     a call of its own at full context length, and for MoE-Adapters with every of the 12 routers, the plain model included.
-    Ours: all prompts of a dataset together, cut after their ends, through the routers that its images are sent to.
+    Ours: prompts together, of all datasets or of those that share a router, common beginnings computed once.
 
     Args:
         model: open_clip name.
         note: told what is being done.
+        time: whether images are read too, against a clock.
 
     Raises:
         ValueError: the name is unknown.
+        CheckError: the image cache gives other pixels than the transform.
     """
     world = open_clip_world(model, 0)
     tables = {name: classes(name, FAMILY) for name in EVALUATED}
@@ -61,7 +64,7 @@ def evaluation_suite(model: str, note: Callable[[str], None] = lambda _: None) -
     class_count = sum(len(table) for table in tables.values())
     note("class prompts of the whole model")
     backbone = world.backbone()
-    plain, plain_image = _embed(backbone, tables), _image_flops(backbone, world)
+    plain, plain_image = _embed(backbone, [tables]), _image_flops(backbone, world)
     one = _full_length(backbone)
     case = (
         f"ZSCL, {model}, one checkpoint: {class_count:,} classes, {sum(prompts.values()):,} prompts, {images:,} images"
@@ -77,7 +80,8 @@ def evaluation_suite(model: str, note: Callable[[str], None] = lambda _: None) -
         for block in adapters.each():
             block.add_routers(1)
     with adapters.active(0):
-        routed, routed_image = _embed(backbone, tables), _image_flops(backbone, world)
+        routed = _embed(backbone, [{name: table} for name, table in tables.items()])
+        every, routed_image = _embed(backbone, [tables]), _image_flops(backbone, world)
         routed_one = _full_length(backbone)
     routers = len(EVALUATED)
     everything = Texts((routers + 1) * class_count, (routers * routed_one + one) * sum(prompts.values()))
@@ -89,11 +93,14 @@ def evaluation_suite(model: str, note: Callable[[str], None] = lambda _: None) -
         _row(
             f"{case}, images of every dataset through every router",
             "ours",
-            Texts(routers * routed.calls + plain.calls, routers * routed.flops + plain.flops),
+            Texts(routers * every.calls + plain.calls, routers * every.flops + plain.flops),
             image_flops,
         ),
         _row(f"{case}, images of every dataset through every router", PUBLIC, everything, image_flops),
     ]
+    if time:
+        note("reading images")
+        rows += decoding_rows(backbone.eval_transform)
     return rows
 
 
@@ -101,11 +108,11 @@ def _row(case: str, implementation: str, texts: Texts, image_flops: int) -> Row:
     return Row(case, implementation, {"text_calls": texts.calls, "text_flops": texts.flops, "image_flops": image_flops})
 
 
-def _embed(backbone: Backbone, tables: dict[str, Classes]) -> Texts:
-    """The library's own class embeddings of every dataset."""
+def _embed(backbone: Backbone, groups: list[dict[str, Classes]]) -> Texts:
+    """The library's own class embeddings of every dataset, those of a group together."""
     with _counted_calls(backbone) as calls, FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        for table in tables.values():
-            backbone.class_embeddings(table.names, table.templates)
+        for tables in groups:
+            backbone.class_embeddings_of([(table.names, table.templates) for table in tables.values()])
     return Texts(len(calls), counter.get_total_flops())
 
 

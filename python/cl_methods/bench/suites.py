@@ -45,7 +45,7 @@ def run(
         from cl_methods.bench.evaluation import evaluation_suite
 
         name = "ViT-B-16" if model == "mini" else model
-        return {"model": name}, evaluation_suite(name, note), cpu
+        return {"model": name, **(threads if time else {})}, evaluation_suite(name, note, time=time), cpu
     if suite == "kernels":
         from cl_methods.bench.kernels import kernels_suite
 

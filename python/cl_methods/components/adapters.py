@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from cl_kernels.moe_adapter import dropout
 from cl_kernels.nn import AdapterExperts
 from cl_methods.backbone import Backbone
+from cl_methods.components.self_attention import self_attention, takes_self_attention
 from cl_methods.micro_batches import Part, current_part
+from cl_methods.text_trees import reads_trees
 
 _states: ContextVar[dict[int, tuple[int | None, bool, bool]]] = ContextVar("adapters", default={})  # noqa: B039  # never changed in place
 
@@ -28,7 +30,7 @@ class BlockAdapters(AdapterExperts):
     Attributes:
         routers, noises: per task (D, E).
         usage: (E,) int64, activations (sample x step) since :meth:`reset_usage`.
-        step_usage: (E,) int64, the same since :meth:`end_backward`.
+        step_usage: (E,) int64, the same since :meth:`MountedAdapters.end_backward`.
         frozen: (E,) bool, experts that no longer train.
         updates: (E,) bool, experts that the coming optimiser step may change.
 
@@ -88,13 +90,6 @@ class BlockAdapters(AdapterExperts):
             seed = part.draw(self, "seed", lambda: dropout.draw_seed(x.device))
             drawn["seed"] = dropout.seed_of_part(seed, part.first)
         return drawn
-
-    @torch.no_grad()
-    def end_backward(self) -> None:
-        """Before the optimiser step: experts that got samples and are not frozen may change. Starts a new step's counts."""
-        torch.logical_and(self.step_usage > 0, ~self.frozen, out=self.updates)
-        self.usage += self.step_usage
-        self.step_usage.zero_()
 
     def reset_usage(self) -> None:
         """Forget all activations."""
@@ -174,6 +169,16 @@ class MountedAdapters(nn.Module):
         finally:
             _states.reset(token)
 
+    @torch.no_grad()
+    def end_backward(self) -> None:
+        """Before the optimiser step: experts that got samples and are not frozen may change. Starts a new step's counts."""
+        blocks = list(self.each())
+        steps = [block.step_usage for block in blocks]
+        updates = (torch.stack(steps) > 0) & ~torch.stack([block.frozen for block in blocks])
+        torch._foreach_copy_([block.updates for block in blocks], list(updates.unbind()))
+        torch._foreach_add_([block.usage for block in blocks], steps)
+        torch._foreach_zero_(steps)
+
     @property
     def state(self) -> tuple[int | None, bool, bool]:
         """The arguments of the innermost :meth:`active`."""
@@ -208,6 +213,7 @@ def residual_blocks(backbone: Backbone, text: bool) -> dict[str, Any]:
     return found
 
 
+@reads_trees
 def _adapted_forward(
     mounted: MountedAdapters,
     adapters: nn.Module,
@@ -222,7 +228,10 @@ def _adapted_forward(
     if task is None:
         return type(block).forward(block, x, attn_mask=attn_mask)
     if isinstance(block, ResidualAttentionBlock):
-        attended = block.attention(q_x=block.ln_1(x), attn_mask=attn_mask)
+        if takes_self_attention(block.attn):
+            attended = self_attention(block.ln_1(x), block.attn, attn_mask)
+        else:
+            attended = block.attention(q_x=block.ln_1(x), attn_mask=attn_mask)
     else:
         attended = block.ln_attn(block.attn(block.ln_1(x), attn_mask=attn_mask))
     x = x + block.ls_1(attended)

@@ -51,45 +51,56 @@ class ExpertAdamW(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("closure: not supported, expected None")
         for group in self.param_groups:
-            for bucket in _buckets([value for value in group["params"] if value.grad is not None]):
-                self._update(bucket, group)
+            parameters = [value for value in group["params"] if value.grad is not None]
+            first = 0
+            factors = self._factors(parameters, group) if parameters else []
+            for bucket in _buckets(parameters):
+                last = first + len(bucket)
+                self._update(bucket, [some[first:last] for some in factors], group)
+                first = last
 
-    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Some parameters at once: one operation for each line of AdamW, not one for each line and parameter."""
+    def _factors(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> list[list[Tensor]]:
+        """Count the step; then what multiplies the rows of every parameter, from one flat tensor for all of them.
+
+        Returns:
+            Rates of both averages, the bias corrections of the squares and of the mean, and one or zero for taking part;
+            of each a tensor (rows, 1, …) per parameter.
+        """
         beta1, beta2 = group["betas"]
+        steps = [self._state_of(value)["step"] for value in parameters]
+        sizes = [len(step) for step in steps]
+        whole = torch.ones(1, dtype=torch.bool, device=steps[0].device)  # a parameter without a mask is one row
+        rows = torch.cat([self._masks.get(value, whole) for value in parameters]).to(steps[0].dtype)
+        torch._foreach_add_(steps, rows.split(sizes))
+        counted = torch.cat(steps).double().clamp_(min=1)  # 1 - 0.999 in fp32 would be off by 5e-5
+        single = torch.float64 if parameters[0].dtype == torch.float64 else torch.float32
+        corrections = [(1 - beta**counted).to(single) for beta in (beta2, beta1)]
+        # A rate of zero leaves a masked row's moments alone: lerp(m, g, 0) = m + 0 (g - m) = m for finite g.
+        return [
+            [
+                part.view((-1,) + (1,) * (value.ndim - 1)).to(value.dtype)
+                for part, value in zip(flat.split(sizes), parameters, strict=True)
+            ]
+            for flat in (rows * (1 - beta1), rows * (1 - beta2), *corrections, rows)
+        ]
+
+    def _update(self, parameters: list[Tensor], factors: list[list[Tensor]], group: dict[str, Any]) -> None:
+        """Some parameters at once: one operation for each line of AdamW, not one for each line and parameter."""
+        mean_rates, square_rates, square_corrections, mean_corrections, rows = factors
         gradients = [value.grad for value in parameters if value.grad is not None]
         states = [self._state_of(value) for value in parameters]
-        steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
-        masks = [self._masks.get(value) for value in parameters]
-        # One flat tensor holds a number for every row of every parameter; a parameter without a mask is one row.
-        rows = torch.cat(
-            [torch.ones_like(step) if mask is None else mask for mask, step in zip(masks, steps, strict=True)]
-        )
-        rows = rows.to(steps[0].dtype)
-        torch._foreach_add_(steps, rows.split([len(step) for step in steps]))
-        counted = torch.cat(steps).double().clamp_(min=1)  # 1 - 0.999 in fp32 would be off by 5e-5
-
-        def spread(flat: Tensor) -> list[Tensor]:
-            """A number per row in the shape that multiplies the rows of each parameter."""
-            parts = flat.split([len(step) for step in steps])
-            return [
-                part.view((-1,) + (1,) * (value.ndim - 1)).to(value.dtype)
-                for part, value in zip(parts, parameters, strict=True)
-            ]
-
-        # A rate of zero leaves a masked row's moments alone: lerp(m, g, 0) = m + 0 (g - m) = m for finite g.
-        torch._foreach_lerp_(means, gradients, spread(rows * (1 - beta1)))
-        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), spread(rows * (1 - beta2)))
-        single = parameters[0].dtype if parameters[0].dtype == torch.float64 else torch.float32
-        denominators = torch._foreach_div(squares, spread((1 - beta2**counted).to(single)))
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_lerp_(means, gradients, mean_rates)
+        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), square_rates)
+        denominators = torch._foreach_div(squares, square_corrections)
         torch._foreach_sqrt_(denominators)
         torch._foreach_add_(denominators, group["eps"])
-        updates = torch._foreach_div(means, spread((1 - beta1**counted).to(single)))
+        updates = torch._foreach_div(means, mean_corrections)
         torch._foreach_div_(updates, denominators)
         del denominators
         if group["weight_decay"]:
             torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
-        torch._foreach_addcmul_(parameters, updates, spread(rows), value=-group["lr"])
+        torch._foreach_addcmul_(parameters, updates, rows, value=-group["lr"])
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state, mask = self.state[parameter], self._masks.get(parameter)

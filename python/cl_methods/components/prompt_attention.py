@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from cl_methods.backbone import Backbone
 from cl_methods.components.adapters import residual_blocks
 from cl_methods.micro_batches import current_part
+from cl_methods.text_trees import reads_trees
 
 _Injection = tuple[int | Tensor, Tensor | float | None]
 _injections: ContextVar[dict[int, _Injection]] = ContextVar("prompts", default={})  # noqa: B039  # never changed in place
@@ -40,7 +41,7 @@ def residual_prompt_attention(
         attention: with ``batch_first``; its parameters are used as they are.
         keys, values: P_K and P_V, (p, D) for all samples or (B, p, D).
         weight: w, scalar or (B,); None is 1.
-        attn_mask: M (L, L), added.
+        attn_mask: M (L, L) or (B heads, L, L), added.
 
     Returns:
         (B, L, D), differentiable in ``x``, ``keys``, ``values`` and ``weight``.
@@ -57,6 +58,8 @@ def residual_prompt_attention(
     q, k, v = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
     q = split(q)
     mask = None if attn_mask is None else attn_mask.to(x.dtype)
+    if mask is not None and mask.ndim == 3:
+        mask = mask.unflatten(0, (samples, heads))
     attended = F.scaled_dot_product_attention(q, split(k), split(v), attn_mask=mask)
     shape = (samples, heads, keys.shape[-2], width // heads)
     injected = F.scaled_dot_product_attention(q, split(keys).expand(shape), split(values).expand(shape))
@@ -184,6 +187,7 @@ class MountedPrompts(nn.Module):
             yield prompts
 
 
+@reads_trees
 def _prompted_forward(
     mounted: MountedPrompts,
     prompts: BlockPrompts,

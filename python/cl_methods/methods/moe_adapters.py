@@ -185,8 +185,7 @@ class MoEAdapters(Method):
         """Tell the optimiser which experts had samples."""
         super().before_step(batch)
         ranks.sum_([block.step_usage for block in self.adapters.each()])
-        for block in self.adapters.each():
-            block.end_backward()
+        self.adapters.end_backward()
 
     def after_task(self, index: int, task: Task) -> None:
         """Freeze the most used experts; teach the detector the task's images."""
