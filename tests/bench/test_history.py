@@ -161,8 +161,8 @@ def test_wrong_calls_say_what_is_wrong(arguments: list[str], message: str, tmp_p
 
 def test_no_speed_without_a_green_check() -> None:
     right = (torch.tensor(1.0), {"w": torch.ones(3)})
-    assert compare("case", right, right) == {"loss": 0.0, "gradients": 0.0}
-    with pytest.raises(CheckError, match=r"case: gradients differ by 1\.0e-03, expected at most 1e-05; no speed"):
+    assert compare("case", right, right) == {"loss": 0.0, "gradient": 0.0, "gradients": 0.0}
+    with pytest.raises(CheckError, match=r"case: gradient differ by 1\.0e-03, expected at most 1e-05; no speed"):
         compare("case", (right[0], {"w": torch.full((3,), 1.001)}), right)
     with pytest.raises(CheckError, match="loss differ by nan"):
         compare("case", (torch.tensor(float("nan")), right[1]), right)
