@@ -13,7 +13,7 @@ SEED   ?= 0
 ORDER  ?= I
 METHODS := zero_shot,finetune,zscl,moe_adapters
 
-.PHONY: install mini test lint test-unit test-interpreter test-aot test-install sanitize fuzz faults bench wheel clean
+.PHONY: install mini test lint test-unit test-interpreter test-aot test-install test-slow sanitize fuzz faults bench wheel clean
 
 install: $(STAMP)
 
@@ -38,7 +38,7 @@ lint: install
 	$(BIN)/mypy cl_kernels python/cl_methods
 
 test-unit: install
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not interpreter and not aot"
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not interpreter and not aot and not slow"
 
 test-interpreter: install
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -m interpreter
@@ -49,9 +49,12 @@ test-aot: install
 test-install: install
 	bash tests/packaging/check_without_compiler.sh $(BIN)/python
 
-# Slower checks, by hand: the compiled kernels under sanitizers, many random cases, faults of every kind on every method, and
+# Slower checks, by hand: every method on several processes, the compiled kernels under sanitizers, many random cases, faults of every kind on every method, and
 # how fast everything is.
 CASES ?= 100000
+
+test-slow: install
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -m slow
 
 sanitize: install
 	bash tests/packaging/check_sanitizers.sh $(BIN)/python

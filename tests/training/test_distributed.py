@@ -31,9 +31,7 @@ OPTIMISED = ["--method.batch-size", "10", "--method.lr", "2e-6"]  # Adam turns r
 KINDS = {
     "zscl": [*OPTIMISED, "--method.reference-batch-size", "6"],  # consolidation, averages, captions
     "moe_adapters": [*OPTIMISED, "--method.ddas.iterations", "10", "--method.ddas.generic-iterations", "10"],
-    "diki": OPTIMISED,  # Gaussians
     "ranpac": ["--method.batch-size", "50"],  # closed form
-    "icarl": OPTIMISED,  # exemplars
 }
 REST = {
     "ewc": [*OPTIMISED, "--method.fisher-samples", "9"],

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SOME = [
     "finetune:sigterm,sigint,two signals,no room,folder gone,checkpoint altered,rows gone,weight is NaN,worker killed",
     "moe_adapters:kill in a write,file too large,loss is NaN,rows of another run,checkpoint file gone",
@@ -17,7 +15,6 @@ SOME = [
 ]
 
 
-@pytest.mark.slow
 def test_runs_that_suffer_end_with_a_sentence_and_come_to_the_same_result(tmp_path):
     program = Path(__file__).with_name("faults.py")
     root = program.parents[2]

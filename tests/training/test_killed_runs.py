@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("method", "kills"), [("zscl", 5), ("moe_adapters", 5), ("ranpac", 3)])
 def test_result_after_kills_equals_the_uninterrupted_one(method, kills, tmp_path):
     program = Path(__file__).with_name("killed_runs.py")
