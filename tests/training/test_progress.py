@@ -62,6 +62,15 @@ def test_pace_knows_what_is_left():
     assert [format_seconds(value) for value in (None, 62.4, 3723)] == ["--:--", "01:02", "1:02:03"]
 
 
+@pytest.fixture
+def ctrl_c_arrives():
+    """A process that a shell started in the background ignores Ctrl-C, and so would the tests in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_arrives")
 def test_ctrl_c_writes_a_checkpoint_and_the_run_can_be_resumed(tiny_run, tmp_path, monkeypatch):
     whole = tiny_run(tmp_path / "whole")
     original = run_module.Run.execute
