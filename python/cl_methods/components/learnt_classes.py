@@ -31,6 +31,7 @@ class LearntClasses:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.templates: dict[str, tuple[str, ...]] = {}
+        self._brought: list[list[str]] = []
         self._prompts: dict[str, Tensor] = {}
         self._zero_shot: Tensor | None = None
         self._prototypes: Tensor | None = None
@@ -57,6 +58,7 @@ class LearntClasses:
         first = not self.templates
         new = [name for name in task.class_names if name not in self.templates]
         self.templates |= dict.fromkeys(new, task.templates)
+        self._brought.append(new)
         self._zero_shot = self._prototypes = None
         texts = features.new_zeros(0, features.shape[1])
         if new:
@@ -82,14 +84,16 @@ class LearntClasses:
     def ensemble(self, projection: Callable[[Tensor], Tensor]) -> Tensor:
         """(C, d): mean over a class's templates of projected and normalised text features, normalised.
 
-        Prompts are encoded when they are first needed, up to a task's at once.
+        Prompts are encoded when they are first needed, those that one task brought together: the last bits of features depend on
+        what shares a batch, and a resumed run has to find the same ones.
 
         Args:
             projection: of text features (P, d).
         """
-        missing = {name: templates for name, templates in self.templates.items() if name not in self._prompts}
-        for templates in dict.fromkeys(missing.values()):
-            names = [name for name, own in missing.items() if own == templates]
+        for names in self._brought:
+            if not names or names[0] in self._prompts:
+                continue
+            templates = self.templates[names[0]]
             tokens = self.backbone.tokenize([prompt(template, name) for name in names for template in templates])
             found = self.backbone.frozen_text_features(tokens, normalise=False).to(self.texts)
             self._prompts |= dict(zip(names, found.split(len(templates)), strict=True))
@@ -103,10 +107,11 @@ class LearntClasses:
         return self._zero_shot
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Names and templates as bytes, and the tensors; empty before the first class."""
+        """Names and templates of every task's new classes as bytes, and the tensors; empty before the first class."""
         if not self.templates:
             return {}
-        names = torch.tensor(list(json.dumps(self.templates).encode()), dtype=torch.uint8)
+        brought = [(names, self.templates[names[0]] if names else ()) for names in self._brought]
+        names = torch.tensor(list(json.dumps(brought).encode()), dtype=torch.uint8)
         return {"names": names, **{name: getattr(self, name) for name in _TENSORS}}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -117,8 +122,9 @@ class LearntClasses:
         """
         if state and state.keys() != {"names", *_TENSORS}:
             raise RuntimeError(f"state: expected names, texts, sums and counts of classes, found {', '.join(state)}")
-        names = json.loads(bytes(state["names"].tolist())) if state else {}
-        self.templates = {name: tuple(templates) for name, templates in names.items()}
+        brought = json.loads(bytes(state["names"].tolist())) if state else []
+        self._brought = [names for names, _ in brought]
+        self.templates = {name: tuple(templates) for names, templates in brought for name in names}
         self._prompts, self._zero_shot, self._prototypes = {}, None, None
         for name in _TENSORS if state else ():
             setattr(self, name, state[name].to(self.backbone.device, copy=True))
