@@ -42,7 +42,6 @@ class Plan:
         images_encoded: (fewest, most) image encodings of all evaluations; they differ where the images decide.
         costs: what was counted.
         checkpoints: bytes of all checkpoints that stay, and of the largest at one time beside them.
-        peak_memory: predicted peak of the device's memory in bytes; None where nothing predicts it.
     """
 
     tasks: tuple[PlannedTask, ...]
@@ -50,7 +49,6 @@ class Plan:
     images_encoded: tuple[int, int]
     costs: RunCosts
     checkpoints: tuple[int, int]
-    peak_memory: int | None = None
 
     @property
     def training_flops(self) -> int | None:
@@ -85,8 +83,6 @@ class Plan:
             f"memory: weights {_bytes(costs.weights)}, trainable {costs.trainable:,} parameters, optimiser "
             f"{_bytes(costs.optimizer)}"
         )
-        if self.peak_memory is not None:
-            found.append(f"peak memory: {_bytes(self.peak_memory)} predicted")
         if not costs.uncounted and costs.stages:
             stay, beside = self.checkpoints
             found.append(f"disk: checkpoints {_bytes(stay)} at the end, up to {_bytes(beside)} more inside a task")
