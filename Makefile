@@ -13,7 +13,7 @@ SEED   ?= 0
 ORDER  ?= I
 METHODS := zero_shot,finetune,zscl,moe_adapters
 
-.PHONY: install mini test lint test-unit test-interpreter test-aot test-install test-slow sanitize fuzz faults bench wheel clean
+.PHONY: install mini test lint test-unit test-apart test-interpreter test-aot test-install test-slow sanitize fuzz faults bench wheel clean
 
 install: $(STAMP)
 
@@ -30,7 +30,14 @@ $(STAMP): $(BIN)/python constraints.txt pyproject.toml setup.py $(NATIVE)
 mini: install
 	$(BIN)/clk run --method $(METHODS) --scenario mini --order $(ORDER) --seed $(SEED) --output $(RUNS) --overwrite
 
-test: lint test-unit test-interpreter test-aot test-install
+# Two lanes side by side, each one process at a time: the tests themselves, and those that need a process or an installation of their own.
+test: lint
+	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=line) test-unit test-apart
+
+test-apart: install
+	$(MAKE) --no-print-directory test-interpreter
+	$(MAKE) --no-print-directory test-aot
+	$(MAKE) --no-print-directory test-install
 
 lint: install
 	$(BIN)/ruff check .
