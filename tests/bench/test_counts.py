@@ -16,6 +16,7 @@ import cl_kernels as clk
 from cl_kernels.nn import AdapterExperts
 from cl_methods.bench.counting import Counting
 from cl_methods.bench.history import Change, changes
+from cl_methods.bench.measuring import live_memory
 from cl_methods.bench.record import Record, new_record
 from cl_methods.bench.rows import Row, over_ours
 from cl_methods.bench.step import PUBLIC, StepOptions, count_method
@@ -100,6 +101,24 @@ def test_counts_of_known_layers() -> None:
         x.sum().item()
         x[x > 0].sum()
     assert counting.counts.synchronisations == 2
+
+
+def test_memory_that_is_alive_at_once() -> None:
+    """What was there before does not count, whether it is read, viewed or written; what has gone counts no longer."""
+    x = torch.zeros(100, requires_grad=True)
+
+    def step() -> None:
+        x.grad = None
+        (x * 2).exp().sum().backward()
+        with torch.no_grad():
+            x.view(10, 10).add_(1)
+
+    # Never more than two of its three results and two gradients: each goes when the next one has been formed.
+    assert 2 * 400 <= live_memory(step) <= 2 * 400 + 2 * 4
+    step()  # the gradient of an earlier step is there, and goes
+    assert 2 * 400 <= live_memory(step) <= 2 * 400 + 2 * 4
+    assert live_memory(lambda: [torch.empty(50) for _ in range(3)]) == 600
+    assert live_memory(lambda: [torch.empty(50).shape for _ in range(3)]) == 200
 
 
 @pytest.mark.parametrize("trains_input", [False, True])

@@ -20,6 +20,7 @@ _COLORS = {
     "flops": "#009E73",
     "peak_bytes": "#CC79A7",
     "saved_bytes": "#E69F00",
+    "live_bytes": "#8C564B",
     "text_flops": "#009E73",
     "text_calls": "#D55E00",
     "image_flops": "#56B4E9",

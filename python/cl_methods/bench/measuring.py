@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_iter
 
 from cl_kernels.profile import ExtraMemory
 from cl_methods.bench.rows import Samples
+from cl_methods.training.memory_live import LiveMemory
 
 Work = Callable[[], object]
 
@@ -37,6 +41,23 @@ def peak_memory(function: Work, device: torch.device) -> Samples | None:
     with ExtraMemory(device) as extra:
         function()
     return None if extra.bytes is None else Samples(extra.bytes, extra.bytes, 1)
+
+
+class _NewMemory(LiveMemory):
+    """Leaves out what an operation finds: whatever it is given that was not made by an earlier one was there before."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_iter((args, kwargs)):
+            if isinstance(value, Tensor):
+                self.leave_out(value)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def live_memory(function: Work) -> int:
+    """Bytes of the tensors made by a call that are alive together, at the most: what no allocator can do without."""
+    with _NewMemory() as memory:
+        function()
+    return memory.peak
 
 
 def _wait(device: torch.device) -> None:

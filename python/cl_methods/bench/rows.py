@@ -8,7 +8,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 OURS = "ours"
-EXACT = ("operations", "flops", "saved_bytes", "synchronisations", "text_flops", "text_calls", "image_flops")
+EXACT = (
+    "operations",
+    "flops",
+    "saved_bytes",
+    "live_bytes",
+    "synchronisations",
+    "text_flops",
+    "text_calls",
+    "image_flops",
+)
 """Costs that are counted: the same on every run."""
 MEASURED = ("seconds", "peak_bytes")
 """Costs that are measured: of several samples the smallest counts."""

@@ -15,7 +15,7 @@ import cl_kernels as clk
 from cl_methods.backbone import prompt
 from cl_methods.bench.agreement import compare
 from cl_methods.bench.counting import Counting
-from cl_methods.bench.measuring import interleaved, peak_memory
+from cl_methods.bench.measuring import interleaved, live_memory, peak_memory
 from cl_methods.bench.own_step import OwnStep, own_steps
 from cl_methods.bench.public_moe_adapters import PublicMoEAdapters
 from cl_methods.bench.public_zscl import PublicZSCL, copy_weights
@@ -258,6 +258,7 @@ def _pair(
     if options.time:
         device = ours.method.backbone.device
         for row in rows:
+            row.exact["live_bytes"] = live_memory(steps[row.implementation].run)
             gc.collect()
             peak = peak_memory(steps[row.implementation].run, device)
             row.measured = {} if peak is None else {"peak_bytes": peak}

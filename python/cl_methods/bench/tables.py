@@ -10,6 +10,7 @@ COLUMNS = {
     "operations": "operations",
     "flops": "FLOPs",
     "saved_bytes": "saved",
+    "live_bytes": "alive at once",
     "synchronisations": "waits",
     "text_calls": "text calls",
     "text_flops": "text FLOPs",
@@ -45,7 +46,7 @@ def shown_value(name: str, value: float | None) -> str:
         return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms" if value >= 1e-3 else f"{1e6 * value:.3g} µs"
     if name in ("operations", "synchronisations", "text_calls"):
         return f"{value:,.0f}"
-    if name in ("saved_bytes", "peak_bytes"):
+    if name in ("saved_bytes", "live_bytes", "peak_bytes"):
         return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
     for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
         if value >= scale:

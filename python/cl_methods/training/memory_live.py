@@ -42,8 +42,14 @@ class LiveMemory(TorchDispatchMode):
 
     def count(self, tensor: Tensor) -> None:
         """Count the memory behind ``tensor`` (any shape), unless it is counted already."""
-        storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
+        self._add(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+
+    def leave_out(self, tensor: Tensor) -> None:
+        """Never count the memory behind ``tensor`` (any shape), unless it is counted already."""
+        self._add(tensor.untyped_storage(), 0)
+
+    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = id(storage)
         known = self._storages.get(key)
         if known is not None and known() is storage:
             return
