@@ -93,8 +93,8 @@ def open_clip_world(model: str, captions: int = CAPTIONS, *, shapes: bool = True
         texts = classes(DATASETS[name].name, "zscl")
         tasks.append(_task(name, list(texts.names)[:class_count], texts.templates, size, index))
     # Not one caption many times: its softmax would be uniform, its gradient zero, and a comparison of rounding errors alone.
-    texts = tuple(f"a photo of dog number {row}" for row in range(captions))
-    reference = Reference(_noise(_IMAGES, size, 9), texts)
+    dogs = tuple(f"a photo of dog number {row}" for row in range(captions))
+    reference = Reference(_noise(_IMAGES, size, 9), dogs)
     return World(model, tuple(tasks), reference, size, shapes, backbone)
 
 
