@@ -20,9 +20,10 @@ from cl_methods.methods import METHODS, Method
 from cl_methods.methods.base import Batch
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training import run as run_module
+from cl_methods.training.building import build_method, select_scenario
 from cl_methods.training.config import RunConfig
 from cl_methods.training.progress import RunProgress
-from cl_methods.training.run import build_method, run, select_scenario
+from cl_methods.training.run import run
 from cl_methods.training.task import TaskTraining
 
 TASKS = 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fakes import TinyConfig, TinyMethod, tiny_backbone, tiny_scenario
 
+from cl_methods.training import building
 from cl_methods.training import run as run_module
 from cl_methods.training.config import RunConfig
 
@@ -20,7 +21,7 @@ def tiny_run(monkeypatch):
             return method(tiny_backbone(), config.effective_settings(), scenario.reference)
 
         monkeypatch.setattr(run_module, "build_method", build)
-        monkeypatch.setattr(run_module, "load_scenario", lambda name, options, order: scenario or tiny_scenario())
+        monkeypatch.setattr(building, "load_scenario", lambda name, options, order: scenario or tiny_scenario())
         tiny = settings.pop("settings", TinyConfig())
         config = RunConfig(method=method.name, settings=tiny, scenario="tiny", device="cpu", **settings)
         return run_module.run(config, output, resume=resume, overwrite=overwrite, progress=progress)

@@ -21,6 +21,7 @@ from cl_methods.datasets.task import Reference
 from cl_methods.methods import METHODS, Method
 from cl_methods.scenarios import ScenarioOptions, load
 from cl_methods.scenarios.base import Scenario
+from cl_methods.training import building
 from cl_methods.training import run as run_module
 from cl_methods.training.checkpoints import RunDirectoryError
 from cl_methods.training.export import load_adapter
@@ -48,7 +49,7 @@ def scenario() -> Scenario:
 @pytest.fixture
 def learnt(scenario: Scenario, monkeypatch: pytest.MonkeyPatch):
     """``learnt(output, method, options …)``: the method after a short run over the two tasks, as ``clk run`` makes it."""
-    monkeypatch.setattr(run_module, "load_scenario", lambda name, options, order: scenario)
+    monkeypatch.setattr(building, "load_scenario", lambda name, options, order: scenario)
 
     def start(output: Path, method: str, *options: str, resume: bool = False) -> Method:
         arguments = ["--method", method, "--device", "cpu", *options]

@@ -16,14 +16,15 @@ from cl_methods.commands.configuration import Invocation, parse
 from cl_methods.commands.series import expand, parse_series
 from cl_methods.evaluation.report import compare, write_run_report
 from cl_methods.methods.find import find_method
+from cl_methods.training.building import select_scenario
 from cl_methods.training.checkpoints import RunDirectory
 from cl_methods.training.config import RunConfig
 from cl_methods.training.distributed import processes
 from cl_methods.training.environment import choose_device
 from cl_methods.training.plan import make_plan, readable_flops
 from cl_methods.training.progress import RunProgress, progress_for
-from cl_methods.training.run import Run, StoppedError, select_scenario
-from cl_methods.training.signals import StopOnSignal
+from cl_methods.training.run import Run
+from cl_methods.training.signals import StopOnSignal, StoppedError
 
 DESCRIPTION = """Train a method on a sequence of tasks, evaluating all tasks after each.
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from cl_methods.evaluation.options import evaluated_images
 from cl_methods.methods.find import find_method
 from cl_methods.scenarios.base import Scenario
+from cl_methods.training.building import rows_after_learning
 from cl_methods.training.config import RunConfig
 from cl_methods.training.counting import RunCosts, count_run
-from cl_methods.training.run import rows_after_learning
 
 
 @dataclass(frozen=True)

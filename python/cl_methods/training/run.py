@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-import torch
+from typing import Any
 
 from cl_kernels.profile import peak_memory_bytes, start_peak_memory
 from cl_methods import ranks
-from cl_methods.backbone import load_backbone
 from cl_methods.evaluation.accuracy import feature_store, measure_spaces
-from cl_methods.methods import Method
-from cl_methods.methods.find import find_method
-from cl_methods.scenarios import load as load_scenario
-from cl_methods.scenarios.base import Scenario
-from cl_methods.seeding import derive_seed, seed_everything
-from cl_methods.training.checkpoints import DamagedError, RunDirectory, RunDirectoryError, TrainingProgress
-from cl_methods.training.config import RunConfig, differences
-from cl_methods.training.environment import choose_device, describe_environment
-from cl_methods.training.failures import explain, require_finite
-from cl_methods.training.loop import StepReport
+from cl_methods.training.building import build_method, plan_run_memory, rows_after_learning, select_scenario
+from cl_methods.training.checkpoints import DamagedError, RunDirectory, TrainingProgress
+from cl_methods.training.config import RunConfig
+from cl_methods.training.environment import choose_device
+from cl_methods.training.failures import explain
+from cl_methods.training.identity import check_same_run, describe_run
+from cl_methods.training.learning import Learning
 from cl_methods.training.progress import RunProgress
 from cl_methods.training.restoring import Restored, restore
 from cl_methods.training.result import run_result
 from cl_methods.training.rows import Rows
-from cl_methods.training.task import Continuation, TaskTraining, use_micro_batches
-
-if TYPE_CHECKING:
-    from cl_methods.training.memory import MemoryPlan
-
-
-class StoppedError(RuntimeError):
-    """The run was asked to stop; it has written a checkpoint and can be resumed."""
+from cl_methods.training.signals import StoppedError
+from cl_methods.training.task import use_micro_batches
 
 
 def run(
@@ -85,46 +71,27 @@ class Run:
         self.device = choose_device(config.device)
         start_peak_memory(self.device)
         self.scenario = scenario = select_scenario(config)
-        self.memory_plan = self._plan_memory() if config.memory_budget is not None else None
+        self.memory_plan = plan_run_memory(config, scenario, self.device, progress.note)
         self.method = build_method(config, scenario, self.device)
         if self.memory_plan is not None:
             use_micro_batches(self.method, self.memory_plan.micro_batches)
         self.directory = RunDirectory(output)
-        origin = getattr(self.method.backbone, "origin", None)
-        self.description: dict[str, Any] = {
-            "config": config.as_dict(),
-            "scenario_fingerprint": scenario.fingerprint(),
-            "tasks": [task.name for task in scenario.tasks],
-            "weights": origin.as_dict() if origin is not None else None,
-            "environment": describe_environment(self.device),
-            "command": shlex.join(sys.argv),
-        }
+        self.description = describe_run(config, scenario, self.method, self.device)
         if self.memory_plan is not None:
             self.description["memory_plan"] = self.memory_plan.as_dict()
         self._stop = False
         if self.directory.prepare(resume=resume, overwrite=overwrite):
-            self._check_same(self.directory.read_json("run.json"))
+            before = self.directory.read_json("run.json")
+            check_same_run(before, self.description, self.directory.path, progress.note)
         else:
             self.directory.write_json("run.json", self.description)
+        origin = getattr(self.method.backbone, "origin", None)
         if origin is not None and origin.source != "embedded":
             self.reporter.note(origin.sentence())
         self.rows = Rows()
         self.features = feature_store(scenario.tasks, config.evaluation, progress.note)
         self.method.expect(scenario.tasks)
         self.training = TrainingProgress()
-
-    def _plan_memory(self) -> MemoryPlan | None:
-        from cl_methods.training.memory import give_back_freed_memory, plan_run  # which take a second to load
-
-        if self.device.type == "cpu":
-            give_back_freed_memory()
-        with ranks.alone():  # a rehearsal of one process's step
-            plan = plan_run(self.config, self.scenario, self.device)
-        for line in (
-            plan.lines() if plan is not None else ["memory_budget: no plan, the method takes no optimiser steps"]
-        ):
-            self.reporter.note(line)
-        return plan
 
     def stop(self) -> None:
         """Ask the run to write a checkpoint after the present optimiser step and raise :class:`StoppedError`.
@@ -169,6 +136,16 @@ class Run:
         latest = restored.checkpoint
         if self.rows.zero_shot is None:
             self._evaluate(0)
+        learning = Learning(
+            self.config,
+            self.method,
+            tasks,
+            self.directory,
+            self.reporter,
+            self.rows,
+            self.training,
+            lambda: self._stop,
+        )
         for index in range(rows_after_learning(self.config, self.method, len(tasks)) if not trains else 0):
             if len(self.rows.accuracy) <= index:
                 self._evaluate(index + 1)
@@ -176,7 +153,9 @@ class Run:
             self._end_if_stopped(f"before task {tasks[index].name}")
             done = latest is not None and (index < latest.task or (index == latest.task and latest.step is None))
             if not done:
-                self._train(index, len(sessions), steps[index], restored if latest and latest.task == index else None)
+                learning.learn(
+                    index, len(sessions), steps[index], restored if latest and latest.task == index else None
+                )
             if len(self.rows.accuracy) <= index:
                 self._evaluate(index + 1)
         result = run_result(
@@ -193,34 +172,6 @@ class Run:
             self.reporter.note(self.memory_plan.measured(result["train"]["peak_memory_bytes"]))
         self.directory.write_json("result.json", result)
         return result
-
-    def _check_same(self, before: dict[str, Any]) -> None:
-        """Refuse to resume a run of other settings or other data."""
-        changed = differences(before["config"], self.description["config"])
-        if changed:
-            raise RunDirectoryError(
-                f"resume: the run in {self.directory.path} has other settings: {'; '.join(changed)}. "
-                "Give the same settings again, or choose another directory"
-            )
-        if before["scenario_fingerprint"] != self.description["scenario_fingerprint"]:
-            raise RunDirectoryError(
-                f"resume: the data of scenario {self.config.scenario} has changed since the run in "
-                f"{self.directory.path} began (fingerprint {before['scenario_fingerprint'][:12]}, "
-                f"now {self.description['scenario_fingerprint'][:12]}). Restore the data, or start a new run"
-            )
-        was, now = (entry.get("weights") or {} for entry in (before, self.description))
-        if was.get("fingerprint") and was["fingerprint"] != now.get("fingerprint"):
-            raise RunDirectoryError(
-                f"resume: the weights of {self.config.model} have changed since the run in {self.directory.path} began "
-                f"(fingerprint {was['fingerprint'][:12]} of {was['source']}, now {str(now.get('fingerprint'))[:12]}). "
-                "Restore the file, or start a new run"
-            )
-        old, new = before["environment"], self.description["environment"]
-        moved = [f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]]
-        if moved:
-            self.reporter.note(
-                f"resuming in another environment; results may differ in the last bits: {'; '.join(moved)}"
-            )
 
     def _restore(self, steps: list[int]) -> Restored:
         """Load the newest checkpoint that is intact, or for one inside a task what came before that task."""
@@ -239,75 +190,10 @@ class Run:
         self.reporter.note(f"resuming {where} task {self.scenario.tasks[latest.task].name}")
         return restored
 
-    def _train(self, index: int, sessions: int, steps: int, restored: Restored | None) -> None:
-        method, progress = self.method, self.training
-        watched: list[tuple[str, torch.Tensor]] = []
-        watched_of: torch.optim.Optimizer | None = None
-        name = "all tasks together" if method.joint else self.scenario.tasks[index].name
-        continuation = None
-        if restored is not None and restored.checkpoint is not None and restored.method_state is not None:
-            done_before = restored.checkpoint.step or 0
-            continuation = Continuation(done_before, restored.method_state, restored.optimizer_state or {})
-        else:
-            progress.seconds.append(0.0)
-        clock = time.perf_counter()
-
-        def count_time() -> None:
-            nonlocal clock
-            now = time.perf_counter()
-            progress.seconds[index] += now - clock
-            clock = now
-
-        def on_start() -> None:
-            if len(progress.trainable_parameters) == index:
-                progress.trainable_parameters.append(sum(parameter.numel() for _, parameter in method.trainable()))
-            _check_frozen_images(method)
-            done = continuation.start_step if continuation else 0
-            self.reporter.task_started(name, index + 1, sessions, steps, done)
-
-        def on_step(report: StepReport) -> None:
-            nonlocal watched, watched_of
-            if report.optimizer is not watched_of:  # a stage begins
-                watched, watched_of = list(method.trainable()), report.optimizer
-            progress.samples += report.samples
-            self.reporter.step(report)
-            done, every = report.step + 1, self.config.checkpoint.every
-            stop = ranks.anyone(self._stop)
-            if stop or (every and done % every == 0 and done < steps):
-                report.log.check()  # never store weights that a loss has already shown to be broken
-                require_finite(watched, name, report.step)
-                count_time()
-                self._save(index, done, report.optimizer.state_dict() if report.optimizer is not None else None)
-            if stop:
-                self._end(f"after step {done} of task {name}")
-
-        training = TaskTraining(
-            method,
-            index,
-            self.scenario.tasks,
-            seed=self.config.seed,
-            workers=self.config.workers,
-            continuation=continuation,
-            on_start=on_start,
-            on_step=on_step,
-        )
-        training.execute()
-        require_finite(method.state_dict().items() if method.closed_form else watched, name, steps - 1)
-        count_time()
-        self._save(index, None, None)
-
-    def _save(self, index: int, step: int | None, optimizer_state: dict[str, Any] | None) -> None:
-        state, keep = self.method.state_dict(), self.config.checkpoint.keep
-        rows = asdict(self.rows)
-        self.directory.save(index, step, state, optimizer_state, self.training, keep=keep, rows=rows)
-
     def _end_if_stopped(self, where: str) -> None:
         """End here if somebody asked for it, in any of the processes."""
         if ranks.anyone(self._stop):
-            self._end(where)
-
-    def _end(self, where: str) -> NoReturn:
-        raise StoppedError(f"stopped {where}; continue with --resume")
+            raise StoppedError(f"stopped {where}; continue with --resume")
 
     def _evaluate(self, learnt: int) -> None:
         """Measure one row of the matrix and write it down; 0 tasks learnt is the zero-shot row."""
@@ -339,49 +225,3 @@ class Run:
             self.rows.further.setdefault(space, Rows()).add(measured[space])
         self.directory.write_json("rows.json", asdict(self.rows))
         self.reporter.row_finished(after, finished)
-
-
-def _check_frozen_images(method: Method) -> None:
-    """Features of a tower that trains must not be taken for frozen ones."""
-    visual = getattr(method.backbone.model, "visual", None)
-    if method.frozen_images and visual is not None:
-        tower = {id(value) for value in visual.parameters()}
-        trained = [name for name, value in method.trainable() if id(value) in tower]
-        if trained:
-            raise ValueError(
-                f"frozen_images: {method.name} says that evaluation images keep their features, but it trains {trained[0]}; "
-                "leave frozen_images False"
-            )
-
-
-def rows_after_learning(config: RunConfig, method: Method | type[Method], tasks: int) -> int:
-    """Rows of accuracies besides the zero-shot one.
-
-    A method that learns nothing keeps that row, except in class-incremental runs, where more classes compete after every task.
-    """
-    if method.trains:
-        return 1 if method.joint else tasks
-    return tasks if config.scenario == "cil" and "seen" in config.evaluation.label_spaces else 0
-
-
-def select_scenario(config: RunConfig) -> Scenario:
-    """The configured scenario, cut to its first ``limit_tasks`` tasks.
-
-    Raises:
-        DataError: its data is missing or damaged.
-    """
-    scenario = load_scenario(config.scenario, config.data, order=config.order)
-    if config.limit_tasks is None:
-        return scenario
-    return replace(scenario, tasks=scenario.tasks[: config.limit_tasks])
-
-
-def build_method(config: RunConfig, scenario: Scenario, device: torch.device) -> Method:
-    """The configured method over its backbone, built with seeded random numbers.
-
-    Raises:
-        ValueError: the method needs reference data and the scenario has none, or the model cannot be loaded.
-    """
-    seed_everything(derive_seed(config.seed, "build"))
-    backbone = load_backbone(config.model, config.pretrained, device=device)
-    return find_method(config.method)(backbone, config.effective_settings(), scenario.reference)

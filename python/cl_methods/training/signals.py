@@ -13,6 +13,10 @@ _REPEATED_SECONDS = 0.5
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
+class StoppedError(RuntimeError):
+    """The run was asked to stop; what it had done is saved and can be resumed."""
+
+
 class Stoppable(Protocol):
     """What can be asked to stop."""
 

@@ -1,0 +1,92 @@
+"""What a run is made of: its scenario, its method over a backbone, and how many rows it fills."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from cl_methods import ranks
+from cl_methods.backbone import load_backbone
+from cl_methods.methods import Method
+from cl_methods.methods.find import find_method
+from cl_methods.scenarios import load as load_scenario
+from cl_methods.scenarios.base import Scenario
+from cl_methods.seeding import derive_seed, seed_everything
+from cl_methods.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from cl_methods.training.memory import MemoryPlan
+
+
+def select_scenario(config: RunConfig) -> Scenario:
+    """The configured scenario, cut to its first ``limit_tasks`` tasks.
+
+    Raises:
+        DataError: its data is missing or damaged.
+    """
+    scenario = load_scenario(config.scenario, config.data, order=config.order)
+    if config.limit_tasks is None:
+        return scenario
+    return replace(scenario, tasks=scenario.tasks[: config.limit_tasks])
+
+
+def build_method(config: RunConfig, scenario: Scenario, device: torch.device) -> Method:
+    """The configured method over its backbone, built with seeded random numbers.
+
+    Raises:
+        ValueError: the method needs reference data and the scenario has none, or the model cannot be loaded.
+    """
+    seed_everything(derive_seed(config.seed, "build"))
+    backbone = load_backbone(config.model, config.pretrained, device=device)
+    return find_method(config.method)(backbone, config.effective_settings(), scenario.reference)
+
+
+def plan_run_memory(
+    config: RunConfig, scenario: Scenario, device: torch.device, note: Callable[[str], None]
+) -> MemoryPlan | None:
+    """The plan for the configured memory budget, told to ``note``; None without a budget, or where nothing is planned.
+
+    Raises:
+        MemoryBudgetError: nothing fits.
+    """
+    if config.memory_budget is None:
+        return None
+    from cl_methods.training.memory import give_back_freed_memory, plan_run  # which take a second to load
+
+    if device.type == "cpu":
+        give_back_freed_memory()
+    with ranks.alone():  # a rehearsal of one process's step
+        plan = plan_run(config, scenario, device)
+    for line in plan.lines() if plan is not None else ["memory_budget: no plan, the method takes no optimiser steps"]:
+        note(line)
+    return plan
+
+
+def rows_after_learning(config: RunConfig, method: Method | type[Method], tasks: int) -> int:
+    """Rows of accuracies besides the zero-shot one.
+
+    A method that learns nothing keeps that row, except in class-incremental runs, where more classes compete after every task.
+    """
+    if method.trains:
+        return 1 if method.joint else tasks
+    return tasks if config.scenario == "cil" and "seen" in config.evaluation.label_spaces else 0
+
+
+def check_frozen_images(method: Method) -> None:
+    """Features of a tower that trains must not be taken for frozen ones.
+
+    Raises:
+        ValueError: the method says that evaluation images keep their features, and trains the image tower.
+    """
+    visual = getattr(method.backbone.model, "visual", None)
+    if method.frozen_images and visual is not None:
+        tower = {id(value) for value in visual.parameters()}
+        trained = [name for name, value in method.trainable() if id(value) in tower]
+        if trained:
+            raise ValueError(
+                f"frozen_images: {method.name} says that evaluation images keep their features, but it trains {trained[0]}; "
+                "leave frozen_images False"
+            )

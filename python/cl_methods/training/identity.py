@@ -1,0 +1,67 @@
+"""What makes a run the same run: its settings, data and weights, as ``run.json`` holds them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cl_methods.methods import Method
+from cl_methods.scenarios.base import Scenario
+from cl_methods.training.checkpoints import RunDirectoryError
+from cl_methods.training.config import RunConfig, differences
+from cl_methods.training.environment import describe_environment
+
+
+def describe_run(config: RunConfig, scenario: Scenario, method: Method, device: torch.device) -> dict[str, Any]:
+    """Settings, fingerprints of data and weights, environment and command, as plain values."""
+    origin = getattr(method.backbone, "origin", None)
+    return {
+        "config": config.as_dict(),
+        "scenario_fingerprint": scenario.fingerprint(),
+        "tasks": [task.name for task in scenario.tasks],
+        "weights": origin.as_dict() if origin is not None else None,
+        "environment": describe_environment(device),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def check_same_run(before: dict[str, Any], now: dict[str, Any], path: Path, note: Callable[[str], None]) -> None:
+    """Refuse to resume a run of other settings, data or weights.
+
+    Args:
+        before: what ``run.json`` holds.
+        now: :func:`describe_run` of the run that would go on.
+        path: the run directory, for messages.
+        note: told if the environment is another one.
+
+    Raises:
+        RunDirectoryError: something that decides the result differs.
+    """
+    changed = differences(before["config"], now["config"])
+    if changed:
+        raise RunDirectoryError(
+            f"resume: the run in {path} has other settings: {'; '.join(changed)}. "
+            "Give the same settings again, or choose another directory"
+        )
+    if before["scenario_fingerprint"] != now["scenario_fingerprint"]:
+        raise RunDirectoryError(
+            f"resume: the data of scenario {now['config']['scenario']} has changed since the run in {path} began "
+            f"(fingerprint {before['scenario_fingerprint'][:12]}, now {now['scenario_fingerprint'][:12]}). "
+            "Restore the data, or start a new run"
+        )
+    old_weights, new_weights = (entry.get("weights") or {} for entry in (before, now))
+    if old_weights.get("fingerprint") and old_weights["fingerprint"] != new_weights.get("fingerprint"):
+        raise RunDirectoryError(
+            f"resume: the weights of {now['config']['model']} have changed since the run in {path} began "
+            f"(fingerprint {old_weights['fingerprint'][:12]} of {old_weights['source']}, "
+            f"now {str(new_weights.get('fingerprint'))[:12]}). Restore the file, or start a new run"
+        )
+    old, new = before["environment"], now["environment"]
+    moved = [f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]]
+    if moved:
+        note(f"resuming in another environment; results may differ in the last bits: {'; '.join(moved)}")
