@@ -22,6 +22,10 @@ class DamagedError(RuntimeError):
     """A file of a run is missing, cut off or altered. The message names it."""
 
 
+class RunDirectoryError(RuntimeError):
+    """A run directory cannot be used as asked. The message says what is in the way and what to do."""
+
+
 @dataclass
 class TrainingProgress:
     """What training has cost so far, carried from checkpoint to checkpoint.

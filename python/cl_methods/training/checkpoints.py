@@ -16,10 +16,12 @@ from cl_methods.training.atomic import TEMPORARY, remove_folder, write_atomicall
 from cl_methods.training.checkpoint_folder import (
     Checkpoint,
     DamagedError,
+    RunDirectoryError,
     TrainingProgress,
     read_json,
     write_checkpoint,
 )
+from cl_methods.training.lock import LOCK, RunLock
 
 __all__ = [
     "Checkpoint",
@@ -34,10 +36,6 @@ __all__ = [
 _NAME = re.compile(r"task(\d+)(?:-step(\d+))?$")
 _IN_A_TASK = 2
 """Checkpoints inside a task that stay: if the newest is damaged, the other one is there."""
-
-
-class RunDirectoryError(RuntimeError):
-    """A run directory cannot be used as asked. The message says what is in the way and what to do."""
 
 
 @dataclass
@@ -84,6 +82,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self._lock = RunLock(self.path / LOCK)
 
     @ranks.by_first
     def check(self, *, resume: bool = False, overwrite: bool = False) -> bool:
@@ -99,7 +98,7 @@ class RunDirectory:
             content = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
         except OSError as error:
             raise RunDirectoryError(f"output: {self.path} cannot be read ({error.strerror or error})") from error
-        content = [name for name in content if not name.startswith(TEMPORARY)]
+        content = [name for name in content if not name.startswith(TEMPORARY) and name != LOCK]
         earlier = "run.json" in content
         if content and not earlier:
             raise RunDirectoryError(
@@ -115,20 +114,34 @@ class RunDirectory:
 
     @ranks.by_first
     def prepare(self, *, resume: bool = False, overwrite: bool = False) -> bool:
-        """Make the directory ready for a run.
+        """Make the directory ready for a run, and keep other processes from it until :meth:`release`.
 
         Returns:
             Whether an earlier run is there to be resumed.
 
         Raises:
-            RunDirectoryError: see :meth:`check`.
+            RunDirectoryError: see :meth:`check`; or another process is at work in the directory.
+            WriteError: it cannot be made.
         """
-        earlier = self.check(resume=resume, overwrite=overwrite)
+        self.check(resume=resume, overwrite=overwrite)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.take()
+        try:
+            return self._prepare(resume=resume, overwrite=overwrite)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def release(self) -> None:
+        """Let other processes use the directory; nothing happens in a process that does not hold it."""
+        self._lock.release()
+
+    def _prepare(self, *, resume: bool, overwrite: bool) -> bool:
+        earlier = self.check(resume=resume, overwrite=overwrite)  # again: another process may have been here until now
         if earlier and overwrite and not resume:
             self._remove_earlier()
             earlier = False
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.checkpoints):
             for leftover in folder.glob(f"{TEMPORARY}*"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

@@ -80,11 +80,7 @@ class Run:
         if self.memory_plan is not None:
             self.description["memory_plan"] = self.memory_plan.as_dict()
         self._stop = False
-        if self.directory.prepare(resume=resume, overwrite=overwrite):
-            before = self.directory.read_json("run.json")
-            check_same_run(before, self.description, self.directory.path, progress.note)
-        else:
-            self.directory.write_json("run.json", self.description)
+        self._open_directory(resume=resume, overwrite=overwrite)
         origin = getattr(self.method.backbone, "origin", None)
         if origin is not None and origin.source != "embedded":
             self.reporter.note(origin.sentence())
@@ -92,6 +88,18 @@ class Run:
         self.features = feature_store(scenario.tasks, config.evaluation, progress.note)
         self.method.expect(scenario.tasks)
         self.training = TrainingProgress()
+
+    def _open_directory(self, *, resume: bool, overwrite: bool) -> None:
+        earlier = self.directory.prepare(resume=resume, overwrite=overwrite)
+        try:
+            if earlier:
+                before = self.directory.read_json("run.json")
+                check_same_run(before, self.description, self.directory.path, self.reporter.note)
+            else:
+                self.directory.write_json("run.json", self.description)
+        except BaseException:
+            self.directory.release()
+            raise
 
     def stop(self) -> None:
         """Ask the run to write a checkpoint after the present optimiser step and raise :class:`StoppedError`.
@@ -112,6 +120,8 @@ class Run:
             if explained is error:
                 raise
             raise explained from error
+        finally:
+            self.directory.release()
 
     def _execute(self) -> dict[str, Any]:
         try:
