@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -28,3 +30,23 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def seed_host(seed: int) -> None:
+    """Seed the generators that image transforms draw from; those of other devices are left alone."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextmanager
+def host_seed(seed: int) -> Iterator[None]:
+    """:func:`seed_host` inside; afterwards the generators go on from where they were."""
+    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
+    seed_host(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

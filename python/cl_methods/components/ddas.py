@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_methods.backbone import Backbone, Transform
+from cl_methods import ranks
+from cl_methods.backbone import Backbone
 from cl_methods.checks import check_field
 from cl_methods.components.frozen_features import Extractor, alexnet_features, backbone_features
 from cl_methods.components.image_batch import ImageBatch
 from cl_methods.components.source_features import source_features
 from cl_methods.datasets.images import ImageSource, Subset
 from cl_methods.datasets.loading import read_images
+from cl_methods.seeding import host_seed
 
 _CACHE_BYTES = 1 << 30
 _CHUNK = 256
@@ -221,23 +223,39 @@ class DDAS(nn.Module):
 
     def _standardise(self, source: ImageSource) -> None:
         """Fix shift and spread of every feature from the first data seen; the width of the features too."""
-        rows = torch.randperm(len(source))[:_STATISTICS]
-        features = torch.cat([self._features(source, chunk, augment=False) for chunk in rows.split(_CHUNK)])
+        features = self._fixed_features(Subset(source, torch.randperm(len(source))[:_STATISTICS]))
         self.shift = features.mean(dim=0)
         self.spread = features.std(dim=0).clamp(min=1e-6)
 
+    @torch.no_grad()
     def _features(self, source: ImageSource, rows: Tensor, augment: bool) -> Tensor:
-        backbone = self._backbone[0]
-        transform: Transform = backbone.train_transform if augment else backbone.eval_transform
-        images = read_images(source, rows.tolist(), transform)
-        with torch.no_grad():
-            return self.extractor.features(images.to(backbone.device))
+        """Of one batch (B, D). Several processes read and encode a share each; augmentation belongs to the place in the batch."""
+        backbone, total = self._backbone[0], len(rows)
+        seeds = torch.randint(1 << 62, (total,)).tolist() if augment else []
+        shared = total >= ranks.count() > 1
+        own = ranks.share(total) if shared else range(total)
+        if augment:
+            images = torch.stack([self._augmented(source, int(rows[place]), seeds[place]) for place in own])
+        else:
+            images = read_images(source, rows[own.start : own.stop].tolist(), backbone.eval_transform)
+        features = self.extractor.features(images.to(backbone.device))
+        return ranks.gather_rows(features, total) if shared else features
+
+    def _augmented(self, source: ImageSource, row: int, seed: int) -> Tensor:
+        with host_seed(seed):
+            image: Tensor = self._backbone[0].train_transform(source.image(row))
+        return image
 
     @torch.no_grad()
+    def _fixed_features(self, source: ImageSource) -> Tensor:
+        """Of all evaluation images (N, D), in whole batches that are dealt out to the processes."""
+        backbone = self._backbone[0]
+        return source_features(
+            self.extractor.features, source, backbone.eval_transform, batch_size=_CHUNK, device=backbone.device
+        )
+
     def _all(self, source: ImageSource) -> Tensor:
-        encode, backbone = self.extractor.features, self._backbone[0]
-        transform, device = backbone.eval_transform, backbone.device
-        return self._squash(source_features(encode, source, transform, batch_size=_CHUNK, device=device))
+        return self._squash(self._fixed_features(source))
 
     def _batches(self, source: ImageSource, iterations: int) -> Iterator[Tensor]:
         """``iterations`` batches of inputs, every image once per epoch; features are kept where they fit and are fixed."""

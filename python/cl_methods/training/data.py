@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -16,7 +14,7 @@ from cl_methods.datasets.images import DataError, ImageSource, Subset
 from cl_methods.datasets.loading import Transform, evaluation_batches, load_items, open_cache, read_share
 from cl_methods.datasets.task import Task
 from cl_methods.methods.base import Batch
-from cl_methods.seeding import derive_seed
+from cl_methods.seeding import derive_seed, seed_host
 
 
 def stream_indices(count: int, start: int, length: int, *key: int | str) -> Tensor:
@@ -105,7 +103,7 @@ class TrainingSteps(Dataset):
         )
         images = []
         for place in self.share or range(1):
-            _seed_augmentation(derive_seed(self.seed, "augmentation", self.task_index, step, place))
+            seed_host(derive_seed(self.seed, "augmentation", self.task_index, step, place))
             images.append(self.train_transform(source.image(int(indices[place]))))
         data = {"images": torch.stack(images)[: len(self.share)], "labels": source.labels[indices], "indices": indices}
         data["step"] = torch.tensor(step)
@@ -186,10 +184,3 @@ def one_pass(
     for step, (images, labels) in enumerate(batches, start_step):
         indices = order[step * batch_size : (step + 1) * batch_size]
         yield Batch(images, labels, step, task=task, indices=indices)
-
-
-def _seed_augmentation(seed: int) -> None:
-    """Seed the host generators that image transforms draw from; those of other devices are left alone."""
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
