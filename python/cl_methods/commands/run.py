@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def _run(config: RunConfig, invocation: Invocation, output: Path) -> int:
     if invocation.dry_run:
         ranks.from_first(lambda: _print_plan(config, output))
         return 0
-    with progress_for() if ranks.first() else RunProgress() as reporter, StopOnSignal() as stopping:
+    stopping = StopOnSignal(speaks=ranks.count() == 1)
+    with progress_for() if ranks.first() else RunProgress() as reporter, stopping:
         run = Run(config, output, resume=invocation.resume, overwrite=invocation.overwrite, progress=reporter)
         run.directory.write_text("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
         stopping.run = run
@@ -84,7 +86,8 @@ def _run(config: RunConfig, invocation: Invocation, output: Path) -> int:
             result = run.execute()
         except StoppedError as stopped:
             reporter.note(str(stopped))
-            return 128 + (stopping.received or 2)
+            received = max(ranks.gather_values(stopping.received or 0))  # perhaps in another process only
+            return 128 + (received or signal.SIGINT)
         if stopping.received is not None:
             reporter.note("stopped at the end of the run, which is complete")
         stopping.run = None  # everything is written; the report can be made again

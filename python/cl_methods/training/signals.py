@@ -33,11 +33,13 @@ class StopOnSignal:
 
     Attributes:
         run: whom to stop.
+        speaks: say at once what the signal does; of several processes, which torchrun signals together and whose log says what
+            it does, the first one alone says in the end where the run stopped.
         received: number of the first signal, or None; 128 more is the exit status that shells expect.
     """
 
-    def __init__(self, run: Stoppable | None = None) -> None:
-        self.run = run
+    def __init__(self, run: Stoppable | None = None, *, speaks: bool = True) -> None:
+        self.run, self.speaks = run, speaks
         self.received: int | None = None
         self._first = 0.0
         self._previous: dict[int, Any] = {}
@@ -57,16 +59,16 @@ class StopOnSignal:
         if self.received is not None and now - self._first < _REPEATED_SECONDS:
             return
         if self.run is None or self.received is not None:
-            _say(f"{signal.Signals(number).name}: stopped at once")
+            self._say(f"{signal.Signals(number).name}: stopped at once")
             self.__exit__()
             os.kill(os.getpid(), number)
             return
         self.received, self._first = number, now
         self.run.stop()
-        _say(f"{signal.Signals(number).name}: stopping after this step; a second one stops without a checkpoint")
+        self._say(f"{signal.Signals(number).name}: stopping after this step; a second one stops without a checkpoint")
 
-
-def _say(sentence: str) -> None:
-    """Write to standard error in one system call: a handler may interrupt a print, which must not be entered twice."""
-    with suppress(OSError):  # a terminal that has closed
-        os.write(2, f"{sentence}\n".encode())
+    def _say(self, sentence: str) -> None:
+        """Write to standard error in one system call: a handler may interrupt a print, which must not be entered twice."""
+        if self.speaks:
+            with suppress(OSError):  # a terminal that has closed
+                os.write(2, f"{sentence}\n".encode())
