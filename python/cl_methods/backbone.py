@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ prepare_torchvision()
 from open_clip.transformer import text_global_pool  # noqa: E402
 
 from cl_methods.text_trees import TextTrees, plant, takes_trees  # noqa: E402
+
+if TYPE_CHECKING:
+    from cl_methods.sharding import ShardedModel
 
 Transform = Callable[[Any], Tensor]
 _TEXT_CHUNK = 1024
@@ -39,6 +42,7 @@ class Backbone:
         name: what was asked for, for logs.
         origin: where the weights come from; None for a model that was not loaded by :func:`load_backbone`.
         micro_batches: how many samples go through a tower together, to bound memory; None: all that a call is given.
+        sharded: set where each process holds some rows of :attr:`model` alone (:mod:`cl_methods.sharding`).
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Backbone:
         self.tokenize, self.train_transform, self.eval_transform = tokenize, train_transform, eval_transform
         self.device, self.name, self.origin = torch.device(device), name, origin
         self.micro_batches: MicroBatches | None = None
+        self.sharded: ShardedModel | None = None
 
     @property
     def logit_scale(self) -> Tensor:
@@ -105,7 +110,8 @@ class Backbone:
         """
         if tokens.ndim != 2 or tokens.shape[1] > self._context_length:
             raise ValueError(f"tokens: expected (N, L) with L <= {self._context_length}, got {tuple(tokens.shape)}")
-        features = self._encode(self._text_features, tokens if trimmed else self.trim_texts(tokens), "texts")
+        encode = self._text_features if self.sharded is None else self.sharded.encode_texts
+        features = self._encode(encode, tokens if trimmed else self.trim_texts(tokens), "texts")
         return features / features.norm(dim=-1, keepdim=True) if normalise else features
 
     def trim_texts(self, tokens: Tensor) -> Tensor:
@@ -154,7 +160,8 @@ class Backbone:
         Returns:
             (N, d).
         """
-        if self.micro_batches is not None or not self._trimmable or not takes_trees(self.text_tower.transformer):
+        divided = self.micro_batches is not None or self.sharded is not None
+        if divided or not self._trimmable or not takes_trees(self.text_tower.transformer):
             return self.frozen_text_features(tokens)
         trees = plant(tokens, self._readout(tokens) + 1)
         computed = [(self._tree_features(part.to(self.device)), texts) for part, texts in trees.parts()]
@@ -205,8 +212,9 @@ class Backbone:
         return found
 
     def frozen_copy(self) -> Backbone:
-        """A copy with weights of its own that take no gradient, in evaluation mode."""
-        model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        """A copy with weights of its own that take no gradient, in evaluation mode; whole where this one is sharded."""
+        model: Any = copy.deepcopy(self.model) if self.sharded is None else self.sharded.whole()
+        model.eval().requires_grad_(False)
         frozen = Backbone(
             model,
             self.tokenize,

@@ -5,7 +5,8 @@ usage: distributed_runs.py FOLDER COUNTS METHODS [OPTION ...]
 COUNTS and METHODS are separated by commas; ``2x3`` are two processes whose encoders take three samples at a time, and
 ``4!RANK@STEP`` are four of which one is killed after a step. Options are those of ``clk run``. Every run is that of ``clk run
 --resume`` in processes that are forked after the imports, which take longer than the runs. FOLDER/COUNT/METHOD is the run
-directory; ``losses.json`` has what every step reported, ``gradients.safetensors`` the gradients of the first one.
+directory; ``losses.json`` has what every step reported, ``gradients.safetensors`` the gradients of the first one, and
+``bytes.json`` the bytes of weights, gradients and optimiser state that each process held then.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from cl_methods import ranks
 from cl_methods.backbone import Backbone
 from cl_methods.commands.configuration import parse
 from cl_methods.micro_batches import MicroBatches
+from cl_methods.sharding import local, whole_state
 from cl_methods.training.distributed import processes
 from cl_methods.training.progress import RunProgress
 from cl_methods.training.run import Run
@@ -38,13 +40,22 @@ class Recorder(RunProgress):
         self.killed = killed
         self.losses: list[dict[str, float]] = []
         self.gradients: dict[str, torch.Tensor] = {}
+        self.bytes: dict[str, int] = {}
 
     def step(self, report) -> None:
         super().step(report)
         self.losses.append(report.log.values())
         if report.optimizer is not None and len(self.losses) == 1:
             every = [value for group in report.optimizer.param_groups for value in group["params"]]
-            self.gradients = {str(n): value.grad.clone() for n, value in enumerate(every) if value.grad is not None}
+            self.gradients = whole_state(
+                {str(n): value.grad.clone() for n, value in enumerate(every) if value.grad is not None}
+            )
+            held = {
+                "weights": every,
+                "gradients": [value.grad for value in every if value.grad is not None],
+                "optimiser": [one for state in report.optimizer.state.values() for one in state.values() if one.ndim],
+            }
+            self.bytes = {kind: sum(local(one).nbytes for one in tensors) for kind, tensors in held.items()}
         if self.killed == (int(os.environ["RANK"]), len(self.losses)):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -64,7 +75,9 @@ def run_all(folder: Path, methods: list[str], options: list[str], size: int | No
             if size is not None:
                 use_parts(one.method, MicroBatches(images=size, texts=size))
             one.execute()
+            held = ranks.gather_values(recorder.bytes)
             if ranks.first():
+                (folder / method / "bytes.json").write_text(json.dumps(held))
                 (folder / method / "losses.json").write_text(json.dumps(recorder.losses))
                 save_file(recorder.gradients, folder / method / "gradients.safetensors")
 

@@ -1,4 +1,4 @@
-"""1, 2 and 4 processes: the same losses, gradients, counts, statistics and matrix; a death, and going on with other numbers."""
+"""1, 2 and 4 processes: the same losses, gradients, counts, statistics and matrix, sharded too; a death, and going on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cl_methods.commands.configuration import parse
 from cl_methods.methods.find import METHODS
+from cl_methods.training.run import run
 
 PROGRAM = Path(__file__).with_name("distributed_runs.py")
 SHORT = [
@@ -112,6 +114,65 @@ def test_every_other_method_too(method, folder):
         compare(folder / "1" / method, folder / count / method)
 
 
+def held_rows(shapes: list[torch.Size], count: int, rank: int) -> int:
+    """Scalars of tensors of these shapes that one of ``count`` processes holds: as many rows as the first, the last ones fewer."""
+    total = 0
+    for shape in shapes:
+        most = -(-shape[0] // count)
+        total += max(0, min(most, shape[0] - rank * most)) * (shape.numel() // shape[0])
+    return total
+
+
+def test_sharded_weights_learn_the_same_in_a_half_of_the_memory(folder):
+    """FSDP2, two processes: losses, gradients, averages and matrix as one has them; bytes that rows of every tensor come to."""
+    done = program(folder / "fsdp", "2", "zscl", *SHORT, *KINDS["zscl"], "--distributed", "fsdp")
+    assert done.returncode == 0, done.stderr
+    one, two = folder / "1" / "zscl", folder / "fsdp" / "2" / "zscl"
+    if not one.exists():
+        assert program(folder, "1", "zscl", *SHORT, *KINDS["zscl"]).returncode == 0
+    compare(one, two)
+    shapes = [value.shape for value in load_file(one / "gradients.safetensors").values()]
+    whole, halves = (json.loads((path / "bytes.json").read_text()) for path in (one, two))
+    for held, count in ((whole, 1), (halves, 2)):
+        for rank, found in enumerate(held):
+            rows = 4 * held_rows(shapes, count, rank)
+            assert found == {"weights": rows, "gradients": rows, "optimiser": 2 * rows}
+    assert sum(halves[0].values()) < 0.505 * sum(whole[0].values())
+
+
+def test_sharded_runs_go_on_with_other_numbers_of_processes(folder):
+    """Two that shard are killed in the second task; three that shard go on, and end as one process does."""
+    every = [*SHORT, *KINDS["zscl"], "--checkpoint.every", "1"]
+    done = program(folder / "cut", "2!1@5", "zscl", *every, "--distributed", "fsdp")
+    assert done.stderr.count("is gone without a word") == 1, done.stderr
+    goes_on_as_one(folder, folder / "cut", "2", "3", "zscl", [*every, "--distributed", "fsdp"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.shards and name != "zscl"])
+def test_every_method_that_shards(method, folder):
+    """Two processes as one; then a run that two shard goes on in one that holds everything."""
+    options = [*SHORT, *REST[method]]
+    done = program(folder / "fsdp", "2", method, *options, "--distributed", "fsdp")
+    assert done.returncode == 0, done.stderr
+    if not (folder / "1" / method).exists():
+        assert program(folder, "1", method, *options).returncode == 0
+    compare(folder / "1" / method, folder / "fsdp" / "2" / method)
+    every = [*options, "--checkpoint.every", "1"]
+    done = program(folder / "cut", "2!1@2", method, *every, "--distributed", "fsdp")
+    assert done.stderr.count("is gone without a word") == 1, done.stderr
+    goes_on_as_one(folder, folder / "cut", "2", "1", method, every)
+
+
+def test_methods_that_need_whole_weights_are_not_sharded(tmp_path):
+    config, _ = parse(["--method", "moe_adapters", "--distributed", "fsdp"], "")
+    with pytest.raises(ValueError, match=r"distributed: moe_adapters needs whole weights .* lwf, .*zscl"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="memory_budget: plans for a process that holds whole weights, got 1GiB"):
+        parse(["--method", "zscl", "--distributed", "fsdp", "--memory-budget", "1GiB"], "")
+
+
 def test_shares_that_are_encoded_in_parts(folder):
     """Noise, dropout and counts of a sample are those of its place in the whole batch, in a part of a share too."""
     done = program(folder, "2x3", "moe_adapters", *SHORT, *KINDS["moe_adapters"])
@@ -129,16 +190,18 @@ def test_a_rank_that_dies_ends_the_run_and_other_numbers_of_processes_go_on(fold
     broken = folder / "fault" / "4" / "zscl"
     assert sorted(path.name for path in broken.iterdir()) == ["checkpoints", "rows.json", "run.json"]
     assert [path.name for path in sorted((broken / "checkpoints").iterdir())] == ["task00", "task01-step000001"]
-    shutil.copytree(broken, folder / "fault" / "2" / "zscl")
-    done = program(folder / "fault", "2", "zscl", *every)
+    goes_on_as_one(folder, folder / "fault", "4", "2", "zscl", every)
+
+
+def goes_on_as_one(folder: Path, place: Path, before: str, after: str, method: str, options: list[str]) -> None:
+    """The run that ``before`` processes left in ``place`` ends in ``after`` as the one in ``folder``, with its losses."""
+    shutil.copytree(place / before / method, place / after / method)
+    done = program(place, after, method, *options)
     assert done.returncode == 0, done.stderr
-    whole, resumed = (
-        json.loads((path / "zscl" / "result.json").read_text()) for path in (folder / "1", folder / "fault" / "2")
-    )
-    assert whole["accuracy"] == resumed["accuracy"]
-    losses, rest = (
-        json.loads((path / "zscl" / "losses.json").read_text()) for path in (folder / "1", folder / "fault" / "2")
-    )
+    whole, resumed = (json.loads((path / method / "result.json").read_text()) for path in (folder / "1", place / after))
+    torch.testing.assert_close(torch.tensor(whole["accuracy"]), torch.tensor(resumed["accuracy"]), rtol=0, atol=1e-5)
+    losses, rest = (json.loads((path / method / "losses.json").read_text()) for path in (folder / "1", place / after))
+    assert rest
     for mine, theirs in zip(losses[-len(rest) :], rest, strict=True):
         assert all(abs(mine[name] - theirs[name]) <= 1e-5 * max(1, abs(mine[name])) for name in mine)
 

@@ -17,7 +17,7 @@ from cl_methods.commands.configuration import Invocation, parse
 from cl_methods.commands.series import expand, parse_series
 from cl_methods.evaluation.report import compare, write_run_report
 from cl_methods.methods.find import find_method
-from cl_methods.training.building import select_scenario
+from cl_methods.training.building import check_distributed, select_scenario
 from cl_methods.training.checkpoints import RunDirectory
 from cl_methods.training.config import RunConfig
 from cl_methods.training.distributed import processes
@@ -114,6 +114,7 @@ def _free_output(config: RunConfig, invocation: Invocation) -> Path:
 
 
 def _print_plan(config: RunConfig, output: Path) -> None:
+    check_distributed(config)
     console, settings = Console(), config.effective_settings()
     scenario = select_scenario(config)
     plan = make_plan(config, scenario)

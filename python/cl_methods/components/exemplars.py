@@ -13,6 +13,7 @@ from cl_methods.backbone import Backbone
 from cl_methods.components.source_features import source_features
 from cl_methods.datasets.images import ImageSource, RawImage, Subset
 from cl_methods.datasets.task import Task
+from cl_methods.sharding import gathered
 
 Selection = Callable[[Tensor, int], Tensor]
 """Rows (n,) of one class and a number -> that many of these rows (fewer if there are fewer), the most important first."""
@@ -48,10 +49,11 @@ def herding(features: Tensor, count: int) -> Tensor:
 @torch.no_grad()
 def encode_source(backbone: Backbone, source: ImageSource, batch_size: int = 128) -> Tensor:
     """Normalised features (N, d) of every image, evaluation transform, evaluation mode, on the device."""
-    backbone.model.eval()
-    return source_features(
-        backbone.encode_images, source, backbone.eval_transform, batch_size=batch_size, device=backbone.device
-    )
+    with gathered(backbone):
+        backbone.model.eval()
+        return source_features(
+            backbone.encode_images, source, backbone.eval_transform, batch_size=batch_size, device=backbone.device
+        )
 
 
 def herded(backbone: Backbone, task: Task) -> Selection:

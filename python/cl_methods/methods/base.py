@@ -102,6 +102,9 @@ class Method(Scoring, ABC):
             and task, and :meth:`learn` replaces the optimiser steps.
         joint: trained once on all tasks together (an upper bound, not continual): ``before_task`` and ``after_task``
             are called for the first task only, every batch names its task, and step t draws from task ``t mod T``.
+        shards: works where each process holds some rows of the backbone's weights alone (:mod:`cl_methods.sharding`): it
+            changes weights through :mod:`cl_methods.components.weights` only, has no module of its own that trains, and
+            encodes with the backbone where all processes do.
         stage: the present stage of the present task; None outside of training.
     """
 
@@ -112,6 +115,7 @@ class Method(Scoring, ABC):
     trains: ClassVar[bool] = True
     closed_form: ClassVar[bool] = False
     joint: ClassVar[bool] = False
+    shards: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone, config: Any, reference: Reference | None = None) -> None:
         super().__init__(backbone)

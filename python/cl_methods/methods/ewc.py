@@ -64,6 +64,7 @@ class EWC(FineTune):
         carries="one importance per weight",
     )
     Config: ClassVar[type[TrainConfig]] = EWCConfig
+    shards: ClassVar[bool] = False  # one backward pass for each image, dealt out to the processes
     config: EWCConfig
 
     def __init__(self, backbone: Backbone, config: EWCConfig, reference: Reference | None = None) -> None:

@@ -33,6 +33,7 @@ class FineTune(Method):
     )
 
     Config: ClassVar[type[TrainConfig]] = FineTuneConfig
+    shards: ClassVar[bool] = True
     _texts: Tensor | None = None
 
     def before_task(self, index: int, task: Task) -> None:

@@ -50,6 +50,7 @@ class MulKI(FineTune):
         carries="nothing",
     )
     Config: ClassVar[type[TrainConfig]] = MulKIConfig
+    shards: ClassVar[bool] = False  # prototypes train beside the backbone
     config: MulKIConfig
 
     def __init__(self, backbone: Backbone, config: MulKIConfig, reference: Reference | None = None) -> None:

@@ -10,11 +10,12 @@ import torch
 
 from cl_methods import ranks
 from cl_methods.backbone import load_backbone
-from cl_methods.methods import Method
+from cl_methods.methods import METHODS, Method
 from cl_methods.methods.find import find_method
 from cl_methods.scenarios import load as load_scenario
 from cl_methods.scenarios.base import Scenario
 from cl_methods.seeding import derive_seed, seed_everything
+from cl_methods.sharding import shard
 from cl_methods.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -42,6 +43,29 @@ def build_method(config: RunConfig, scenario: Scenario, device: torch.device) ->
     seed_everything(derive_seed(config.seed, "build"))
     backbone = load_backbone(config.model, config.pretrained, device=device)
     return find_method(config.method)(backbone, config.effective_settings(), scenario.reference)
+
+
+def check_distributed(config: RunConfig) -> None:
+    """Refuse to shard the weights of a method that works on whole ones.
+
+    Raises:
+        ValueError: the method is one.
+    """
+    if config.distributed == "fsdp" and not find_method(config.method).shards:
+        able = [name for name in METHODS if METHODS[name].shards]
+        raise ValueError(
+            f"distributed: {config.method} needs whole weights in every process, got fsdp; expected replicated, or one of the "
+            f"methods whose weights can be sharded: {', '.join(able)}"
+        )
+
+
+def shard_backbone(config: RunConfig, method: Method, note: Callable[[str], None]) -> None:
+    """Shard the method's weights over the processes of the run, if it is configured to."""
+    if config.distributed != "fsdp":
+        return
+    if ranks.count() == 1:
+        note("distributed: fsdp over one process shards nothing; start several with torchrun (docs/distributed.md)")
+    shard(method.backbone)
 
 
 def plan_run_memory(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cl_methods.evaluation.accuracy import EvaluationOptions
 from cl_methods.scenarios import ScenarioOptions
@@ -15,6 +15,7 @@ from cl_methods.training.sizes import parse_size
 WITHOUT_EFFECT = (
     "workers",
     "memory_budget",
+    "distributed",
     "checkpoint.every",
     "checkpoint.keep",
     "evaluation.feature_memory",
@@ -24,8 +25,8 @@ WITHOUT_EFFECT = (
     "data.cache",
     "data.cache_gib",
 )
-"""Settings that cannot change a result, or (a memory budget) its last bits at most, or whose effect the scenario's fingerprint
-covers: a resumed run may change them."""
+"""Settings that cannot change a result, or (a memory budget, sharding) its last bits at most, or whose effect the scenario's
+fingerprint covers: a resumed run may change them."""
 
 
 @dataclass
@@ -51,6 +52,8 @@ class RunConfig:
         checkpoint: when checkpoints are written.
         memory_budget: most memory for a training step, such as `8GiB`: batches then go through the model in parts, with the same
             losses and gradients, see docs/memory.md. None: all at once.
+        distributed: with `torchrun`, every process holds all weights, gradients and optimiser state (`replicated`), or its part
+            of each (`fsdp`, for methods that train the whole model), see docs/distributed.md.
     """
 
     method: str
@@ -68,6 +71,7 @@ class RunConfig:
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     memory_budget: str | None = None
+    distributed: Literal["replicated", "fsdp"] = "replicated"
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -78,6 +82,13 @@ class RunConfig:
                 raise ValueError(f"{name}: expected a number >= 1, got {value}")
         if self.memory_budget is not None:
             parse_size(self.memory_budget)
+        if self.distributed not in ("replicated", "fsdp"):
+            raise ValueError(f"distributed: expected replicated or fsdp, got {self.distributed!r}")
+        if self.distributed == "fsdp" and self.memory_budget is not None:
+            raise ValueError(
+                f"memory_budget: plans for a process that holds whole weights, got {self.memory_budget} with distributed fsdp; "
+                "leave one of the two out (every further process takes its share of a batch, and of its activations)"
+            )
 
     @property
     def memory_bytes(self) -> int | None:

@@ -69,7 +69,7 @@ def _fail(store: dist.Store, number: int, error: Exception) -> None:
     Raises:
         SystemExit: another process has said or will say what happened.
     """
-    consequence = isinstance(error, ranks.OtherRankError)
+    consequence = ranks.broke_off(error)
     if consequence and _last_words(store):
         _leave()
     if not _claim(store, f"rank {number}: {error}"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cl_methods import ranks
+from cl_methods.sharding import is_sharded, local
 from cl_methods.training.atomic import WriteError
 from cl_methods.training.checkpoints import RunDirectory
 from cl_methods.training.loop import NonFiniteLossError
@@ -18,7 +19,9 @@ class WorkerDiedError(RuntimeError):
 
 
 def last_good(directory: RunDirectory) -> str:
-    """Where the last state that was written is."""
+    """Where the last state that was written is; other processes than the one that writes may not see the directory."""
+    if not ranks.first():
+        return f"What the first process had written to {directory.path} is whole."
     found = directory.found()
     if not found:
         return f"No checkpoint had been written to {directory.path} yet."
@@ -51,7 +54,7 @@ def explain(error: RuntimeError, directory: RunDirectory) -> RuntimeError:
 def require_finite(values: Iterable[tuple[str, Tensor]], task: str, step: int) -> None:
     """Look at every parameter before it is stored: gradients can overflow where the loss did not.
 
-    One reduction per tensor and one wait for the device.
+    One reduction per tensor and one wait for the device; of sharded ones every process looks at its own rows.
 
     Raises:
         NonFiniteLossError: one of them holds NaN or an infinity.
@@ -59,7 +62,12 @@ def require_finite(values: Iterable[tuple[str, Tensor]], task: str, step: int) -
     named = [(name, value.detach()) for name, value in values if value.is_floating_point()]
     if not named:
         return
-    whole = torch.stack([torch.isfinite(value).all() for _, value in named]).tolist()
+    looked_at = torch.stack([torch.isfinite(local(value)).all() for _, value in named])
+    if any(is_sharded(value) for _, value in named):
+        broken = (~looked_at).float()
+        ranks.sum_([broken])
+        looked_at = broken == 0
+    whole = looked_at.tolist()
     wrong = [name for (name, _), finite in zip(named, whole, strict=True) if not finite]
     if wrong:
         raise NonFiniteLossError(

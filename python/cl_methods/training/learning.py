@@ -12,6 +12,7 @@ import torch
 from cl_methods import ranks
 from cl_methods.datasets.task import Task
 from cl_methods.methods import Method
+from cl_methods.sharding import whole_state
 from cl_methods.training.building import check_frozen_images
 from cl_methods.training.checkpoints import RunDirectory, TrainingProgress
 from cl_methods.training.config import RunConfig
@@ -122,5 +123,6 @@ class Learning:
         self._clock = now
 
     def _save(self, index: int, step: int | None, optimizer_state: dict[str, Any] | None) -> None:
-        state, keep = self.method.state_dict(), self.config.checkpoint.keep
-        self.directory.save(index, step, state, optimizer_state, self.progress, keep=keep, rows=asdict(self.rows))
+        state, optimizer_state = whole_state(self.method.state_dict()), whole_state(optimizer_state)
+        keep, rows = self.config.checkpoint.keep, asdict(self.rows)
+        self.directory.save(index, step, state, optimizer_state, self.progress, keep=keep, rows=rows)

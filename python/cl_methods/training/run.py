@@ -10,7 +10,15 @@ from typing import Any
 from cl_kernels.profile import peak_memory_bytes, start_peak_memory
 from cl_methods import ranks
 from cl_methods.evaluation.accuracy import feature_store, measure_spaces
-from cl_methods.training.building import build_method, plan_run_memory, rows_after_learning, select_scenario
+from cl_methods.sharding import gathered, load_method_state
+from cl_methods.training.building import (
+    build_method,
+    check_distributed,
+    plan_run_memory,
+    rows_after_learning,
+    select_scenario,
+    shard_backbone,
+)
 from cl_methods.training.checkpoints import DamagedError, RunDirectory, TrainingProgress
 from cl_methods.training.config import RunConfig
 from cl_methods.training.environment import choose_device
@@ -68,6 +76,7 @@ class Run:
         self, config: RunConfig, output: Path, *, resume: bool, overwrite: bool, progress: RunProgress
     ) -> None:
         self.config, self.reporter = config, progress
+        check_distributed(config)
         self.device = choose_device(config.device)
         start_peak_memory(self.device)
         self.scenario = scenario = select_scenario(config)
@@ -75,6 +84,7 @@ class Run:
         self.method = build_method(config, scenario, self.device)
         if self.memory_plan is not None:
             use_micro_batches(self.method, self.memory_plan.micro_batches)
+        shard_backbone(config, self.method, progress.note)
         self.directory = RunDirectory(output)
         self.description = describe_run(config, scenario, self.method, self.device)
         if self.memory_plan is not None:
@@ -192,7 +202,7 @@ class Run:
         if latest is None:
             return restored
         if restored.before is not None:
-            self.method.load_state_dict(restored.before)
+            load_method_state(self.method, restored.before)
             self.method.recall(self.scenario.tasks[: latest.task + (latest.step is None)])
         rows = len(self.rows.accuracy) + (self.rows.zero_shot is not None)
         self.reporter.pace.skip(sum(steps[: latest.task + (latest.step is None)]) + (latest.step or 0), rows)
@@ -219,15 +229,16 @@ class Run:
             if index + 1 < len(tasks):  # the row is complete after the last
                 self._end_if_stopped(f"in the evaluation {after}")
 
-        measured = measure_spaces(
-            self.method,
-            tasks,
-            learnt,
-            self.config.evaluation,
-            self.config.workers,
-            on_task=evaluated,
-            store=self.features,
-        )
+        with gathered(self.method.backbone):  # each process has batches of its own
+            measured = measure_spaces(
+                self.method,
+                tasks,
+                learnt,
+                self.config.evaluation,
+                self.config.workers,
+                on_task=evaluated,
+                store=self.features,
+            )
         self.rows.seconds.append(time.perf_counter() - clock)
         row, *further = measured
         finished = self.rows.add(measured[row])

@@ -14,6 +14,7 @@ from cl_methods.datasets.task import Task
 from cl_methods.methods.base import Method, Stage
 from cl_methods.micro_batches import MicroBatches
 from cl_methods.seeding import derive_seed, seed_everything
+from cl_methods.sharding import load_method_state, load_optimizer_state
 from cl_methods.training.data import TrainingSteps, one_pass, training_batches
 from cl_methods.training.loop import StepReport, learn_from_batches, train_on_batches
 
@@ -79,7 +80,7 @@ class TaskTraining:
         self._seed("before task")
         self.method.before_task(self.index, self.task)
         if self.continuation is not None:
-            self.method.load_state_dict(self.continuation.method_state)
+            load_method_state(self.method, self.continuation.method_state)
         if self.method.closed_form:
             self._started()
             self._learn()
@@ -131,7 +132,7 @@ class TaskTraining:
             return self.method.optimizer()
         optimizer = self.method.optimizer()
         assert self.continuation is not None
-        optimizer.load_state_dict(self.continuation.optimizer_state)
+        load_optimizer_state(optimizer, self.continuation.optimizer_state)
         return optimizer
 
     def _steps(self, number: int, stage: Stage, first_step: int, optimizer: torch.optim.Optimizer) -> None:
