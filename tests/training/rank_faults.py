@@ -29,7 +29,7 @@ from cl_methods.training.data import TrainingSteps
 
 COUNT = 2
 EVENT = 2
-SHORT = ["--limit-tasks", "2", "--limit-iterations", "3", "--evaluation.limit", "40", "--method.batch-size", "8"]
+SHORT = ["--limit-tasks", "1", "--limit-iterations", "3", "--evaluation.limit", "16", "--method.batch-size", "8"]
 SHORT += ["--evaluation.split", "validation", "--checkpoint.every", "1", "--device", "cpu"]
 STOPPED = r"stopped (after step \d+ of|before|in the evaluation) .*continue with --resume"
 IMAGE_GONE = "image gone"

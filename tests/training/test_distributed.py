@@ -140,6 +140,7 @@ def test_sharded_weights_learn_the_same_in_a_half_of_the_memory(folder):
     assert sum(halves[0].values()) < 0.505 * sum(whole[0].values())
 
 
+@pytest.mark.slow
 def test_sharded_runs_go_on_with_other_numbers_of_processes(folder):
     """Two that shard are killed in the second task; three that shard go on, and end as one process does."""
     every = [*SHORT, *KINDS["zscl"], "--checkpoint.every", "1"]
@@ -181,7 +182,7 @@ def test_shares_that_are_encoded_in_parts(folder):
 
 
 def test_a_rank_that_dies_ends_the_run_and_other_numbers_of_processes_go_on(folder):
-    """Four processes, one killed in the second task; two go on from the last checkpoint and come to the same end."""
+    """Four processes, one killed in the second task; two that shard go on from the last checkpoint and come to the same end."""
     every = [*SHORT, *KINDS["zscl"], "--checkpoint.every", "1"]
     done = program(folder / "fault", "4!2@5", "zscl", *every)
     assert done.returncode == 1
@@ -190,7 +191,7 @@ def test_a_rank_that_dies_ends_the_run_and_other_numbers_of_processes_go_on(fold
     broken = folder / "fault" / "4" / "zscl"
     assert sorted(path.name for path in broken.iterdir()) == ["checkpoints", "rows.json", "run.json"]
     assert [path.name for path in sorted((broken / "checkpoints").iterdir())] == ["task00", "task01-step000001"]
-    goes_on_as_one(folder, folder / "fault", "4", "2", "zscl", every)
+    goes_on_as_one(folder, folder / "fault", "4", "2", "zscl", [*every, "--distributed", "fsdp"])
 
 
 def goes_on_as_one(folder: Path, place: Path, before: str, after: str, method: str, options: list[str]) -> None:
