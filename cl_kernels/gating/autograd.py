@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from cl_kernels import dispatch, library
+from cl_kernels.gating import reference
 from cl_kernels.gating.reference import compute_dtype
 
 operator = partial(library.operator, "top_k_gating")
 
-FUSED_EXPERTS = 64
-"""Up to so many experts fit the tiles of the fused backward pass."""
+FUSED_EXPERTS, FUSED_EXPERTS_FLOAT64 = 128, 32
+"""Up to so many experts the Triton kernels' tiles fit the shared memory and the registers of every GPU."""
+
+
+def fused(x: Tensor, experts: int) -> bool:
+    """Whether the Triton kernels serve x (B, D) and so many experts; beyond, large products and a sort are torch's own."""
+    return experts <= (FUSED_EXPERTS_FLOAT64 if x.dtype == torch.float64 else FUSED_EXPERTS)
 
 
 def _sizes(x: Tensor, w_gate: Tensor, w_noise: Tensor | None, noise: Tensor | None, k: int) -> tuple[int, int]:
@@ -85,8 +91,8 @@ def gradients(
 
 
 def fused_gradients(grad: Tensor, x: Tensor, w_gate: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    """:func:`gradients` in two launches, unless it is to be differentiated again or E is beyond what its tiles hold."""
-    if torch.is_grad_enabled() or w_gate.shape[1] > FUSED_EXPERTS:
+    """:func:`gradients` in two launches, unless it is to be differentiated again or E is beyond what the tiles hold."""
+    if torch.is_grad_enabled() or not fused(x, w_gate.shape[1]):
         return gradients(grad, x, w_gate, *rest)
     *tensors, need_x, need_gate, need_noise = rest
     needs = (need_x, need_gate, need_noise and tensors[1] is not None)
@@ -107,9 +113,11 @@ def _backward(backend: str, ctx: Any, grad_gates: Tensor | None, *_: Tensor | No
 def _triton(
     x: Tensor, w_gate: Tensor, w_noise: Tensor | None, noise: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _sizes(x, w_gate, w_noise, noise, k)
+    if not fused(x, w_gate.shape[1]):
+        return reference.top_k_gating(x, w_gate, w_noise, noise, k)
     from cl_kernels.gating import triton_kernels
 
-    _sizes(x, w_gate, w_noise, noise, k)
     return triton_kernels.top_k_gating(x, w_gate, w_noise, noise, k)
 
 

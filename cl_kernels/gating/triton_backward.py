@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cl_kernels.gating.triton_kernels import BLOCK_B, BLOCK_D, block_of
+from cl_kernels.gating.triton_tiles import BLOCK_B, block_of, depth_of, load_tile, router_products
 
 NUM_WARPS = 8
 """Of both kernels: with 4 their tiles for 64 experts spill on some targets."""
@@ -59,25 +59,21 @@ def row_gradient_kernel(
     tl.store(grad_logits_ptr + where, logits, mask=real)
     spread = tl.zeros((BLOCK_B, BLOCK_E), COMPUTE)
     if NOISY:
-        for start in range(0, D, BLOCK_D):
-            depth = start + tl.arange(0, BLOCK_D)
-            x_offset = rows[:, None] * stride_xb + depth[None, :].to(tl.int64) * stride_xd
-            x = tl.load(x_ptr + x_offset, mask=real_rows[:, None] & (depth < D)[None, :], other=0.0).to(COMPUTE)
-            w_mask = (depth < D)[:, None] & (columns < E)
-            w = tl.load(w_noise_ptr + depth[:, None] * E + columns, mask=w_mask, other=0.0).to(COMPUTE)
-            spread = tl.dot(x, w, spread, input_precision="ieee", out_dtype=COMPUTE)
+        spread, _ = router_products(
+            rows, x_ptr, w_noise_ptr, w_noise_ptr, B, D, E, stride_xb, stride_xd,
+            False, COMPUTE, COMPUTE, BLOCK_B, BLOCK_D, BLOCK_E,
+        )  # fmt: skip
         noise = tl.load(noise_ptr + where, mask=real, other=0.0).to(COMPUTE)
         spread = logits * noise / (1.0 + tl.exp(-spread))  # softplus' = sigmoid
         tl.store(grad_spread_ptr + where, spread, mask=real)
     if grad_x_ptr is not None:
-        experts = tl.arange(0, BLOCK_E)[:, None]
+        experts = tl.arange(0, BLOCK_E)
         for start in range(0, D, BLOCK_D):
             depth = start + tl.arange(0, BLOCK_D)
-            w_mask = (experts < E) & (depth < D)[None, :]
-            w = tl.load(w_gate_ptr + depth[None, :] * E + experts, mask=w_mask, other=0.0).to(COMPUTE)
+            w = load_tile(w_gate_ptr, experts, depth, 1, E, E, D, COMPUTE)
             total = tl.dot(logits, w, input_precision="ieee", out_dtype=COMPUTE)
             if NOISY:
-                w = tl.load(w_noise_ptr + depth[None, :] * E + experts, mask=w_mask, other=0.0).to(COMPUTE)
+                w = load_tile(w_noise_ptr, experts, depth, 1, E, E, D, COMPUTE)
                 total = tl.dot(spread, w, total, input_precision="ieee", out_dtype=COMPUTE)
             inside = real_rows[:, None] & (depth < D)[None, :]
             total = total.to(grad_x_ptr.dtype.element_ty)
@@ -103,25 +99,24 @@ def weight_gradient_kernel(
 ):
     """xᵀ times the gradients of logits and spreads, for a block of x's features, over all rows in their order."""
     depth = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    columns = tl.arange(0, BLOCK_E)[None, :]
+    columns = tl.arange(0, BLOCK_E)
     gate = tl.zeros((BLOCK_D, BLOCK_E), COMPUTE)
     noise = tl.zeros((BLOCK_D, BLOCK_E), COMPUTE)
     for start in range(0, B, BLOCK_B):
         rows = (start + tl.arange(0, BLOCK_B)).to(tl.int64)
-        x_offset = rows[None, :] * stride_xb + depth[:, None].to(tl.int64) * stride_xd
-        x = tl.load(x_ptr + x_offset, mask=(depth < D)[:, None] & (rows < B)[None, :], other=0.0).to(COMPUTE)
-        real = (rows < B)[:, None] & (columns < E)
+        x = load_tile(x_ptr, depth.to(tl.int64), rows, stride_xd, stride_xb, D, B, COMPUTE)
         if grad_gate_ptr is not None:
-            grad = tl.load(grad_logits_ptr + rows[:, None] * E + columns, mask=real, other=0.0)
+            grad = load_tile(grad_logits_ptr, rows, columns, E, 1, B, E, COMPUTE)
             gate = tl.dot(x, grad, gate, input_precision="ieee", out_dtype=COMPUTE)
         if grad_noise_ptr is not None:
-            grad = tl.load(grad_spread_ptr + rows[:, None] * E + columns, mask=real, other=0.0)
+            grad = load_tile(grad_spread_ptr, rows, columns, E, 1, B, E, COMPUTE)
             noise = tl.dot(x, grad, noise, input_precision="ieee", out_dtype=COMPUTE)
-    inside = (depth < D)[:, None] & (columns < E)
+    where = depth[:, None] * E + columns[None, :]
+    inside = (depth < D)[:, None] & (columns < E)[None, :]
     if grad_gate_ptr is not None:
-        tl.store(grad_gate_ptr + depth[:, None] * E + columns, gate.to(grad_gate_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_gate_ptr + where, gate.to(grad_gate_ptr.dtype.element_ty), mask=inside)
     if grad_noise_ptr is not None:
-        tl.store(grad_noise_ptr + depth[:, None] * E + columns, noise.to(grad_noise_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_noise_ptr + where, noise.to(grad_noise_ptr.dtype.element_ty), mask=inside)
 
 
 def top_k_gating_backward(
@@ -151,7 +146,7 @@ def top_k_gating_backward(
     constants = {
         "COMPUTE": tl.float64 if gates.dtype == torch.float64 else tl.float32,
         "BLOCK_B": BLOCK_B,
-        "BLOCK_D": BLOCK_D,
+        "BLOCK_D": depth_of(experts),
         "BLOCK_E": block_of(experts),
         "num_warps": NUM_WARPS,
     }
@@ -180,7 +175,7 @@ def top_k_gating_backward(
             if need_noise and spread is not None:
                 grad_noise.copy_(wide.T @ spread)
         elif need_gate or need_noise:
-            weight_gradient_kernel[(triton.cdiv(width, BLOCK_D),)](
+            weight_gradient_kernel[(triton.cdiv(width, depth_of(experts)),)](
                 x,
                 logits,
                 spread,

@@ -5,15 +5,15 @@ Small batches are one program, which needs no atomics; of larger ones every prog
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cl_kernels.gating.reference import compute_dtype
-
-BLOCK_B = 16
-BLOCK_D = 32
+from cl_kernels.gating.triton_tiles import BLOCK_B, block_of, depth_of, load_tile, operand_type, router_products
 
 ROWS_ALONE = 128
 """So many rows at most are left to one program."""
@@ -21,9 +21,12 @@ ROWS_ALONE = 128
 EXPERTS_ALONE = 32
 """And so many experts: with more, the loop over blocks of rows spills on some targets."""
 
-WORK_ALONE = 2**21
-"""And so many multiplications, of padded tiles. By its instructions a program needs some 600 cycles for 16 rows, 32 features and 32
-experts with noise; beyond this limit the launch that is saved is worth less than the multiprocessors that stand idle."""
+WORK_ALONE = {tl.float64: 2**20, tl.float32: 2**21, tl.float16: 2**22, tl.bfloat16: 2**22}
+"""And so many multiplications, of padded tiles."""
+
+BLOCK_ALONE = 64
+"""Rows of one program's tile at most: it reads the routers' weights once for all of them. On AMD, whose scalar registers hold the
+masks of larger tiles only in part, and in fp64 it is ``BLOCK_B``."""
 
 WARPS_ALONE = 8
 
@@ -53,31 +56,23 @@ def _gate_rows(
     stride_xd,
     K: tl.constexpr,
     NOISY: tl.constexpr,
+    OPERAND: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """Writes gates and expert ids of the rows ``[first, first + BLOCK_B)`` below B; returns how many chose each expert."""
-    rows = first + tl.arange(0, BLOCK_B)  # [BLOCK_B]
-    columns = tl.arange(0, BLOCK_E)[None, :]  # [1, BLOCK_E]
-    real_rows = rows[:, None] < B
-    real = real_rows & (columns < E)
-    logits = tl.zeros((BLOCK_B, BLOCK_E), COMPUTE)
-    spread = tl.zeros((BLOCK_B, BLOCK_E), COMPUTE)
-    for start in range(0, D, BLOCK_D):
-        depth = start + tl.arange(0, BLOCK_D)  # [BLOCK_D]
-        x_offset = rows[:, None].to(tl.int64) * stride_xb + depth[None, :].to(tl.int64) * stride_xd
-        x = tl.load(x_ptr + x_offset, mask=real_rows & (depth[None, :] < D), other=0.0).to(COMPUTE)
-        w_offset = depth[:, None] * E + columns  # [BLOCK_D, BLOCK_E]
-        w_mask = (depth[:, None] < D) & (columns < E)
-        w = tl.load(w_gate_ptr + w_offset, mask=w_mask, other=0.0).to(COMPUTE)
-        logits = tl.dot(x, w, logits, input_precision="ieee", out_dtype=COMPUTE)
-        if NOISY:
-            w = tl.load(w_noise_ptr + w_offset, mask=w_mask, other=0.0).to(COMPUTE)
-            spread = tl.dot(x, w, spread, input_precision="ieee", out_dtype=COMPUTE)
+    rows = (first + tl.arange(0, BLOCK_B)).to(tl.int64)
+    ids = tl.arange(0, BLOCK_E)
+    columns = ids[None, :]
+    real = (rows < B)[:, None] & (columns < E)
+    logits, spread = router_products(
+        rows, x_ptr, w_gate_ptr, w_noise_ptr, B, D, E, stride_xb, stride_xd,
+        NOISY, OPERAND, COMPUTE, BLOCK_B, BLOCK_D, BLOCK_E,
+    )  # fmt: skip
     if NOISY:
-        noise = tl.load(noise_ptr + rows[:, None].to(tl.int64) * E + columns, mask=real, other=0.0).to(COMPUTE)
+        noise = load_tile(noise_ptr, rows, ids, E, 1, B, E, COMPUTE)
         logits += noise * (_softplus(spread) + 0.01)
 
     key = tl.where(logits != logits, float("inf"), logits)  # NaN counts as the largest, as in a sort
@@ -91,7 +86,7 @@ def _gate_rows(
     largest = tl.max(tl.where(columns < E, key, float("-inf")), 1)[:, None]
     weight = tl.where(rank < K, tl.exp(logits - largest), 0.0)
     gates = weight / tl.sum(weight, 1)[:, None]
-    out = rows[:, None].to(tl.int64) * K + rank
+    out = rows[:, None] * K + rank
     tl.store(gates_ptr + out, gates, mask=chosen)
     tl.store(expert_ids_ptr + out, tl.broadcast_to(columns, (BLOCK_B, BLOCK_E)).to(tl.int64), mask=chosen)
     return tl.sum(chosen.to(tl.int32), 0)  # [BLOCK_E]
@@ -113,6 +108,7 @@ def gating_kernel(
     stride_xd,
     K: tl.constexpr,
     NOISY: tl.constexpr,
+    OPERAND: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -129,26 +125,36 @@ def gating_kernel(
         for first in tl.range(0, B, BLOCK_B, disable_licm=True):
             counts += _gate_rows(
                 first, x_ptr, w_gate_ptr, w_noise_ptr, noise_ptr, gates_ptr, expert_ids_ptr, B, D, E, stride_xb, stride_xd,
-                K, NOISY, COMPUTE, BLOCK_B, BLOCK_D, BLOCK_E,
+                K, NOISY, OPERAND, COMPUTE, BLOCK_B, BLOCK_D, BLOCK_E,
             )  # fmt: skip
         tl.store(usage_ptr + columns, counts.to(tl.int64), mask=columns < E)
     else:
         counts = _gate_rows(
             tl.program_id(0) * BLOCK_B, x_ptr, w_gate_ptr, w_noise_ptr, noise_ptr, gates_ptr, expert_ids_ptr, B, D, E,
-            stride_xb, stride_xd, K, NOISY, COMPUTE, BLOCK_B, BLOCK_D, BLOCK_E,
+            stride_xb, stride_xd, K, NOISY, OPERAND, COMPUTE, BLOCK_B, BLOCK_D, BLOCK_E,
         )  # fmt: skip
         tl.atomic_add(usage_ptr + columns, counts.to(tl.int64), mask=(columns < E) & (counts > 0), sem="relaxed")
 
 
-def block_of(experts: int) -> int:
-    """Columns of a program's tile: all experts, and at least the 16 that a matrix product needs."""
-    return max(16, triton.next_power_of_2(experts))
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel is launched: ``alone`` as one program, which needs no atomics, or as one per ``block`` of rows."""
+
+    alone: bool
+    block: int
+    warps: int
 
 
-def fits_one_program(rows: int, width: int, experts: int, noisy: bool) -> bool:
-    """Whether one program does it all, without atomics, instead of one per block of rows."""
-    work = triton.cdiv(rows, BLOCK_B) * BLOCK_B * width * block_of(experts) * (1 + noisy)
-    return rows <= ROWS_ALONE and experts <= EXPERTS_ALONE and work <= WORK_ALONE
+def launch_of(
+    rows: int, width: int, experts: int, noisy: bool, operand: tl.dtype, amd: bool = torch.version.hip is not None
+) -> Launch:
+    """For (rows, width) router input, so many experts and products of ``operand``."""
+    largest = BLOCK_B if amd or operand == tl.float64 else BLOCK_ALONE
+    block = min(largest, max(BLOCK_B, triton.next_power_of_2(rows)))
+    work = triton.cdiv(rows, block) * block * width * block_of(experts) * (1 + noisy)
+    if rows <= ROWS_ALONE and experts <= EXPERTS_ALONE and work <= WORK_ALONE[operand]:
+        return Launch(True, block, WARPS_ALONE)
+    return Launch(False, BLOCK_B, 4 if experts < 64 else 8)
 
 
 def top_k_gating(
@@ -157,16 +163,17 @@ def top_k_gating(
     """See :func:`cl_kernels.top_k_gating`."""
     (rows, width), experts, compute = x.shape, w_gate.shape[1], compute_dtype(x)
     noisy = w_noise is not None and noise is not None
+    operand = operand_type(x, w_gate, w_noise if noisy else None)
+    launch = launch_of(rows, width, experts, noisy, operand)
     gates = torch.empty(rows, k, dtype=compute, device=x.device)
     expert_ids = torch.empty(rows, k, dtype=torch.int64, device=x.device)
-    alone = rows > 0 and fits_one_program(rows, width, experts, noisy)
-    usage = (torch.empty if alone else torch.zeros)(experts, dtype=torch.int64, device=x.device)
+    usage = (torch.empty if launch.alone and rows else torch.zeros)(experts, dtype=torch.int64, device=x.device)
     if rows == 0:
         return gates, expert_ids, usage
     if w_noise is not None and noise is not None:
         w_noise, noise = w_noise.contiguous(), noise.contiguous()
     with torch.cuda.device_of(x):
-        gating_kernel[(1 if alone else triton.cdiv(rows, BLOCK_B),)](
+        gating_kernel[(1 if launch.alone else triton.cdiv(rows, launch.block),)](
             x,
             w_gate.contiguous(),
             w_noise if noisy else None,
@@ -181,11 +188,12 @@ def top_k_gating(
             x.stride(1),
             K=k,
             NOISY=noisy,
+            OPERAND=operand,
             COMPUTE=tl.float64 if compute == torch.float64 else tl.float32,
-            BLOCK_B=BLOCK_B,
-            BLOCK_D=BLOCK_D,
+            BLOCK_B=launch.block,
+            BLOCK_D=depth_of(experts),
             BLOCK_E=block_of(experts),
-            ALONE=alone,
-            num_warps=WARPS_ALONE if alone else 4,
+            ALONE=launch.alone,
+            num_warps=launch.warps,
         )
     return gates, expert_ids, usage

@@ -15,6 +15,9 @@ if dispatch.INTERPRETING:
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
 
+PUBLISHED = (64, 768, 22, 2)
+"""Rows, width, experts and k of a training step on ViT-B/16."""
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("noisy", [False, True])
@@ -75,13 +78,31 @@ def test_a_small_batch_is_one_program_and_nothing_else(shape, dtype, monkeypatch
     assert dispatched == []  # the counts need no zeros to start from
 
 
-@pytest.mark.parametrize(
-    ("shape", "programs"), [((129, 8, 22, 2), 9), ((20, 8, 33, 2), 2), ((40, 1100, 22, 2), 3)], ids=str
-)
+@pytest.mark.parametrize(("shape", "programs"), [((129, 8, 22, 2), 9), ((20, 8, 33, 2), 2), (PUBLISHED, 4)], ids=str)
 def test_larger_ones_share_the_work(shape, programs, monkeypatch):
     grids, dispatched = launches_of(monkeypatch, shape)
     assert grids == [(programs,)]
     assert dispatched == ["zeros"]
+
+
+def test_a_published_step_in_16_bits_is_one_program(monkeypatch):
+    grids, dispatched = launches_of(monkeypatch, PUBLISHED, torch.float16)
+    assert grids == [(1,)]
+    assert dispatched == []
+
+
+@pytest.mark.parametrize(("dtype", "experts"), [(torch.float32, 129), (torch.float64, 33)], ids=str)
+def test_more_experts_than_tiles_hold_are_left_to_torch(dtype, experts, monkeypatch):
+    for module in (triton_kernels, triton_backward):
+        for name in ("gating_kernel", "row_gradient_kernel", "weight_gradient_kernel"):
+            monkeypatch.setattr(module, name, None, raising=False)
+    cases.check_against_float64("triton", (3, 5, experts, 2), True, dtype)
+    x, w_gate, w_noise, noise = cases.inputs(3, 5, experts, True, dtype)
+    gates, _, _ = clk.top_k_gating(x.requires_grad_(), w_gate, w_noise, k=2, noise=noise, backend="triton")
+    gates.square().sum().backward()
+    assert x.grad.isfinite().all()
+    with pytest.raises(TypeError):  # so that a launch would be seen
+        clk.top_k_gating(x[:, :4], w_gate[:4, :9], k=2, backend="triton")
 
 
 @pytest.mark.parametrize("noisy", [False, True])
