@@ -210,7 +210,7 @@ def main() -> None:
         draw(operation, found[operation], where).savefig(
             options.output / f"scaling_{operation.strip('_')}.png", dpi=150
         )
-    (options.output / "scaling.json").write_text(json.dumps({"machine": where, **found}, indent=1) + "\n")
+        (options.output / "scaling.json").write_text(json.dumps({"machine": where, **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -248,19 +248,23 @@ OPERATIONS: dict[str, Callable[[Draw, str], None]] = {
 }
 
 
-def fuzz(operation: str, first: int, cases: int, backend: str) -> None:
-    """Run the cases ``first … first + cases - 1`` of an operation.
+def fuzz(operation: str, first: int, cases: int, backend: str, seconds: float = float("inf")) -> int:
+    """Run the cases ``first … first + cases - 1`` of an operation, no new one after ``seconds``; how many ran.
 
     Raises:
         AssertionError: the first case that is wrong, with the command that repeats it.
     """
     dtypes = DTYPES if backend != "triton" else INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else TRITON
+    end = time.perf_counter() + seconds
     for number in range(first, first + cases):
+        if time.perf_counter() > end:
+            return number - first
         try:
             OPERATIONS[operation](Draw(operation, number, dtypes), backend)
         except Exception as error:
             repeat = f"python tests/fuzz/fuzz_cases.py --operation {operation} --first {number} --cases 1 --backend {backend}"
             raise AssertionError(f"{error}\nrepeat with: {repeat}") from error
+    return cases
 
 
 def main() -> None:
@@ -270,6 +274,9 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10_000, help="shared by the operations")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--backend", default="cpu", help="cpu, cuda, triton or reference")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="of an operation, after which none is begun"
+    )
     options = parser.parse_args()
     if "MALLOC_PERTURB_" not in os.environ:
         os.environ["MALLOC_PERTURB_"] = "1"  # glibc reads it when a process starts
@@ -277,8 +284,8 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     chosen = [options.operation] if options.operation else list(OPERATIONS)
     for operation in chosen:
-        start, cases = time.perf_counter(), options.cases // len(chosen)
-        fuzz(operation, options.first, cases, options.backend)
+        start = time.perf_counter()
+        cases = fuzz(operation, options.first, options.cases // len(chosen), options.backend, options.seconds)
         print(f"{operation}: {cases:,} cases right, {time.perf_counter() - start:.0f} s", flush=True)
 
 
