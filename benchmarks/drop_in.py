@@ -70,8 +70,14 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="also time the block with attention and MLP")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file of the figures")
+    parser.add_argument("--threads", type=int, help="of torch; as many as it finds by default")
+    parser.add_argument(
+        "--skip-differences", action="store_true", help="of the blocks, which take ten steps of two towers"
+    )
     args = parser.parse_args()
-    rows: dict[str, Any] = {}
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    rows: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
     def add(name: str, row: Any) -> None:
         rows[name] = row
@@ -83,7 +89,8 @@ def main() -> None:
     for variant, root in roots.items():
         if root is not None:
             module = load(root / FILES[variant], f"public_{variant}")
-            add(f"{variant}, differences", differences(module, variant))
+            if not args.skip_differences:
+                add(f"{variant}, differences", differences(module, variant))
             add(f"{variant}, adapters", costs(module, variant, args.batch, args.rounds, whole=False))
             if args.whole:
                 add(f"{variant}, whole block", costs(module, variant, args.batch, args.rounds, whole=True))
@@ -92,7 +99,7 @@ def main() -> None:
             add(f"zscl, {name}", row)
     if args.clip:
         add("open_clip text", texts(args.rounds))
-    if not rows:
+    if not any((*roots.values(), args.zscl, args.clip)):
         parser.error("nothing to measure: name at least one checkout, or --clip")
 
 

@@ -149,7 +149,9 @@ def costs(module: ModuleType, variant: str, batch: int, rounds: int, whole: bool
         original.attn, original.mlp = Nothing(True), Nothing(False)
     patched, plain = copy.deepcopy(original), copy.deepcopy(original)
     drop_in.patch_moe_adapters4cl(patched)
-    x = torch.randn(batch, 197, 768).permute(1, 0, 2).requires_grad_()
+    # Views as in these towers, which permute images once; and a gradient that is a tensor, not one number expanded.
+    x, upstream = (torch.randn(batch, 197, 768).permute(1, 0, 2) for _ in range(2))
+    x.requires_grad_()
     if variant == "mtil":
         plain.adapter_flag = False
 
@@ -159,7 +161,7 @@ def costs(module: ModuleType, variant: str, batch: int, rounds: int, whole: bool
             x.grad = None
             if variant != "mtil":
                 module.global_taskid = None if block is plain else 0
-            block(x).sum().backward()
+            block(x).backward(upstream)
 
         return run
 

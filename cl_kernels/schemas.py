@@ -21,6 +21,21 @@ SCHEMAS = {
         "(Tensor grad_x, Tensor grad_gates, Tensor grad_down_weight, Tensor grad_down_bias, "
         "Tensor grad_up_weight, Tensor grad_up_bias)"
     ),
+    # Of the compiled library alone: (residual + x) + the mixture chosen by token 0, x and residual (B, L, D), w_gate and w_noise
+    # (D, E), noise (B, E), all float32 or float64; lists of E tensors (R, D), (R,), (D, R), (D,); seed as above -> out (B, L, D),
+    # usage (E,) int64, gates and expert_ids (B, k), hidden (B, k, L, R).
+    "routed_block": (
+        "(Tensor x, Tensor residual, Tensor w_gate, Tensor w_noise, Tensor noise, Tensor[] down_weight, Tensor[] down_bias, "
+        "Tensor[] up_weight, Tensor[] up_bias, Tensor? seed, int k, float scale, float dropout_p, bool save_hidden) -> "
+        "(Tensor out, Tensor usage, Tensor gates, Tensor expert_ids, Tensor hidden)"
+    ),
+    # Those of the experts stacked; what is not needed comes back with zero elements.
+    "routed_block_backward": (
+        "(Tensor grad, Tensor x, Tensor w_gate, Tensor w_noise, Tensor noise, Tensor gates, Tensor expert_ids, "
+        "Tensor[] down_weight, Tensor[] up_weight, Tensor[] up_bias, Tensor hidden, float scale, float dropout_p, bool need_x, "
+        "bool need_router, bool need_experts) -> (Tensor grad_x, Tensor grad_gate, Tensor grad_noise, "
+        "Tensor grad_down_weight, Tensor grad_down_bias, Tensor grad_up_weight, Tensor grad_up_bias)"
+    ),
     # student, teacher (outer, M, inner), softmax over M -> loss (outer, inner), stats (4, outer, inner): maximum and log-sum of
     # the exponentials from it, of the student's and the teacher's logits over temperature. Two numbers, because with large
     # logits their sum would round away the probabilities' digits.
@@ -54,6 +69,9 @@ SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor w_gate, Tensor? w_noise, Tensor? noise, Tensor gates, Tensor expert_ids, bool need_x, "
         "bool need_gate, bool need_noise) -> (Tensor grad_x, Tensor grad_gate, Tensor grad_noise)"
     ),
+    # Of the compiled library alone: Σ ‖tensor − reference‖² over lists of contiguous float32 or float64 tensors, and its gradient.
+    "squared_distance": "(Tensor[] tensors, Tensor[] references) -> Tensor",
+    "squared_distance_backward": "(Tensor grad, Tensor[] tensors, Tensor[] references) -> Tensor[]",
     # Contiguous tensors; others as many as averages or none. A seed rounds 16-bit averages stochastically.
     "average_": (
         "(Tensor(a!)[] averages, Tensor[] values, float weight, Tensor[] others, float other_weight, int? seed) -> ()"

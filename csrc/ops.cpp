@@ -3,6 +3,8 @@
 #include "distill_kl/distill.h"
 #include "gating/gating.h"
 #include "moe_adapter/adapter.h"
+#include "moe_adapter/routed.h"
+#include "squared_distance/distance.h"
 #include "weight_average/average.h"
 
 STABLE_TORCH_LIBRARY_IMPL(cl_kernels, CPU, m) {
@@ -10,6 +12,10 @@ STABLE_TORCH_LIBRARY_IMPL(cl_kernels, CPU, m) {
   m.impl("top_k_gating", TORCH_BOX(&clk::top_k_gating_cpu));
   m.impl("moe_adapter", TORCH_BOX(&clk::moe_adapter_cpu));
   m.impl("moe_adapter_backward", TORCH_BOX(&clk::moe_adapter_backward_cpu));
+  m.impl("routed_block", TORCH_BOX(&clk::routed_block_cpu));
+  m.impl("routed_block_backward", TORCH_BOX(&clk::routed_block_backward_cpu));
+  m.impl("squared_distance", TORCH_BOX(&clk::squared_distance_cpu));
+  m.impl("squared_distance_backward", TORCH_BOX(&clk::squared_distance_backward_cpu));
   m.impl("distill_kl", TORCH_BOX(&clk::distill_kl_cpu));
   m.impl("distill_kl_backward", TORCH_BOX(&clk::distill_kl_backward_cpu));
   m.impl("feature_distill_kl", TORCH_BOX(&clk::feature_distill_kl_cpu));

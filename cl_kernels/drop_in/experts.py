@@ -59,17 +59,25 @@ class _Stack(torch.autograd.Function):
         return (None, *(grad if need else None for grad, need in zip(found, needed, strict=True)))
 
 
-def stack(experts: Iterable[nn.Module], chosen: Chosen) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors(experts: Iterable[nn.Module]) -> list[Tensor]:
+    """The four tensors of expert 0, those of expert 1, and so on.
+
+    Args:
+        experts: modules with ``down_proj`` and ``up_proj``.
+    """
+    return [getattr(getattr(expert, layer), field) for expert in experts for layer, field in FIELDS]
+
+
+def stack(parameters: list[Tensor], chosen: Chosen) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``down_weight`` (E, R, D), ``down_bias`` (E, R), ``up_weight`` (E, D, R), ``up_bias`` (E, D), differentiable in the experts.
 
     The copy is made anew on every call: nothing tells reliably that no weight has changed since the last one (``p.data.add_()``
     leaves no trace), and it costs a few percent of the adapters' work.
 
     Args:
-        experts: modules with ``down_proj`` and ``up_proj``.
+        parameters: as :func:`tensors` gives them.
         chosen: gets the usage before the backward pass.
     """
-    parameters = [getattr(getattr(expert, layer), field) for expert in experts for layer, field in FIELDS]
     return _Stack.apply(chosen, *parameters)
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from cl_kernels.drop_in import experts
 from cl_kernels.drop_in.patch import Patch, Patched
 from cl_kernels.drop_in.probe import COUNTERS, relative_difference, undisturbed
+from cl_kernels.drop_in.routed_block import routed_block, serves
 from cl_kernels.moe_adapter import moe_adapter
 from cl_kernels.routed import routed_adapter
 
@@ -40,32 +41,45 @@ class MoEBlock(Patched):
             return self._cl_kernels_original.forward(self, x)
         w_gate, w_noise, counter = router
         x = x + self.attention(self.ln_1(x))
-        tokens = x.permute(1, 0, 2)
         autocast = torch.is_autocast_enabled(x.device.type)
         # Drawn where, in the dtype and in the order in which the published code draws it.
         dtype = torch.get_autocast_dtype(x.device.type) if autocast and x.dtype != torch.float64 else x.dtype
         noise = None
         if getattr(self, "noisy_gating", True) and self.is_train:
-            noise = torch.randn(len(tokens), w_gate.shape[1], dtype=dtype, device=x.device)
-        base = x + self.mlp(self.ln_2(x))
-        chosen = experts.Chosen()
-        stacks = experts.stack(self.adaptmlp_list, chosen)
-        first = self.adaptmlp_list[0]
-        options = {"scale": first.scale, "dropout_p": first.dropout if first.training else 0.0}
-        router = w_gate.to(x), w_noise.to(x), noise
-        if noise is not None and not autocast and x.dtype in (torch.float32, torch.float64):
-            out, usage = routed_adapter(
-                tokens, *router[:2], *stacks, k=self.top_k, noise=noise, residual=base.permute(1, 0, 2), **options
-            )
-        else:
-            gates, ids = _plain_gating(tokens[:, 0], *router, self.top_k)
-            mixed = moe_adapter(tokens, ids, gates, *stacks, **options)
-            out = base.permute(1, 0, 2) + mixed.to(torch.promote_types(mixed.dtype, torch.float32))
-            usage = _usage(ids, w_gate.shape[1])
-        chosen.set(usage)
+            noise = torch.randn(x.shape[1], w_gate.shape[1], dtype=dtype, device=x.device)
+        added = self.mlp(self.ln_2(x))
+        exact = noise is not None and not autocast and x.dtype in (torch.float32, torch.float64)
+        out, usage = self._mix(x.permute(1, 0, 2), added.permute(1, 0, 2), (w_gate.to(x), w_noise.to(x), noise), exact)
         if counter is not None:
             self._count(counter, usage)
         return out.permute(1, 0, 2)
+
+    def _mix(
+        self: Any, x: Tensor, added: Tensor, router: tuple[Tensor, Tensor, Tensor | None], exact: bool
+    ) -> tuple[Tensor, Tensor]:
+        """``(x + added) + Σ_e g_e A_e(x)`` (B, L, D) and how many samples chose each expert (E,).
+
+        ``exact`` says whether the choice is the published one however logits are computed, see :func:`_plain_gating`.
+        """
+        parameters = experts.tensors(self.adaptmlp_list)
+        first = self.adaptmlp_list[0]
+        options = {"scale": first.scale, "dropout_p": first.dropout if first.training else 0.0}
+        w_gate, w_noise, noise = router
+        if exact and noise is not None and serves(x, (added, w_gate, w_noise, noise, *parameters)):
+            return routed_block(x, added, w_gate, w_noise, noise, parameters, k=self.top_k, **options)
+        base, chosen = x + added, experts.Chosen()
+        stacks = experts.stack(parameters, chosen)
+        if exact:
+            out, usage = routed_adapter(
+                x, w_gate, w_noise, *stacks, k=self.top_k, noise=noise, residual=base, **options
+            )
+        else:
+            gates, ids = _plain_gating(x[:, 0], *router, self.top_k)
+            mixed = moe_adapter(x, ids, gates, *stacks, **options)
+            out = base + mixed.to(torch.promote_types(mixed.dtype, torch.float32))
+            usage = _usage(ids, w_gate.shape[1])
+        chosen.set(usage)
+        return out, usage
 
     def _count(self: Any, name: str, usage: Tensor) -> None:
         counts = self.__dict__[name]

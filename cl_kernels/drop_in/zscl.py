@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from cl_kernels.distill_kl import distill_kl
 from cl_kernels.drop_in.patch import Patch
+from cl_kernels.drop_in.squared_distance import compiled, squared_distance
 from cl_kernels.drop_in.storage import own_storage
 from cl_kernels.weight_average import average_, blend_
-
-_CHUNK = 1 << 24
-"""Elements whose differences are held together: 64 MiB in float32."""
 
 
 def patch_zscl(helpers_module: ModuleType, *, differentiate_teacher: bool = True) -> Patch:
@@ -113,9 +111,10 @@ class _TeacherGradient(torch.autograd.Function):
         T = ctx.temperature
         log_p_s = (s / T).log_softmax(1)
         p_t = (t / T).softmax(1)
-        mean = (p_t * log_p_s).sum(1, keepdim=True)
         rows = t.numel() // t.shape[1]
-        return (mean - log_p_s).mul_(p_t).mul_(grads[0] * (T / rows)).to(t.dtype), None, None
+        # p_t (log p_s − Σ p_t log p_s), as of a softmax whose incoming gradient is log p_s
+        found = torch.ops.aten._softmax_backward_data(log_p_s, p_t, 1, p_t.dtype)
+        return found.mul_(grads[0] * (-T / rows)).to(t.dtype), None, None
 
 
 def _merge_we(original: FunctionType) -> Callable:
@@ -157,57 +156,14 @@ def _l2_loss(original: FunctionType) -> Callable:
     def l2_loss(model: nn.Module, model_ref: nn.Module) -> Tensor | float:
         lists = _parameters(model, model_ref, data=False)
         served = _all_served(lists) and lists[0][0].dtype in (torch.float32, torch.float64)
-        # On a CPU one pass per tensor stays in the cache, and lists of differences do not: the published loop is the faster one.
-        if not served or lists[0][0].device.type == "cpu" or torch.is_autocast_enabled(lists[0][0].device.type):
+        if not served or torch.is_autocast_enabled(lists[0][0].device.type):
+            return original(model, model_ref)
+        # On a CPU one pass per tensor stays in the cache, and lists of differences do not: without the kernel the loop is faster.
+        if lists[0][0].device.type == "cpu" and not compiled([*lists[0], *lists[1]]):
             return original(model, model_ref)
         return squared_distance(*lists)
 
     return _like(original, l2_loss)
-
-
-def squared_distance(tensors: list[Tensor], references: list[Tensor]) -> Tensor:
-    """``Σ ‖q − k‖²`` as a 0-d tensor, with a few operations for whole lists; differentiable in the first.
-
-    Args:
-        tensors: of one dtype and device, any shapes.
-        references: the same shapes.
-    """
-    return _SquaredDistance.apply(len(tensors), *tensors, *(p.detach() for p in references))
-
-
-class _SquaredDistance(torch.autograd.Function):
-    """``Σ ‖q − k‖²`` over two lists of tensors; its gradient is ``2 (q − k)``."""
-
-    @staticmethod
-    def forward(ctx: Any, number: int, *tensors: Tensor) -> Tensor:
-        ctx.number = number
-        ctx.save_for_backward(*tensors)
-        norms: list[Tensor] = []
-        for start, end in _chunks(tensors[:number]):
-            differences = torch._foreach_sub(tensors[start:end], tensors[number + start : number + end])
-            norms += torch._foreach_norm(differences)
-            del differences
-        return torch.stack(norms).square_().sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        number = ctx.number
-        wanted = [i for i in range(number) if ctx.needs_input_grad[1 + i]]
-        tensors = ctx.saved_tensors
-        differences = torch._foreach_sub([tensors[i] for i in wanted], [tensors[number + i] for i in wanted])
-        torch._foreach_mul_(differences, 2 * grads[0])
-        found = dict(zip(wanted, differences, strict=True))
-        return (None, *(found.get(i) for i in range(number)), *(None,) * number)
-
-
-def _chunks(tensors: tuple[Tensor, ...]) -> list[tuple[int, int]]:
-    ranges, start, elements = [], 0, 0
-    for i, tensor in enumerate(tensors):
-        elements += tensor.numel()
-        if elements >= _CHUNK or i == len(tensors) - 1:
-            ranges.append((start, i + 1))
-            start, elements = i + 1, 0
-    return ranges
 
 
 def _parameters(*models: nn.Module, data: bool = True) -> list[list[Tensor]]:

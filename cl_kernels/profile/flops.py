@@ -58,6 +58,23 @@ def _expert_elements(x: Any, expert_ids: Any, down_weight: Any) -> int:
     return x.shape[0] * x.shape[1] * expert_ids.shape[1] * rank * width
 
 
+def _routed_block(
+    x: Any, residual: Any, w_gate: Any, w_noise: Any, noise: Any, down_weight: Any, *rest: Any, **__: Any
+) -> int:
+    """Two products of every chosen expert, and the router's two."""
+    k = rest[4]
+    return 4 * x.shape[0] * x.shape[1] * k * down_weight[0].numel() + 4 * x.shape[0] * w_gate.numel()
+
+
+def _routed_block_backward(grad: Any, x: Any, w_gate: Any, *rest: Any, **__: Any) -> int:
+    """As of the adapter; of the router only what the kept logits reach."""
+    expert_ids, down_weight = rest[3:5]
+    need_x, need_router, need_experts = (bool(need) for need in rest[-3:])
+    tokens = x.shape[0] * x.shape[1] * expert_ids.shape[1] * down_weight[0].numel()
+    router = expert_ids.numel() * x.shape[2] * (need_x or need_router) * (1 + 2 * need_x + 2 * need_router)
+    return 2 * tokens * (1 + need_x + 2 * need_experts) + 2 * router
+
+
 def _gating(x: Any, w_gate: Any, w_noise: Any, noise: Any, *_: Any, **__: Any) -> int:
     return 2 * x.shape[0] * w_gate.numel() * (1 + (noise is not None))
 
@@ -98,6 +115,8 @@ _OURS: dict[str, Formula] = {
     for name, formula in (
         ("moe_adapter", _adapter),
         ("moe_adapter_backward", _adapter_backward),
+        ("routed_block", _routed_block),
+        ("routed_block_backward", _routed_block_backward),
         ("top_k_gating", _gating),
         ("top_k_gating_backward", _gating_backward),
         ("feature_distill_kl", _feature_distillation),

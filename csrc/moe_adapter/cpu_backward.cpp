@@ -5,13 +5,11 @@
 #include <algorithm>
 
 #include "moe_adapter/adapter.h"
-#include "moe_adapter/cpu_driver.h"
-#include "moe_adapter/cpu_gradients.h"
+#include "moe_adapter/cpu_passes.h"
 
 namespace clk {
+namespace moe {
 namespace {
-
-using namespace moe;
 
 constexpr int64_t kPieceBytes = 4 << 20;  // of tokens and gradients
 
@@ -34,9 +32,9 @@ void add_gate_terms(const Tensor& terms, const Tensor& grad_gates, int64_t lengt
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_adapter_backward_cpu(
-    Tensor grad, Tensor x, Tensor expert_ids, Tensor gates, Tensor down_weight, Tensor up_weight, Tensor up_bias, Tensor hidden,
-    double scale, double dropout_p, bool need_x, bool need_gates, bool need_experts) {
+Gradients run_backward(const Tensor& grad, const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const PerExpert& down_weight,
+                       const PerExpert& up_weight, const PerExpert& up_bias, const Tensor& hidden, bool add_grad, double scale,
+                       double dropout_p, bool need_x, bool need_gates, bool need_experts) {
   const Shape s = check_arguments(x, expert_ids, gates, down_weight, up_weight, up_bias);
   check_like(grad, x, "the incoming gradient");
   STD_TORCH_CHECK(hidden.numel() == s.batch * s.slots * s.length * s.rank && hidden.scalar_type() == x.scalar_type() && hidden.is_contiguous(),
@@ -51,18 +49,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_adapter_backward_
                     empty(need_experts, {s.experts, s.width, s.rank}, type), empty(need_experts, {s.experts, s.width}, type)};
 
   const Tensor ids = torch::stable::contiguous(expert_ids), g = torch::stable::contiguous(gates);
-  const Tensor down = torch::stable::contiguous(down_weight), up = torch::stable::contiguous(up_weight);
-  const Tensor b_up = torch::stable::contiguous(up_bias);
   const Tensor rows = unit_stride(x), upstream = unit_stride(grad);
   const Pairs pairs(s, data<int64_t>(ids));
-  const PackedWeights packed_up(up, pairs, false), packed_down(down, pairs, false);
+  const PackedWeights packed_up(up_weight, pairs, false), packed_down(down_weight, pairs, false);
   const Tiles tiles(s, data<int64_t>(ids));
 
   Backward op{};
-  fill(op, s, rows, ids, g, b_up, scale, dropout_p);
+  fill(op, s, rows, ids, g, up_bias, scale, dropout_p);
   op.narrow = packed_up.weights();
   op.widen = packed_down.weights();
   op.grad = view_of(upstream);
+  op.add_grad = add_grad;
   op.hidden = hidden.data_ptr();
   if (need_x) op.grad_x = view_of(grad_x);
   std::optional<Tensor> sums, gate_terms, grad_pre;
@@ -93,7 +90,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_adapter_backward_
   } else if (need_gates) {
     add_gate_terms<float>(*gate_terms, grad_gates, s.length);
   }
-  return {grad_x, grad_gates, experts.down_weight, experts.down_bias, experts.up_weight, experts.up_bias};
+  return {grad_x, grad_gates, experts};
+}
+
+}  // namespace moe
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_adapter_backward_cpu(
+    Tensor grad, Tensor x, Tensor expert_ids, Tensor gates, Tensor down_weight, Tensor up_weight, Tensor up_bias, Tensor hidden,
+    double scale, double dropout_p, bool need_x, bool need_gates, bool need_experts) {
+  using moe::PerExpert;
+  const moe::Gradients found = moe::run_backward(grad, x, expert_ids, gates, PerExpert(down_weight), PerExpert(up_weight), PerExpert(up_bias),
+                                                 hidden, false, scale, dropout_p, need_x, need_gates, need_experts);
+  const moe::ExpertTensors& experts = found.experts;
+  return {found.x, found.gates, experts.down_weight, experts.down_bias, experts.up_weight, experts.up_bias};
 }
 
 }  // namespace clk

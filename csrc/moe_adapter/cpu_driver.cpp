@@ -21,22 +21,40 @@ int64_t combinations(const Shape& s) {
 
 }  // namespace
 
-Shape check_arguments(const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const Tensor& down_weight,
-                      const Tensor& up_weight, const Tensor& up_bias) {
-  STD_TORCH_CHECK(x.dim() == 3 && expert_ids.dim() == 2 && gates.dim() == 2 && down_weight.dim() == 3 && up_weight.dim() == 3 &&
-                      up_bias.dim() == 2,
-                  "moe_adapter: expected x, down_weight and up_weight with 3 dimensions, expert_ids, gates and up_bias with 2");
-  const Shape s{x.size(0), x.size(1), x.size(2), down_weight.size(1), down_weight.size(0), expert_ids.size(1)};
-  STD_TORCH_CHECK(expert_ids.size(0) == s.batch && gates.size(0) == s.batch && gates.size(1) == s.slots && down_weight.size(2) == s.width &&
-                      up_weight.size(0) == s.experts && up_weight.size(1) == s.width && up_weight.size(2) == s.rank &&
-                      up_bias.size(0) == s.experts && up_bias.size(1) == s.width,
-                  "moe_adapter: sizes do not fit x (B, L, D), expert_ids and gates (B, k), down_weight (E, R, D), up_weight (E, D, R), "
-                  "up_bias (E, D)");
+PerExpert::PerExpert(const Tensor& stack) : held_{torch::stable::contiguous(stack)}, type_(stack.scalar_type()) {
+  STD_TORCH_CHECK(stack.dim() >= 1, "moe_adapter: expected stacked weights (E, …)");
+  for (int64_t i = 1; i < stack.dim(); ++i) sizes_.push_back(stack.size(i));
+  const int64_t experts = stack.size(0), stride = experts > 0 ? stack.numel() / experts * static_cast<int64_t>(stack.element_size()) : 0;
+  for (int64_t e = 0; e < experts; ++e) data_.push_back(clk::data<char>(held_[0]) + e * stride);
+}
+
+PerExpert::PerExpert(const std::vector<Tensor>& tensors) {
+  STD_TORCH_CHECK(!tensors.empty(), "moe_adapter: expected the weights of at least one expert");
+  type_ = tensors[0].scalar_type();
+  for (int64_t i = 0; i < tensors[0].dim(); ++i) sizes_.push_back(tensors[0].size(i));
+  held_.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) {
+    bool same = tensor.dim() == dim() && tensor.scalar_type() == type_;
+    for (int64_t i = 0; same && i < dim(); ++i) same = tensor.size(i) == size(i);
+    STD_TORCH_CHECK(same, "moe_adapter: expected the same shape and dtype of every expert");
+    held_.push_back(torch::stable::contiguous(tensor));
+    data_.push_back(held_.back().data_ptr());
+  }
+}
+
+Shape check_arguments(const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const PerExpert& down_weight,
+                      const PerExpert& up_weight, const PerExpert& up_bias) {
+  STD_TORCH_CHECK(x.dim() == 3 && expert_ids.dim() == 2 && gates.dim() == 2 && down_weight.dim() == 2,
+                  "moe_adapter: expected x and down_weight with 3 dimensions, expert_ids and gates with 2");
+  const Shape s{x.size(0), x.size(1), x.size(2), down_weight.size(0), down_weight.experts(), expert_ids.size(1)};
+  STD_TORCH_CHECK(expert_ids.size(0) == s.batch && gates.size(0) == s.batch && gates.size(1) == s.slots,
+                  "moe_adapter: sizes do not fit x (B, L, D), expert_ids and gates (B, k)");
   STD_TORCH_CHECK(expert_ids.scalar_type() == ScalarType::Long, "moe_adapter: expert_ids must be int64");
   STD_TORCH_CHECK(gates.scalar_type() == compute_type(x), "moe_adapter: gates must be float32, or float64 for float64 x");
-  for (const Tensor* weight : {&down_weight, &up_weight, &up_bias}) {
-    STD_TORCH_CHECK(weight->scalar_type() == x.scalar_type(), "moe_adapter: weights must have the dtype of x");
-  }
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(down_weight.is(type, s.rank, s.width) && up_weight.is(type, s.width, s.rank) && up_bias.is(type, s.width) &&
+                      up_weight.experts() == s.experts && up_bias.experts() == s.experts,
+                  "moe_adapter: expected down_weight (E, R, D), up_weight (E, D, R) and up_bias (E, D) with the D and the dtype of x");
   return s;
 }
 
@@ -46,8 +64,8 @@ void check_like(const Tensor& tensor, const Tensor& expected, const char* name) 
   STD_TORCH_CHECK(same, "moe_adapter: ", name, " must have the shape and dtype of x");
 }
 
-Element element_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+Element element_of(ScalarType type) {
+  switch (type) {
     case ScalarType::Float: return Element::f32;
     case ScalarType::Double: return Element::f64;
     case ScalarType::BFloat16: return Element::bf16;
@@ -71,9 +89,9 @@ Tensor empty_rows(const Tensor& x) {
   return on_large_pages(torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}));
 }
 
-void fill(Problem& p, const Shape& s, const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const Tensor& up_bias, double scale,
-          double dropout_p) {
-  p.type = element_of(x);
+void fill(Problem& p, const Shape& s, const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const PerExpert& up_bias,
+          double scale, double dropout_p) {
+  p.type = element_of(x.scalar_type());
   p.length = s.length;
   p.width = s.width;
   p.rank = s.rank;
@@ -81,7 +99,7 @@ void fill(Problem& p, const Shape& s, const Tensor& x, const Tensor& expert_ids,
   p.slots = s.slots;
   p.expert_ids = data<int64_t>(expert_ids);
   p.gates = gates.data_ptr();
-  p.up_bias = up_bias.data_ptr();
+  p.up_bias = up_bias.data();
   p.scale = scale;
   p.dropout_p = dropout_p;
   p.sums = nullptr;
@@ -95,24 +113,22 @@ Pairs::Pairs(const Shape& s, const int64_t* ids) : begin(static_cast<size_t>(s.e
   for (size_t i = 0; i < pairs.size(); ++i) pairs[static_cast<size_t>(next[bucket(ids[i])]++)] = static_cast<int64_t>(i);
 }
 
-PackedWeights::PackedWeights(const Tensor& weight, const Pairs& pairs, bool transposed)
-    : experts_(static_cast<size_t>(weight.size(0)), nullptr) {
-  const Element type = element_of(weight);
-  // Transposed: stored (E, n, K); otherwise (E, K, n).
-  const int64_t K = weight.size(transposed ? 2 : 1), n = weight.size(transposed ? 1 : 2);
+PackedWeights::PackedWeights(const PerExpert& weight, const Pairs& pairs, bool transposed)
+    : experts_(static_cast<size_t>(weight.experts()), nullptr) {
+  const Element type = element_of(weight.scalar_type());
+  // Transposed: stored (n, K); otherwise (K, n).
+  const int64_t K = weight.size(transposed ? 1 : 0), n = weight.size(transposed ? 0 : 1);
   const int64_t width = CLK_CALL(panel_columns, type, n);
-  const bool in_place = !transposed && n % width == 0 && weight.scalar_type() == compute_type(weight);
+  const bool in_place = !transposed && n % width == 0 && (type == Element::f32 || type == Element::f64);
   const int64_t bytes = (CLK_CALL(packed_bytes, type, K, n) + 63) / 64 * 64;
   step_ = in_place ? width : K * width;
   ld_ = in_place ? n : width;
   std::vector<int64_t> used;
-  for (int64_t e = 0; e < weight.size(0); ++e) {
+  for (int64_t e = 0; e < weight.experts(); ++e) {
     if (pairs.count(e) > 0) used.push_back(e);
   }
-  const char* source = data<char>(weight);
-  const int64_t stride = K * n * static_cast<int64_t>(weight.element_size());
   if (in_place) {
-    for (int64_t e : used) experts_[static_cast<size_t>(e)] = source + e * stride;
+    for (int64_t e : used) experts_[static_cast<size_t>(e)] = weight.data()[e];
     return;
   }
   memory_.reset(new char[used.size() * static_cast<size_t>(bytes) + 64]);
@@ -120,7 +136,7 @@ PackedWeights::PackedWeights(const Tensor& weight, const Pairs& pairs, bool tran
   torch::stable::parallel_for(0, static_cast<int64_t>(used.size()), 1 + (1 << 16) / (K * n + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t e = used[static_cast<size_t>(i)];
-      CLK_CALL(pack_weight, type, source + e * stride, K, n, transposed ? 1 : n, transposed ? K : 1, base + i * bytes);
+      CLK_CALL(pack_weight, type, weight.data()[e], K, n, transposed ? 1 : n, transposed ? K : 1, base + i * bytes);
       experts_[static_cast<size_t>(e)] = base + i * bytes;
     }
   });

@@ -18,12 +18,36 @@ struct Shape {
   int64_t batch, length, width, rank, experts, slots;
 };
 
+// One contiguous tensor of every expert, all of one shape: slices of a stack, or tensors of their own.
+class PerExpert {
+ public:
+  explicit PerExpert(const Tensor& stack);                 // (E, …)
+  explicit PerExpert(const std::vector<Tensor>& tensors);  // as many as experts, at least one
+
+  int64_t experts() const { return static_cast<int64_t>(data_.size()); }
+  int64_t dim() const { return static_cast<int64_t>(sizes_.size()); }
+  int64_t size(int64_t i) const { return sizes_[static_cast<size_t>(i)]; }
+  ScalarType scalar_type() const { return type_; }
+  const void* const* data() const { return data_.data(); }
+  // Whether all are of this type and (rows) or (rows, columns).
+  bool is(ScalarType type, int64_t rows) const { return type_ == type && dim() == 1 && size(0) == rows; }
+  bool is(ScalarType type, int64_t rows, int64_t columns) const {
+    return type_ == type && dim() == 2 && size(0) == rows && size(1) == columns;
+  }
+
+ private:
+  std::vector<Tensor> held_;
+  std::vector<const void*> data_;
+  std::vector<int64_t> sizes_;  // of one expert's
+  ScalarType type_;
+};
+
 // Checks dimensions, sizes and types against each other, so that nothing is ever read outside a tensor.
-Shape check_arguments(const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const Tensor& down_weight,
-                      const Tensor& up_weight, const Tensor& up_bias);
+Shape check_arguments(const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const PerExpert& down_weight,
+                      const PerExpert& up_weight, const PerExpert& up_bias);
 void check_like(const Tensor& tensor, const Tensor& expected, const char* name);
 
-Element element_of(const Tensor& tensor);
+Element element_of(ScalarType type);
 ScalarType compute_type(const Tensor& tensor);
 
 // `tensor` with unit stride along its last dimension: itself or a copy.
@@ -33,7 +57,7 @@ View view_of(const Tensor& tensor);
 // Uninitialised (B, L, D) in the memory order of x: (L, B, D) in memory if x is, else (B, L, D).
 Tensor empty_rows(const Tensor& x);
 
-void fill(Problem& problem, const Shape& shape, const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const Tensor& up_bias,
+void fill(Problem& problem, const Shape& shape, const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const PerExpert& up_bias,
           double scale, double dropout_p);
 
 // The (sample, slot) pairs of every expert, in order: pairs[begin[e]] to pairs[begin[e + 1]]; ids out of range come last.
@@ -46,11 +70,11 @@ struct Pairs {
   }
 };
 
-// The (E, K, n) or, transposed, (E, n, K) weights of the experts that somebody chose, for products of depth K with n columns: packed, or
-// where they lie if they need neither transposing, nor converting, nor padding.
+// The (K, n) or, transposed, (n, K) weights of the experts that somebody chose, for products of depth K with n columns: packed, or where
+// they lie if they need neither transposing, nor converting, nor padding.
 class PackedWeights {
  public:
-  PackedWeights(const Tensor& weight, const Pairs& pairs, bool transposed);
+  PackedWeights(const PerExpert& weight, const Pairs& pairs, bool transposed);
   Weights weights() const { return {experts_.data(), step_, ld_}; }
 
  private:

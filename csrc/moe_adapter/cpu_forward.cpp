@@ -1,17 +1,16 @@
 // Forward pass of the adapters on the CPU: one pass over x, the bottleneck of a tile stays in cache, the residual is added while
 // the result is written.
 #include "moe_adapter/adapter.h"
-#include "moe_adapter/cpu_driver.h"
+#include "moe_adapter/cpu_passes.h"
 
 namespace clk {
+namespace moe {
 
-std::tuple<Tensor, Tensor> moe_adapter_cpu(Tensor x, Tensor expert_ids, Tensor gates, Tensor down_weight, Tensor down_bias,
-                                           Tensor up_weight, Tensor up_bias, std::optional<Tensor> residual,
-                                           std::optional<Tensor> seed, double scale, double dropout_p, bool save_hidden) {
-  using namespace moe;
-  const Shape s = check_arguments(x, expert_ids, gates, down_weight, up_weight, up_bias);
-  STD_TORCH_CHECK(down_bias.dim() == 2 && down_bias.size(0) == s.experts && down_bias.size(1) == s.rank &&
-                      down_bias.scalar_type() == x.scalar_type(),
+std::tuple<Tensor, Tensor> run_forward(const Tensor& x, const Tensor& expert_ids, const Tensor& gates, const Experts& experts,
+                                       const std::optional<Tensor>& residual, bool add_input, const std::optional<Tensor>& seed,
+                                       double scale, double dropout_p, bool save_hidden) {
+  const Shape s = check_arguments(x, expert_ids, gates, experts.down_weight, experts.up_weight, experts.up_bias);
+  STD_TORCH_CHECK(experts.down_bias.experts() == s.experts && experts.down_bias.is(x.scalar_type(), s.rank),
                   "moe_adapter: down_bias must be (E, R) with the dtype of x");
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "moe_adapter: dropout_p must be in [0, 1)");
   STD_TORCH_CHECK(dropout_p == 0 || (seed.has_value() && (seed->numel() == 1 || seed->numel() == 2) && seed->is_contiguous() &&
@@ -24,23 +23,22 @@ std::tuple<Tensor, Tensor> moe_adapter_cpu(Tensor x, Tensor expert_ids, Tensor g
   if (out.numel() == 0) return {out, hidden};
 
   const Tensor ids = torch::stable::contiguous(expert_ids), g = torch::stable::contiguous(gates);
-  const Tensor down = torch::stable::contiguous(down_weight), up = torch::stable::contiguous(up_weight);
-  const Tensor b_down = torch::stable::contiguous(down_bias), b_up = torch::stable::contiguous(up_bias);
   const Tensor rows = unit_stride(x);
   std::optional<Tensor> base;
   if (residual.has_value()) base = unit_stride(*residual);
 
   const Pairs pairs(s, data<int64_t>(ids));
-  const PackedWeights packed_down(down, pairs, true), packed_up(up, pairs, true);
+  const PackedWeights packed_down(experts.down_weight, pairs, true), packed_up(experts.up_weight, pairs, true);
   const Tiles tiles(s, data<int64_t>(ids));
   Forward op{};
-  fill(op, s, rows, ids, g, b_up, scale, dropout_p);
+  fill(op, s, rows, ids, g, experts.up_bias, scale, dropout_p);
   op.narrow = packed_down.weights();
   op.widen = packed_up.weights();
   op.x = view_of(rows);
   op.out = view_of(out);
   if (base.has_value()) op.residual = view_of(*base);
-  op.down_bias = b_down.data_ptr();
+  op.add_input = add_input;
+  op.down_bias = experts.down_bias.data();
   op.hidden = save_hidden ? hidden.data_ptr() : nullptr;
   if (dropout_p > 0) {
     const int64_t* numbers = data<int64_t>(*seed);
@@ -54,6 +52,16 @@ std::tuple<Tensor, Tensor> moe_adapter_cpu(Tensor x, Tensor expert_ids, Tensor g
   }
   tiles.for_each(op, 0, s.batch, [&](const Tile& tile, void* scratch) { CLK_CALL(forward_tile, op, tile, scratch); });
   return {out, hidden};
+}
+
+}  // namespace moe
+
+std::tuple<Tensor, Tensor> moe_adapter_cpu(Tensor x, Tensor expert_ids, Tensor gates, Tensor down_weight, Tensor down_bias,
+                                           Tensor up_weight, Tensor up_bias, std::optional<Tensor> residual,
+                                           std::optional<Tensor> seed, double scale, double dropout_p, bool save_hidden) {
+  using moe::PerExpert;
+  const moe::Experts experts{PerExpert(down_weight), PerExpert(down_bias), PerExpert(up_weight), PerExpert(up_bias)};
+  return moe::run_forward(x, expert_ids, gates, experts, residual, false, seed, scale, dropout_p, save_hidden);
 }
 
 }  // namespace clk

@@ -32,13 +32,14 @@ struct Problem {
   const void* gates;                            // (B, k), compute type
   double scale, dropout_p;
   Weights narrow, widen;                        // from D to R, and from R to D; compute type
-  const void* up_bias;            // (E, D)
+  const void* const* up_bias;     // (D) of every expert
   void* sums;                     // (B L, D) compute type, holds 16-bit results between slots; or null
 };
 
 struct Forward : Problem {
   View x, residual, out;
-  const void* down_bias;  // (E, R)
+  bool add_input;                 // whether x itself is added too, to the residual first
+  const void* const* down_bias;   // (R) of every expert
   void* hidden;           // (B, k, L, R) or null
   uint64_t seed;
   int64_t first_row;  // of dropout's counters: that of sample 0 in the batch that this one is a part of
@@ -46,6 +47,7 @@ struct Forward : Problem {
 
 struct Backward : Problem {
   View grad, grad_x;
+  bool add_grad;       // whether grad itself is a part of grad_x, as it is where x was added to the output
   const void* hidden;  // (B, k, L, R)
   void* gate_terms;    // (B, k, L) compute type, one term of the gate gradient per token; or null
   void* grad_pre;      // (B, k, L, R) compute type from row first_row on, gradient before the ReLU; or null

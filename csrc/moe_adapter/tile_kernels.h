@@ -22,7 +22,7 @@ void forward(const Forward& op, const Tile& t, void* memory) {
   Arena arena{static_cast<char*>(memory)};
   const Scratch<C> s(arena, op);
   const Rows rows(op, t);
-  const Matrix<C> x = compute_rows<T, C>(op.x, t, rows, op.width, s.rows);
+  const Matrix<C> x = compute_rows<T, C>(op.x, t, rows, op.width, s);
   const int64_t ldh = padded<C>(op.rank);
   const C* gates = static_cast<const C*>(op.gates);
   T* hidden = static_cast<T*>(op.hidden);
@@ -39,7 +39,7 @@ void forward(const Forward& op, const Tile& t, void* memory) {
     }
     C* h = s.hidden + active * kTileRows * ldh;
     multiply<C>(rows.n, x, op.narrow, e, op.width, op.rank, h, ldh);
-    const T* bias = static_cast<const T*>(op.down_bias) + e * op.rank;
+    const T* bias = static_cast<const T*>(op.down_bias[e]);
     for (int64_t i = 0; i < rows.n; ++i) {
       C* line = h + i * ldh;
       const int64_t offset = rows.index(op, i, j) * op.rank;
@@ -60,7 +60,7 @@ void forward(const Forward& op, const Tile& t, void* memory) {
     }
     s.expert[active++] = e;
   });
-  write_rows<T, C>(op, t, rows, s, active, op.x, op.residual, op.out, static_cast<const T*>(op.up_bias));
+  write_rows<T, C>(op, t, rows, s, active, op.x, op.residual, op.add_input ? op.x : View{}, op.out, op.up_bias);
 }
 
 template <typename T>
@@ -69,7 +69,7 @@ void backward(const Backward& op, const Tile& t, void* memory) {
   Arena arena{static_cast<char*>(memory)};
   const Scratch<C> s(arena, op);
   const Rows rows(op, t);
-  const Matrix<C> grad = compute_rows<T, C>(op.grad, t, rows, op.width, s.rows);
+  const Matrix<C> grad = compute_rows<T, C>(op.grad, t, rows, op.width, s);
   const int64_t ldh = padded<C>(op.rank);
   const C* gates = static_cast<const C*>(op.gates);
   C* gate_terms = static_cast<C*>(op.gate_terms);
@@ -88,7 +88,7 @@ void backward(const Backward& op, const Tile& t, void* memory) {
       const int64_t index = rows.index(op, i, j);
       const T* h = static_cast<const T*>(op.hidden) + index * op.rank;
       if (gate_terms) {
-        const T* bias = static_cast<const T*>(op.up_bias) + e * op.width;
+        const T* bias = static_cast<const T*>(op.up_bias[e]);
         gate_terms[index] = scale * (dot(line, h, op.rank) + dot(grad.data + i * grad.ld, bias, op.width));
       }
       const C factor = gates[rows.sample[i] * op.slots + j] * scale * grown;
@@ -99,7 +99,7 @@ void backward(const Backward& op, const Tile& t, void* memory) {
     }
     s.expert[active++] = e;
   });
-  if (op.grad_x.data) write_rows<T, C>(op, t, rows, s, active, op.grad, View{}, op.grad_x, nullptr);
+  if (op.grad_x.data) write_rows<T, C>(op, t, rows, s, active, op.grad, op.add_grad ? op.grad : View{}, View{}, op.grad_x, nullptr);
 }
 
 }  // namespace

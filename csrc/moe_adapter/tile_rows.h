@@ -14,7 +14,8 @@ namespace {
 
 template <typename C>
 struct Scratch {
-  C* rows;       // (kTileRows, D): the tile in compute type, where it cannot be read in place
+  int64_t ldx;
+  C* rows;       // (kTileRows, ldx): the tile in compute type, where it cannot be read in place or is better copied
   C* hidden;     // (k, kTileRows, R padded)
   C* panel;      // (kTileRows, panel width)
   C* bias;       // (panel width)
@@ -23,7 +24,8 @@ struct Scratch {
   int64_t* expert;  // (k)
 
   Scratch(Arena& arena, const Problem& p)
-      : rows(arena.take<C>(kTileRows * p.width)),
+      : ldx(spread<C>(p.width)),
+        rows(arena.take<C>(kTileRows * ldx)),
         hidden(arena.take<C>(p.slots * kTileRows * padded<C>(p.rank))),
         panel(arena.take<C>(kTileRows * panel_width<C>(p.width))),
         bias(arena.take<C>(panel_width<C>(p.width))),
@@ -54,17 +56,14 @@ struct Rows {
   }
 };
 
-// The rows of a tile in compute type: read in place where they are evenly spaced, copied into `buffer` otherwise.
+// The rows of a tile in compute type: read in place where they are evenly spaced and do not crowd the cache, copied otherwise.
 template <typename T, typename C>
-Matrix<C> compute_rows(const View& view, const Tile& t, const Rows& rows, int64_t width, C* buffer) {
+Matrix<C> compute_rows(const View& view, const Tile& t, const Rows& rows, int64_t width, const Scratch<C>& s) {
   if constexpr (sizeof(T) == sizeof(C)) {
-    if (!t.gathered) return {rows.in<const T>(view, 0), view.token_stride};
+    if (!t.gathered && !crowds<T>(view.token_stride)) return {rows.in<const T>(view, 0), view.token_stride};
   }
-  for (int64_t i = 0; i < rows.n; ++i) {
-    const T* source = rows.in<const T>(view, i);
-    convert(source, width, buffer + i * width);
-  }
-  return {buffer, width};
+  for (int64_t i = 0; i < rows.n; ++i) convert(rows.in<const T>(view, i), width, s.rows + i * s.ldx);
+  return {s.rows, s.ldx};
 }
 
 // C (rows, n) = A (rows, K) · the weights of one expert.
@@ -98,6 +97,7 @@ struct RowEnd {
   const C* line;   // the product
   const C* bias;   // per column, or null
   const T* before; // the residual or what is there already, or null
+  const T* also;   // what is added to the residual first, or null
   const C* sum;    // what is there already, in compute type, or null
   C* next_sum;     // where the result goes in compute type, or null: to target
   T* target;
@@ -110,7 +110,11 @@ void end_row(const RowEnd<T, C>& r, int64_t columns) {
   for (; j + W <= columns; j += W) {
     Vec<C> total = load_vector(r.line + j);
     if (r.bias) total += load_vector(r.bias + j);
-    if (r.before) total += load_vector(r.before + j);
+    if (r.before && r.also) {
+      total += load_vector(r.before + j) + load_vector(r.also + j);
+    } else if (r.before) {
+      total += load_vector(r.before + j);
+    }
     if (r.sum) total += load_vector(r.sum + j);
     if (r.next_sum) {
       store_vector(r.next_sum + j, total);
@@ -121,7 +125,11 @@ void end_row(const RowEnd<T, C>& r, int64_t columns) {
   for (; j < columns; ++j) {
     C total = r.line[j];
     if (r.bias) total += r.bias[j];
-    if (r.before) total += static_cast<C>(load(r.before + j));
+    if (r.before && r.also) {
+      total += static_cast<C>(load(r.before + j)) + static_cast<C>(load(r.also + j));
+    } else if (r.before) {
+      total += static_cast<C>(load(r.before + j));
+    }
     if (r.sum) total += r.sum[j];
     if (r.next_sum) {
       r.next_sum[j] = total;
@@ -163,10 +171,11 @@ void fetch_columns(const Problem& p, const Tile& t, const Rows& rows, const View
   }
 }
 
-// out rows (+)= Σ_s hidden_s · widen[expert_s], plus what belongs to the rows: earlier slots, or the residual, and biases.
+// out rows (+)= Σ_s hidden_s · widen[expert_s], plus what belongs to the rows: earlier slots, or the residual and what `also` is added
+// to it, and biases.
 template <typename T, typename C>
 void write_rows(const Problem& p, const Tile& t, const Rows& rows, const Scratch<C>& s, int64_t active, const View& source,
-                const View& residual, const View& out, const T* bias) {
+                const View& residual, const View& also, const View& out, const void* const* bias) {
   const int64_t width = panel_width<C>(p.width), ldh = padded<C>(p.rank);
   C* sums = static_cast<C*>(p.sums);
   for (int64_t start = 0; start < p.width; start += width) {
@@ -184,7 +193,7 @@ void write_rows(const Problem& p, const Tile& t, const Rows& rows, const Scratch
       if (bias && (i == 0 || t.gathered)) {  // rows of one sample share their gates
         for (int64_t j = 0; j < columns; ++j) s.bias[j] = C(0);
         for (int64_t a = 0; a < active; ++a) {
-          add_scaled(s.weight[a * kTileRows + i], bias + s.expert[a] * p.width + start, columns, s.bias);
+          add_scaled(s.weight[a * kTileRows + i], static_cast<const T*>(bias[s.expert[a]]) + start, columns, s.bias);
         }
       }
       C* sum = sums ? sums + (rows.sample[i] * p.length + rows.token[i]) * p.width + start : nullptr;
@@ -193,6 +202,7 @@ void write_rows(const Problem& p, const Tile& t, const Rows& rows, const Scratch
       row.target = rows.in<T>(out, i) + start;
       row.bias = bias && active ? s.bias : nullptr;
       if (t.opens && residual.data) row.before = rows.in<const T>(residual, i) + start;
+      if (t.opens && residual.data && also.data) row.also = rows.in<const T>(also, i) + start;
       if (!t.opens && !sum) row.before = row.target;
       if (!t.opens) row.sum = sum;
       if (!t.closes) row.next_sum = sum;
