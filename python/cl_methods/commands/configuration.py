@@ -49,8 +49,8 @@ class Invocation:
     dry_run: bool = False
 
 
-def parse(arguments: Sequence[str], description: str) -> tuple[RunConfig, Invocation]:
-    """Read ``clk run``'s arguments.
+def parse(arguments: Sequence[str], description: str, prog: str = "clk run") -> tuple[RunConfig, Invocation]:
+    """Read ``clk run``'s arguments, or those of another verb that takes the same.
 
     Defaults depend on method and scenario, so these and ``--config`` are looked up first: naming another method than the
     file does drops the file's method settings. Then the file is validated, then tyro reads the whole line.
@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str], description: str) -> tuple[RunConfig, Invoca
         command_type,
         default=command_type(**values),
         args=list(arguments),
-        prog="clk run",
+        prog=prog,
         description=description,
         config=(tyro.conf.AvoidSubcommands,),
     )

@@ -89,7 +89,7 @@ def count_run(config: RunConfig, scenario: Scenario) -> RunCosts:
     if scenario.reference is not None:
         reference = Reference(BlankImages(len(scenario.reference.images), 1), scenario.reference.captions)
     with without_data():
-        method = find_method(config.method)(backbone, _short(config.effective_settings()), reference)
+        method = find_method(config.method)(backbone, short_fits(config.effective_settings()), reference)
         side = backbone.eval_transform(torch.zeros(3, 1, 1, dtype=torch.uint8)).shape
         image = _flops(lambda: backbone.encode_images(torch.empty(1, *side, device=_META)))
         method.expect(scenario.tasks)
@@ -193,8 +193,8 @@ def _blank_images(task: Task) -> dict[str, Any]:
     return {name: BlankImages(2 * classes, classes) for name in ("train", "validation", "test")}
 
 
-def _short(settings: Any) -> Any:
-    """Detectors and penalties that are fitted between tasks get one iteration; what a detector would read from disk is left out."""
+def short_fits(settings: Any) -> Any:
+    """Settings without what is fitted between tasks: detectors and penalties get one iteration, and read no weights from disk."""
     changes: dict[str, Any] = {}
     for entry in dataclasses.fields(settings):
         value = getattr(settings, entry.name)

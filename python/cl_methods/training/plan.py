@@ -86,7 +86,9 @@ class Plan:
         if not costs.uncounted and costs.stages:
             stay, beside = self.checkpoints
             found.append(f"disk: checkpoints {_bytes(stay)} at the end, up to {_bytes(beside)} more inside a task")
-        found.append("time: not estimated; the progress of a run says how long it still takes")
+        found.append(
+            "time: the progress of a run says how long it still takes; `clk plan` with the same options predicts it for GPUs"
+        )
         return found
 
 

@@ -80,8 +80,11 @@ def _chosen_experts(
 
 
 @contextmanager
-def without_data() -> Iterator[None]:
+def without_data(*, kernels: bool = False) -> Iterator[None]:
     """Inside, tensors on the device ``meta`` may be asked for values, and kernels run as the plain PyTorch that defines them.
+
+    Args:
+        kernels: they are dispatched as kernels instead, each one operation.
 
     Autocast knows no device ``meta``; there is nothing to cast either.
     """
@@ -97,8 +100,8 @@ def without_data() -> Iterator[None]:
 
     with (
         _Answers(),
-        clk.use_backend("reference"),
-        mock.patch.object(adapter_reference, "moe_adapter", _chosen_experts),
+        nullcontext() if kernels else clk.use_backend("reference"),
+        nullcontext() if kernels else mock.patch.object(adapter_reference, "moe_adapter", _chosen_experts),
         mock.patch.object(torch, "autocast", no_autocast),
         mock.patch.object(torch, "is_autocast_enabled", not_enabled),
         warnings.catch_warnings(),

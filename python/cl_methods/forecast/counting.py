@@ -1,0 +1,210 @@
+"""The work of a whole run on one of several processes, counted on tensors that have shapes and no data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from cl_kernels.profile.static import comparable_attention
+from cl_methods.backbone import Backbone
+from cl_methods.datasets.task import Reference, Task
+from cl_methods.evaluation.options import evaluated_images
+from cl_methods.forecast.simulated_ranks import simulated_ranks
+from cl_methods.forecast.sizes import shortened
+from cl_methods.forecast.steps import reference_size, step_work
+from cl_methods.forecast.work import Work, WorkCount
+from cl_methods.methods.base import Method, Stage
+from cl_methods.methods.find import find_method
+from cl_methods.micro_batches import MicroBatches
+from cl_methods.scenarios.base import Scenario
+from cl_methods.training.config import RunConfig
+from cl_methods.training.counting import blank_backbone, short_fits
+from cl_methods.training.run import rows_after_learning
+from cl_methods.training.task import use_micro_batches
+from cl_methods.training.without_data import BlankImages, without_data
+
+_META = torch.device("meta")
+_PROBED = 1024
+"""Images of a task on which the hooks around it are counted; what they encode of every image grows with their number."""
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """Work of one stage of one task in one process.
+
+    Attributes:
+        task, stage: their names.
+        steps: optimiser steps, or batches of the one pass.
+        new_steps: those whose reference images no frozen model has seen.
+        first, step: work of a step of the first kind, and of the others, without averages that are taken every so many steps.
+        saved: bytes that a step keeps for its backward pass, without weights and pixels.
+    """
+
+    task: str
+    stage: str
+    steps: int
+    new_steps: int
+    first: Work
+    step: Work
+    saved: int
+
+    @property
+    def total(self) -> Work:
+        """Of all steps."""
+        return self.first * self.new_steps + self.step * (self.steps - self.new_steps)
+
+
+@dataclass
+class RunWork:
+    """Work of a run in one of its processes.
+
+    Attributes:
+        processes: of the run.
+        stages: of every task, in the order of training.
+        between: before and after every task: teachers, memories, prototypes. Fits of detectors and closed-form heads are not in it.
+        evaluation: of all rows: image encoders in shares, class texts in every process.
+        trainable: parameters that the optimiser changes, at most.
+    """
+
+    processes: int
+    stages: list[StageWork] = field(default_factory=list)
+    between: Work = field(default_factory=Work)
+    evaluation: Work = field(default_factory=Work)
+    trainable: int = 0
+
+
+def count_work(
+    config: RunConfig,
+    scenario: Scenario,
+    processes: int = 1,
+    parts: MicroBatches | None = None,
+    *,
+    lists: bool = True,
+) -> RunWork:
+    """Count one step of every stage, the hooks around every task, and the evaluation, in the last of ``processes``.
+
+    Everything is the method's own code, of which a step is what the training loop does: pixels put together, loss, gradients and
+    their mean over the processes, hooks, optimiser.
+
+    Args:
+        config: of the run.
+        scenario: its tasks; no image is read.
+        processes: how many compute together.
+        parts: micro-batches of the encoders; None: all at once.
+        lists: optimisers of torch work on lists of tensors, as on a GPU; False: tensor by tensor, as on a CPU.
+
+    Raises:
+        ValueError: the model is unknown, the method's settings are wrong, or the method needs data to be counted.
+    """
+    backbone = blank_backbone(config.model, config.pretrained)
+    reference = None
+    if scenario.reference is not None:
+        reference = Reference(BlankImages(len(scenario.reference.images), 1), scenario.reference.captions)
+    found = RunWork(processes)
+    with _counted(), simulated_ranks(1):
+        method = find_method(config.method)(backbone, short_fits(config.effective_settings()), reference)
+        try:
+            use_micro_batches(method, parts)
+            image = _image_work(backbone, config.evaluation.batch_size)
+            found.evaluation = _evaluation(method, config, scenario, image, processes)
+            for index, task in enumerate(scenario.tasks[:1] if method.joint else scenario.tasks):
+                _count_task(method, index, task, found, image, lists)
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            line = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"{config.method}: a step cannot be counted without data ({line[:200]})") from error
+    return found
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[None]:
+    """Inside, kernels and attention are the operations that run on a real device."""
+    with without_data(kernels=True), comparable_attention():
+        yield
+
+
+def _count_task(method: Method, index: int, task: Task, found: RunWork, image: Work, lists: bool) -> None:
+    blank = shortened(task, _PROBED)
+
+    def hook(call: Callable[[], Any]) -> None:
+        found.between += _hook(call, len(task.train), image, found.processes)
+
+    hook(lambda: method.before_task(index, blank))
+    if method.closed_form:
+        steps, size = method.steps(task), method.config.batch_size
+        step, saved = step_work(method, blank, size, 0, None, found.processes)
+        found.stages.append(StageWork(task.name, "pass", steps, 0, step, step, saved))
+        return  # the head's solution needs the labels
+    for stage, planned in zip(method.stages(blank), method.stages(task), strict=True):
+        method.stage = stage
+        hook(lambda stage=stage: method.before_stage(stage))  # type: ignore[misc]
+        found.stages.append(_stage(method, blank, planned, found, lists))
+    method.stage = None
+    hook(lambda: method.after_task(index, blank))
+
+
+def _stage(method: Method, task: Task, planned: Stage, found: RunWork, lists: bool) -> StageWork:
+    """The present stage of a task; ``planned``: with as many steps as the task's real size makes."""
+    optimizer = method.optimizer()
+    if lists and isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):
+        for group in optimizer.param_groups:
+            group["foreach"] = True
+    found.trainable = max(found.trainable, sum(value.numel() for _, value in method.trainable()))
+    reference = method.reference_source(task) if method.uses_reference else None
+
+    def step(number: int) -> tuple[Work, int]:
+        return step_work(method, task, planned.batch_size, number, optimizer, found.processes)
+
+    step(0)  # optimisers make their state, averages begin
+    new, saved = step(1)
+    old, new_steps = new, 0
+    if reference is not None:
+        old, saved = step(1)  # the same reference images, seen before
+        if new.flops != old.flops:
+            new_steps = min(planned.steps, -(-len(reference) // reference_size(method, planned.batch_size)))
+    return StageWork(task.name, planned.name, planned.steps, new_steps, new, old, saved)
+
+
+def _hook(hook: Callable[[], Any], images: int, image: Work, processes: int) -> Work:
+    """What a hook does with a task of ``images`` images, from what it does with a few; images are encoded in shares."""
+    counting, encoded = WorkCount(), 0
+    plain = Backbone.encode_images
+
+    def encode(self: Backbone, batch: Tensor, **options: Any) -> Tensor:
+        nonlocal encoded
+        encoded += len(batch)
+        return plain(self, batch, **options)
+
+    with counting, mock.patch.object(Backbone, "encode_images", encode):
+        hook()
+    times = encoded // _PROBED
+    counted = Work(counting.calls, images=times * _PROBED)
+    return counted + image * (times * (images / processes - _PROBED))
+
+
+def _image_work(backbone: Backbone, batch_size: int) -> Work:
+    """Reading and encoding one image without gradient, in batches of evaluation."""
+    shape = backbone.eval_transform(torch.zeros(0)).shape
+    with WorkCount() as counting, torch.no_grad():
+        backbone.encode_images(torch.empty(batch_size, *shape, device=_META))
+    return Work(counting.calls, images=batch_size) * (1 / batch_size)
+
+
+def _evaluation(method: Method, config: RunConfig, scenario: Scenario, image: Work, processes: int) -> Work:
+    """All rows of the matrix: images in shares, as often as the method encodes them at most; class texts in every process."""
+    rows = 1 + rows_after_learning(config, type(method), len(scenario.tasks))
+    images = sum(len(evaluated_images(task, config.evaluation)) for task in scenario.tasks)
+    method.expect(scenario.tasks)
+    with WorkCount() as counting, torch.no_grad():
+        method.embed_classes(scenario.tasks)
+    method._classifiers = dict.fromkeys([("probe",)], torch.empty(0))
+    method.before_evaluation()
+    kept = bool(method._classifiers)
+    method._classifiers = {}
+    times = 1 + (rows - 1) * method.later_encodings()[1]
+    return counting.work * (1 if kept else rows) + image * (images * times / processes)

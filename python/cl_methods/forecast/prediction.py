@@ -1,0 +1,198 @@
+"""Hours and memory of a run on hardware that is not at hand, and what limits it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cl_methods.backbone import Backbone
+from cl_methods.forecast.counting import RunWork, count_work
+from cl_methods.forecast.hardware import Hardware
+from cl_methods.forecast.simulated_ranks import simulated_ranks
+from cl_methods.forecast.time_model import Reached, Seconds, seconds
+from cl_methods.forecast.work import Work
+from cl_methods.methods.find import find_method
+from cl_methods.micro_batches import MicroBatches
+from cl_methods.open_clip_loading import shapes_of_open_clip
+from cl_methods.scenarios.base import Scenario
+from cl_methods.training.config import RunConfig
+from cl_methods.training.counting import short_fits
+from cl_methods.training.memory import _RESERVE, MemoryBudgetError, MemoryPlan, plan_memory
+
+CONTEXT = 600 << 20
+"""Bytes that CUDA and its libraries hold besides tensors; assumed."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One run on so many GPUs of one kind: predicted, not measured.
+
+    Attributes:
+        hardware: each GPU.
+        processes: one per GPU.
+        precision: of matrix products.
+        work: of one process.
+        memory: plan of a training step in one process; None for a method without optimiser steps.
+        too_large: why no plan fits the GPU; None if one does. Times are then those of everything at once.
+        steps: seconds of all steps of each stage, in the order of ``work.stages``.
+        between, evaluation: seconds around the tasks, and of all rows.
+    """
+
+    hardware: Hardware
+    processes: int
+    precision: str
+    work: RunWork
+    memory: MemoryPlan | None
+    too_large: str | None
+    steps: tuple[Seconds, ...]
+    between: Seconds
+    evaluation: Seconds
+
+    @property
+    def training_hours(self) -> float:
+        """Of all optimiser steps, or of the passes of a method in closed form."""
+        return sum(one.total for one in self.steps) / 3600
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run."""
+        return self.training_hours + (self.between.total + self.evaluation.total) / 3600
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean seconds of a step."""
+        return 3600 * self.training_hours / max(1, sum(stage.steps for stage in self.work.stages))
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Predicted peak of a training step on each GPU, with CUDA's own share."""
+        return None if self.memory is None else self.memory.peak + CONTEXT
+
+    @property
+    def whole(self) -> Seconds:
+        """Where the time of the run goes."""
+        parts = (*self.steps, self.between, self.evaluation)
+        names = ("products", "memory", "host", "exchange", "reading")
+        sums = {name: sum(getattr(one, name) for one in parts) for name in names}
+        return Seconds(**sums, ahead=parts[0].ahead, asynchronous=parts[0].asynchronous)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        steps = sum(stage.steps for stage in self.work.stages)
+        training = sum((stage.total for stage in self.work.stages), Work())
+        return {
+            "hardware": self.hardware.name,
+            "processes": self.processes,
+            "precision": self.precision,
+            "hours": self.hours,
+            "training_hours": self.training_hours,
+            "between_hours": self.between.total / 3600,
+            "evaluation_hours": self.evaluation.total / 3600,
+            "step_seconds": self.step_seconds,
+            "seconds": self.whole.parts,
+            "binds": self.whole.binds,
+            "steps": steps,
+            "flops_per_step": training.flops / max(1, steps),
+            "bytes_per_step": training.bytes / max(1, steps),
+            "operations_per_step": training.operations / max(1, steps),
+            "exchanged_per_step": training.exchanged / max(1, steps),
+            "trainable": self.work.trainable,
+            "flops_of_a_step": {f"{one.task}, {one.stage}": one.total.flops / one.steps for one in self.work.stages},
+            "memory": None if self.memory is None else {**self.memory.as_dict(), "with_context": self.memory_bytes},
+            "too_large": self.too_large,
+        }
+
+
+class Predictor:
+    """A run, to be predicted on any hardware; what was counted once is counted for all. Nothing is read, encoded or written.
+
+    Args:
+        config: of the run; ``workers`` are those of each process.
+        scenario: its tasks.
+    """
+
+    def __init__(self, config: RunConfig, scenario: Scenario) -> None:
+        self.config, self.scenario = config, scenario
+        self._works: dict[tuple[int, MicroBatches | None], RunWork] = {}
+        self._wholes: dict[int, MemoryPlan] = {}
+
+    def predict(
+        self, hardware: Hardware, processes: int = 1, *, precision: str = "fp32", reached: Reached | None = None
+    ) -> Prediction:
+        """What the run would take on so many GPUs.
+
+        Batches go through the encoders as the memory plan for the GPU says, or for the run's memory budget where that is less.
+
+        Args:
+            hardware: every GPU.
+            processes: one per GPU.
+            precision: of matrix products.
+            reached: shares of the peaks; assumptions for GPUs by default.
+
+        Raises:
+            ValueError: the model is unknown, a setting is wrong, or the hardware has no such precision.
+        """
+        hardware.peak(precision)
+        memory, too_large = self.plan(hardware.memory, processes)
+        parts = None if memory is None or too_large else memory.micro_batches
+        work = self.work(processes, parts)
+        options: dict[str, Any] = {"precision": precision, "workers": self.config.workers, "reached": reached}
+        steps = tuple(seconds(stage.total, hardware, processes, **options) for stage in work.stages)
+        between, evaluation = (seconds(one, hardware, processes, **options) for one in (work.between, work.evaluation))
+        return Prediction(hardware, processes, precision, work, memory, too_large, steps, between, evaluation)
+
+    def work(self, processes: int = 1, parts: MicroBatches | None = None) -> RunWork:
+        """:func:`~cl_methods.forecast.counting.count_work` of one of the processes."""
+        key = processes, parts
+        if key not in self._works:
+            self._works[key] = count_work(self.config, self.scenario, processes, parts)
+        return self._works[key]
+
+    def plan(self, memory: int, processes: int = 1) -> tuple[MemoryPlan | None, str | None]:
+        """The memory plan of one of several processes on a GPU, and why none fits.
+
+        Args:
+            memory: bytes of the GPU.
+            processes: how many compute together.
+
+        Returns:
+            The plan (of everything at once if none fits; None for a method without optimiser steps), and the sentence that says
+            what would fit, or None.
+        """
+        method = find_method(self.config.method)
+        if not method.trains or method.closed_form:
+            return None, None
+        if processes not in self._wholes:
+            self._wholes[processes] = self._rehearse(None, processes)
+        whole = self._wholes[processes]
+        alone = dataclasses.replace(whole, process=0)  # what the planning process holds; a GPU holds tensors alone
+        available = min(memory, self.config.memory_bytes or memory) - CONTEXT
+        if alone.peak <= (1 - _RESERVE) * available:
+            return alone, None
+        try:
+            budget = available + int(whole.process / (1 - _RESERVE))  # so that tensors alone have what a GPU offers
+            return dataclasses.replace(self._rehearse(budget, processes), process=0), None
+        except MemoryBudgetError as error:
+            return alone, str(error)
+
+    def _rehearse(self, budget: int | None, processes: int) -> MemoryPlan:
+        config, scenario = self.config, self.scenario
+        settings = short_fits(config.effective_settings())
+        with simulated_ranks(processes):
+            return plan_memory(
+                find_method(config.method), settings, _shapes(config), scenario.tasks, scenario.reference, budget
+            )
+
+
+def _shapes(config: RunConfig) -> Backbone:
+    if config.model == "mini" or config.model.startswith("local-dir:"):
+        from cl_methods.backbone import load_backbone
+
+        return load_backbone(config.model, config.pretrained)
+    network, *rest = shapes_of_open_clip(config.model)
+    backbone = Backbone(network, *rest, name=config.model, device="meta")
+    backbone.device = torch.device("cpu")
+    return backbone
