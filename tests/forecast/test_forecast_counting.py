@@ -16,9 +16,9 @@ from cl_methods.forecast.sizes import scenario_without_files
 from cl_methods.forecast.work import Work, WorkCount
 from cl_methods.methods import METHODS
 from cl_methods.micro_batches import MicroBatches
+from cl_methods.training.building import build_method, select_scenario
 from cl_methods.training.config import RunConfig
 from cl_methods.training.data import TrainingSteps, training_batches
-from cl_methods.training.run import build_method, select_scenario
 
 
 def configured(method: str, **changes: object) -> RunConfig:

@@ -13,7 +13,7 @@ import pytest
 
 from cl_methods.commands.configuration import parse
 from cl_methods.forecast.counting import count_work
-from cl_methods.training.run import select_scenario
+from cl_methods.training.building import select_scenario
 
 PROGRAM = Path(__file__).with_name("exchange_program.py")
 

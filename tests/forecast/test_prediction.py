@@ -11,7 +11,7 @@ from cl_methods.cli import main
 from cl_methods.commands.configuration import parse
 from cl_methods.forecast.hardware import Hardware, find_hardware
 from cl_methods.forecast.prediction import CONTEXT, Predictor
-from cl_methods.training.run import select_scenario
+from cl_methods.training.building import select_scenario
 
 SHORT = ["--method", "finetune", "--limit-tasks", "1"]
 
@@ -90,6 +90,10 @@ def test_the_command_prints_a_table_and_writes_every_figure(tmp_path: Path, caps
         (["--hardware", "v100", "--precision", "bf16"], "precision: V100 SXM2 32 GB has figures for fp32, got 'bf16'"),
         (["--scenario", "mtil", "--captions", "0"], "captions: expected a number >= 1, got 0"),
         (["--method", "zsl"], "did you mean zscl?"),
+        (
+            ["--method", "zscl", "--distributed", "fsdp"],
+            "distributed: a prediction needs whole weights in every process",
+        ),
     ],
 )
 def test_wrong_options_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

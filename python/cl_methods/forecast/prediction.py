@@ -112,9 +112,16 @@ class Predictor:
     Args:
         config: of the run; ``workers`` are those of each process.
         scenario: its tasks.
+
+    Raises:
+        ValueError: the run shards its weights.
     """
 
     def __init__(self, config: RunConfig, scenario: Scenario) -> None:
+        if config.distributed != "replicated":
+            raise ValueError(
+                f"distributed: a prediction needs whole weights in every process, got {config.distributed}"
+            )
         self.config, self.scenario = config, scenario
         self._works: dict[tuple[int, MicroBatches | None], RunWork] = {}
         self._wholes: dict[int, MemoryPlan] = {}

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cl_methods import ranks
+from cl_methods.ranks import group, tensors
 from cl_methods.training import gradients
 
 
@@ -25,7 +26,7 @@ class Exchanges:
         gathered: bytes of a tensor that is put together from all processes -> how often.
     """
 
-    ReduceOp = dist.ReduceOp
+    ReduceOp, DistError = dist.ReduceOp, dist.DistError
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
@@ -72,7 +73,7 @@ def simulated_ranks(processes: int) -> Iterator[Exchanges]:
     noted = Exchanges(processes)
     with ExitStack() as stack:
         if processes > 1:
-            for module in (ranks, gradients):
+            for module in (group, tensors, gradients):
                 stack.enter_context(mock.patch.object(module, "dist", noted))
-            stack.enter_context(mock.patch.object(ranks, "_joined", True))
+            stack.enter_context(mock.patch.object(group, "_joined", True))
         yield noted

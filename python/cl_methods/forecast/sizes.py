@@ -8,8 +8,8 @@ from cl_methods.datasets.specification import DATASETS
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.scenarios.base import Scenario
 from cl_methods.scenarios.mtil import chosen_datasets
+from cl_methods.training.building import select_scenario
 from cl_methods.training.config import RunConfig
-from cl_methods.training.run import select_scenario
 from cl_methods.training.without_data import BlankImages
 
 CAPTIONS = 15_840
