@@ -89,6 +89,19 @@ class AdapterProfile:
         found, known = self.sides["adapted"].costs, self.sides["base"].costs
         return frozenset(name for name, cost in found.items() if name not in known and cost.trainable)
 
+    def own_share(self) -> tuple[float, float | None]:
+        """How much of the training step is the model's own: (of its FLOPs, of the time inside its operations).
+
+        Its own is what modules of the base do, forward and backward. The rest is what is mounted on them, the loss, other models
+        that the step asks, and the optimiser. No time where nothing was timed.
+        """
+        operations, known = self.sides["adapted"].record.operations, self.sides["base"].costs
+        own = [operation for operation in operations if operation.stack and operation.stack[-1] in known]
+        flops = sum(o.flops for o in own) / max(sum(o.flops for o in operations), 1)
+        if not self.timed:
+            return flops, None
+        return flops, sum(o.seconds for o in own) / max(sum(o.seconds for o in operations), 1e-12)
+
     def headline(self) -> str:
         """The costs in one sentence or two, with a warning if the times are not to be trusted."""
         base, adapted, eager = (self.sides[name].whole for name in ("base", "adapted", "eager"))
@@ -102,6 +115,9 @@ class AdapterProfile:
             f"{base.operations:,} in a frozen forward pass, with {waits} host synchronisations, and keeps "
             f"{size(adapted.bytes_saved)} for the backward pass ({size(adapted.bytes_peak)} at the peak)."
         )
+        flops, seconds = self.own_share()
+        text += f" Of the step's FLOPs {flops:.1%} are the model's own"
+        text += "." if seconds is None else f", and of the time inside its operations {seconds:.1%}."
         ours, theirs = (cost.operations_forward + cost.operations_backward for cost in (adapted, eager))
         if theirs > ours:
             text += f" Fused kernels dispatch {1 - ours / theirs:.0%} fewer operations forward and backward than plain PyTorch"
@@ -125,6 +141,7 @@ class AdapterProfile:
         """Everything but single operations, as JSON values."""
         return {
             "headline": self.headline(),
+            "own_share": dict(zip(("flops", "seconds"), self.own_share(), strict=True)),
             "subject": self.subject,
             "samples": self.samples,
             "device": self.device,

@@ -60,6 +60,10 @@ def whole_step(profile: AdapterProfile) -> PlainTable:
         ("kept for backward", *_sizes(base.bytes_saved, adapted.bytes_saved), size(eager.bytes_saved)),
         ("peak of the step's tensors", *_sizes(base.bytes_peak, adapted.bytes_peak), size(eager.bytes_peak)),
     ]
+    flops, seconds = profile.own_share()
+    rows.append(("FLOPs in the model's own modules", f"{1:.1%}", f"{flops:.1%}", NONE, NONE))
+    if seconds is not None:
+        rows.append(("time in the model's own modules", NONE, f"{seconds:.1%}", NONE, NONE))
     if profile.launches:
         told = profile.launches
         rows.append(("kernel launches", *_whole(told["frozen"], told["fused"]), f"{told['eager']:,}"))
