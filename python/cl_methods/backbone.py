@@ -20,6 +20,7 @@ prepare_torchvision()
 
 from open_clip.transformer import text_global_pool  # noqa: E402
 
+from cl_methods.components.self_attention import fuse_attention  # noqa: E402
 from cl_methods.text_trees import TextTrees, plant, takes_trees  # noqa: E402
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ MINI_WEIGHTS = "mini_model.safetensors"
 
 class Backbone:
     """An open_clip model and what belongs to it.
+
+    Where gradients are recorded, its residual blocks attend with the fewest operations
+    (:func:`~cl_methods.components.self_attention.fuse_attention`).
 
     Attributes:
         model: the open_clip model, its state-dict names unchanged.
@@ -57,6 +61,7 @@ class Backbone:
         origin: WeightsOrigin | None = None,
     ) -> None:
         self.model: Any = model.to(device)
+        fuse_attention(self.model)
         self.tokenize, self.train_transform, self.eval_transform = tokenize, train_transform, eval_transform
         self.device, self.name, self.origin = torch.device(device), name, origin
         self.micro_batches: MicroBatches | None = None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import cl_kernels as clk
-from cl_methods.backbone import prompt
+from cl_methods.backbone import Backbone, prompt
 from cl_methods.bench.agreement import compare
 from cl_methods.bench.counting import Counting
 from cl_methods.bench.measuring import interleaved, live_memory, peak_memory
@@ -21,6 +21,7 @@ from cl_methods.bench.public_moe_adapters import PublicMoEAdapters
 from cl_methods.bench.public_zscl import PublicZSCL, copy_weights
 from cl_methods.bench.rows import OURS, Row
 from cl_methods.bench.world import CAPTIONS, World, fresh, mini_world, open_clip_world
+from cl_methods.components.self_attention import separate_attention
 from cl_methods.methods import METHODS
 
 PUBLIC = "public procedure"
@@ -176,7 +177,7 @@ def _zscl(world: World, settings: Any, batch: int | None = None) -> tuple[OwnSte
     ours = own_steps("zscl", world, settings, batch)["train"]
     method: Any = ours.method
     ours.forget = method._teacher_images.clear  # of a set as large as ImageNet most images are met for the first time
-    backbone = world.backbone()
+    backbone = _public_backbone(world)
     if not world.shapes:
         _leave_start(ours)
         copy_weights(method.backbone.model, backbone.model)
@@ -211,7 +212,14 @@ def _moe_adapters(world: World, settings: Any, batch: int | None) -> tuple[OwnSt
     ours = own_steps("moe_adapters", world, settings, batch)["train"]
     _leave_start(ours)
     class_tokens = _class_tokens(ours.method, world.tasks[ours.task_index])
-    return ours, PublicMoEAdapters(ours, world.backbone(), class_tokens)
+    return ours, PublicMoEAdapters(ours, _public_backbone(world), class_tokens)
+
+
+def _public_backbone(world: World) -> Backbone:
+    """A fresh model whose blocks run open_clip's own code alone."""
+    backbone = world.backbone()
+    separate_attention(backbone.model)
+    return backbone
 
 
 def _class_tokens(method: Any, task: Any) -> Tensor:

@@ -1,7 +1,12 @@
-"""Self-attention of a frozen ``nn.MultiheadAttention`` in a third of its dispatched operations."""
+"""Self-attention of ``nn.MultiheadAttention`` in fewer dispatched operations, and the open_clip blocks that take it."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+import torch
+from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,3 +43,34 @@ def takes_self_attention(attention: nn.Module) -> bool:
         and not attention.add_zero_attn
         and attention.dropout == 0
     )
+
+
+def fuse_attention(model: nn.Module) -> None:
+    """Let open_clip's residual blocks inside ``model`` attend by :func:`self_attention` wherever gradients are recorded.
+
+    Nothing but the ``attention`` of these block instances changes: names and parameters stay, and copies of the model are fused
+    like it. Without gradients, and where somebody has put a hook on the attention, the blocks run their own code.
+    """
+    block: Any
+    for block in model.modules():
+        if type(block) is ResidualAttentionBlock and takes_self_attention(block.attn):
+            block.attention = partial(_attention, block)
+
+
+def separate_attention(model: nn.Module) -> None:
+    """Undo :func:`fuse_attention`."""
+    for block in model.modules():
+        if type(block) is ResidualAttentionBlock:
+            vars(block).pop("attention", None)
+
+
+def _attention(
+    block: Any, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+) -> Tensor:
+    """``block.attention`` of open_clip."""
+    module = block.attn
+    alone = (k_x is None or k_x is q_x) and (v_x is None or v_x is q_x)
+    watched = module._forward_hooks or module._forward_pre_hooks
+    if alone and torch.is_grad_enabled() and not watched:
+        return self_attention(q_x, module, attn_mask)
+    return type(block).attention(block, q_x, k_x, v_x, attn_mask)
