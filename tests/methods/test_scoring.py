@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cl_methods.backbone import Backbone
 from cl_methods.datasets.task import Task
-from cl_methods.evaluation.accuracy import EvaluationOptions, feature_store, measure, measure_spaces
+from cl_methods.evaluation.accuracy import EvaluationOptions, feature_store, measure, measure_spaces, row_reader
 from cl_methods.evaluation.features import EvaluationImages
 from cl_methods.evaluation.options import competing_tasks, evaluated_images
 from cl_methods.methods import METHODS, Method
@@ -67,15 +67,10 @@ def learnt(name: str, scenario: Scenario, tasks: int) -> Method:
 
 
 def batches(method: Method, task: Task, store: Any) -> Iterator[tuple[Any, Tensor]]:
-    yield from EvaluationImages(
-        evaluated_images(task, OPTIONS),
-        method.backbone.eval_transform,
-        name=task.name,
-        batch_size=OPTIONS.batch_size,
-        device=torch.device("cpu"),
-        workers=0,
-        store=store,
-    )
+    reader = row_reader(method, [task], OPTIONS)
+    images = EvaluationImages(reader, 0, name=task.name, device=torch.device("cpu"), store=store)
+    reader.begin([(0, number) for number in images.batches])
+    yield from images
 
 
 @pytest.mark.parametrize("name", METHODS)

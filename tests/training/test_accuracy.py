@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 import torch
 from fakes import TinyConfig, TinyMethod, tiny_backbone
 
 from cl_methods.datasets.images import TensorImages
 from cl_methods.datasets.task import Task
-from cl_methods.evaluation.accuracy import EvaluationOptions, competing_tasks, guessing, measure, measure_row
+from cl_methods.evaluation.accuracy import (
+    EvaluationOptions,
+    competing_tasks,
+    guessing,
+    measure,
+    measure_row,
+    measure_spaces,
+    row_reader,
+)
 from cl_methods.evaluation.uncertainty import expected_calibration_error
 
 
@@ -119,3 +129,21 @@ def test_what_cannot_be_evaluated_is_named(method, tasks):
     method.logits = lambda images, task: torch.zeros(len(images), 7)
     with pytest.raises(ValueError, match=r"expected \(5, 2\), got \(5, 7\)"):
         measure(method, tasks[0], tasks[:1], EvaluationOptions())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_share_one_reader(method, tasks, workers):
+    """The same rows as each with a reader of its own, also where a row asks for some of its pixels only."""
+    options = EvaluationOptions(batch_size=2)
+    expected = measure_spaces(method, tasks, 1, options)
+    started = []
+    with closing(row_reader(method, tasks, options, workers)) as reader:
+        read = reader._reader.read
+        reader._reader.read = lambda wanted: started.append(list(wanted)) or read(wanted)
+        assert [measure_spaces(method, tasks, 1, options, reader=reader) for _ in range(2)] == [expected] * 2
+        every = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]
+        assert started == [every] * 2  # one order for all tasks, so that workers read across their borders
+        reader.begin(every)
+        assert len(reader.read(0, 1)) == len(reader.read(2, 0)) == 2
+        assert len(reader.read(0, 2)) == 1
+        assert started[2:] == [every[1:], every[5:], every[2:]]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import os
+
 import pytest
 import torch
 from fakes import tiny_scenario, to_float, to_noisy_float
 
 from cl_methods.datasets.images import DataError, ImageSource
-from cl_methods.datasets.loading import evaluation_batches
+from cl_methods.datasets.loading import ImageReader, evaluation_batches
 from cl_methods.training.data import TrainingSteps, one_pass, stream_indices, training_batches
 
 CPU = torch.device("cpu")
@@ -134,3 +138,48 @@ def test_evaluation_keeps_the_order_and_the_short_last_batch():
         batches = list(evaluation_batches(source, to_float, batch_size=4, device=CPU, workers=workers))
         assert [len(labels) for _, labels in batches] == [4, 4, 1]
         assert torch.equal(torch.cat([labels for _, labels in batches]), source.labels)
+
+
+def with_process(image: torch.Tensor) -> torch.Tensor:
+    """The process that read it, as a pixel that numbers of processes fit into."""
+    found = to_float(image)
+    found[0, 0, 0] = os.getpid()
+    return found
+
+
+def numbered_sources() -> list[ImageSource]:
+    return [CountingImages(10), CountingImages(7), CountingImages(9)]
+
+
+def test_one_set_of_processes_reads_all_sources_until_it_is_closed():
+    reader = ImageReader(numbered_sources(), with_process, batch_size=4, device=CPU, workers=2)
+    whole = [(source, number) for source, batches in enumerate((3, 2, 3)) for number in range(batches)]
+    processes = set()
+    before = torch.get_rng_state()
+    for wanted in (whole, whole[3:], whole[:5]):
+        found = list(reader.read(wanted))
+        for (source, number), (images, labels) in zip(wanted, found, strict=True):
+            expected = numbered_sources()[source]
+            places = range(len(expected))[4 * number : 4 * number + 4]
+            assert torch.equal(labels, expected.labels[places.start : places.stop])
+            assert torch.equal(images[:, 1:], torch.stack([to_float(expected.image(place)) for place in places])[:, 1:])
+            processes |= {int(image[0, 0, 0]) for image in images}
+        next(reader.read(whole))  # given up in its middle
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+    assert processes <= {child.pid for child in multiprocessing.active_children()}
+    reader.close()
+    gc.collect()
+    assert not processes & {child.pid for child in multiprocessing.active_children()}
+    with pytest.raises(ValueError, match="expected a reader that is open"):
+        reader.read(whole)
+
+
+def test_a_broken_image_does_not_end_the_reader():
+    sources = [CountingImages(8, broken=5), CountingImages(4)]
+    reader = ImageReader(sources, to_float, batch_size=4, device=CPU, workers=1)
+    with pytest.raises(DataError, match=r"^image 5 is broken$"):
+        list(reader.read([(0, 0), (0, 1)]))
+    assert len(list(reader.read([(1, 0), (0, 0)]))) == 2
+    reader.close()

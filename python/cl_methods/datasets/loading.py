@@ -5,13 +5,15 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cl_methods import ranks
+from cl_methods.datasets.copying import on_device
 from cl_methods.datasets.image_cache import CachedImages
 from cl_methods.datasets.images import DataError, ImageSource, RawImage
 from cl_methods.datasets.two_stage import two_stage
@@ -80,19 +82,73 @@ def open_cache(source: ImageSource, transform: Transform) -> None:
 
 
 class _InOrder(Dataset):
-    """Item b is the b-th batch of a source, in the source's order; of its pixels this process's share."""
+    """Item (s, b) is the b-th batch of the s-th source, in the source's order; of its pixels this process's share."""
 
-    def __init__(self, source: ImageSource, transform: Transform, batch_size: int) -> None:
-        self.source, self.transform, self.batch_size = source, transform, batch_size
-        self.shares = {size: ranks.share(size) for size in {batch_size, len(source) % batch_size}}
+    def __init__(self, sources: Sequence[ImageSource], transform: Transform, batch_size: int) -> None:
+        self.sources, self.transform, self.batch_size = tuple(sources), transform, batch_size
+        sizes = {batch_size, *(len(source) % batch_size for source in sources)}
+        self.shares = {size: ranks.share(size) for size in sizes}  # worker processes know nothing of the others
 
-    def __getitem__(self, batch: int) -> dict[str, Tensor] | DataError:
-        start, stop = batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.source))
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Tensor] | DataError:
+        source, batch = self.sources[place[0]], place[1]
+        start, stop = batch * self.batch_size, min((batch + 1) * self.batch_size, len(source))
         try:
-            images = read_share(self.source, torch.arange(start, stop), self.transform, self.shares[stop - start])
-        except DataError as error:
+            images = read_share(source, torch.arange(start, stop), self.transform, self.shares[stop - start])
+        except DataError as error:  # as a value, it crosses the process boundary with its message intact
             return error
-        return {"images": images, "labels": self.source.labels[start:stop]}
+        return {"images": images, "labels": source.labels[start:stop]}
+
+
+class ImageReader:
+    """Batches of several sources, read by one set of worker processes that lives until :meth:`close`.
+
+    Processes start with the first batch, and find the sources as they are then.
+
+    Args:
+        sources, transform: images and what makes tensors of them.
+        batch_size: images per batch.
+        device, workers: where they go, and processes that read ahead; 0 reads here.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ImageSource],
+        transform: Transform,
+        *,
+        batch_size: int,
+        device: torch.device,
+        workers: int = 0,
+    ) -> None:
+        self.device, self.workers = device, workers
+        self._batches: _InOrder | None = _InOrder(sources, transform, batch_size)
+        self._items: Items | None = None
+
+    def read(self, wanted: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches ``wanted``, each as number of its source and number within it; an earlier call's are given up.
+
+        Returns:
+            Pairs of images (B, 3, R, R) and labels (B,) on the device; where several processes compute together, each reads its
+            share of every batch.
+
+        Raises:
+            DataError: an image cannot be read.
+            ValueError: the reader is closed.
+        """
+        if self._batches is None:
+            raise ValueError("read: expected a reader that is open, got one after close()")
+        if self._items is None:
+            for source in self._batches.sources:
+                open_cache(source, self._batches.transform)
+            self._items = Items(self._batches, self.device, self.workers)
+        return self._pairs(self._items.read(wanted))
+
+    def _pairs(self, items: Iterator[dict[str, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for data in on_device(items, self.device):
+            yield ranks.gather_rows(data["images"], len(data["labels"])), data["labels"]
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._batches = self._items = None
 
 
 def evaluation_batches(
@@ -118,35 +174,64 @@ def evaluation_batches(
     Raises:
         DataError: an image cannot be read.
     """
-    open_cache(source, transform)
+    reader = ImageReader([source], transform, batch_size=batch_size, device=device, workers=workers)
     wanted = range(-(-len(source) // batch_size)) if batches is None else batches
-    for data in load_items(_InOrder(source, transform, batch_size), wanted, device, workers):
-        labels = data["labels"].to(device, non_blocking=True)
-        yield ranks.gather_rows(data["images"].to(device, non_blocking=True), len(labels)), labels
+    yield from reader.read([(0, number) for number in wanted])
 
 
-def load_items(
-    dataset: Dataset, order: Sequence[int], device: torch.device, workers: int
-) -> Iterator[dict[str, Tensor]]:
-    """Items of a dataset in the given order, read ahead by one set of worker processes (0: read here).
+class Items:
+    """Items of a dataset in any order, again and again, read ahead by one set of worker processes.
 
-    An item is a dictionary of tensors, or a :class:`DataError` that is raised when its turn comes.
+    The processes start with the first item and end with this object.
+
+    Args:
+        dataset: gives dictionaries of tensors, or a :class:`DataError` that is raised when its turn comes.
+        device: where the tensors will go; those for a GPU lie in pinned memory.
+        workers: processes; 0 reads here.
     """
-    if workers == 0:  # no loader in between: it would draw from the global generator and copy
-        for index in order:
-            yield _data(dataset[index])
-        return
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=order,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4,
-        worker_init_fn=_leave_signals_to_the_parent,
-    )
-    for item in loader:
-        yield _data(item)
+
+    def __init__(self, dataset: Dataset, device: torch.device, workers: int) -> None:
+        self._dataset, self._order = dataset, _Order()
+        self._loader: DataLoader | None = None
+        if workers > 0:  # without them no loader in between: it would copy
+            self._loader = DataLoader(
+                dataset,
+                batch_size=None,
+                sampler=self._order,
+                num_workers=workers,
+                pin_memory=device.type == "cuda",
+                prefetch_factor=4,
+                worker_init_fn=_leave_signals_to_the_parent,
+                persistent_workers=True,
+                generator=torch.Generator(),  # the loader would draw from the global one
+            )
+
+    def read(self, order: Sequence[Any]) -> Iterator[dict[str, Tensor]]:
+        """The items of ``order``; what an earlier call has not given yet is given up.
+
+        Raises:
+            DataError: an item is one.
+        """
+        if self._loader is None:
+            for key in order:
+                yield _data(self._dataset[key])
+            return
+        self._order.keys = order
+        for item in self._loader:
+            yield _data(item)
+
+
+class _Order(Sampler):
+    """The keys that the loader asks for next."""
+
+    def __init__(self) -> None:
+        self.keys: Sequence[Any] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
 
 def _leave_signals_to_the_parent(_: int) -> None:

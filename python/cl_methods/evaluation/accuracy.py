@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from cl_methods import ranks
 from cl_methods.components.image_batch import ImageBatch
 from cl_methods.datasets.task import Task
-from cl_methods.evaluation.features import EvaluationImages, FeatureStore
+from cl_methods.evaluation.features import EvaluationImages, FeatureStore, RowReader
 from cl_methods.evaluation.options import EvaluationOptions, LabelSpace, competing_tasks, evaluated_images, guessing
 from cl_methods.evaluation.uncertainty import calibration_error, reliability
 from cl_methods.methods.base import Method
@@ -27,6 +28,7 @@ __all__ = [
     "measure",
     "measure_row",
     "measure_spaces",
+    "row_reader",
 ]
 
 
@@ -63,7 +65,9 @@ def measure(
     Raises:
         ValueError: the split is empty, or the scores have the wrong shape or are NaN.
     """
-    return _measure(method, task, [candidates], options, workers, feature_store([task], options))[0]
+    with closing(row_reader(method, [task], options, workers)) as reader:
+        store = feature_store([task], options)
+        return _measure(method, task, [candidates], options, store, reader, 0, _dealt(reader)[0])[0]
 
 
 def measure_row(
@@ -86,6 +90,7 @@ def measure_spaces(
     workers: int = 0,
     on_task: Callable[[int, float], None] | None = None,
     store: FeatureStore | None = None,
+    reader: RowReader | None = None,
 ) -> dict[LabelSpace, list[Measured]]:
     """Every task with the method as it is: one row of the matrix of each label space, from one pass over the images.
 
@@ -98,24 +103,64 @@ def measure_spaces(
         options, workers: see :func:`measure`.
         on_task: called with the task's position and its accuracy in the first label space.
         store: of :func:`feature_store` with the same tasks and options; where the method's frozen features stay from row to row.
+        reader: of :func:`row_reader` with the same tasks and options, whose processes stay from row to row; ``workers`` is then
+            without effect.
 
     Raises:
         ValueError: see :func:`measure`.
     """
+    if reader is None:
+        with closing(row_reader(method, tasks, options, workers)) as own:
+            return measure_spaces(method, tasks, learnt, options, on_task=on_task, store=store, reader=own)
     method.expect(tasks)
     method.before_evaluation()
     store = store or feature_store(tasks, options)
     rows: dict[LabelSpace, list[Measured]] = {space: [] for space in options.label_spaces}
-    start = 0
-    for index, task in enumerate(tasks):
+    for index, (task, dealt) in enumerate(zip(tasks, _dealt(reader), strict=True)):
         spaces = [competing_tasks(tasks, index, learnt, space) for space in rows]
-        found = _measure(method, task, spaces, options, workers, store, start)
-        start += -(-len(evaluated_images(task, options)) // options.batch_size)
+        found = _measure(method, task, spaces, options, store, reader, index, dealt)
         for row, measured in zip(rows.values(), found, strict=True):
             row.append(measured)
         if on_task is not None:
             on_task(index, rows[options.label_spaces[0]][-1].accuracy)
     return rows
+
+
+def row_reader(method: Method, tasks: Sequence[Task], options: EvaluationOptions, workers: int = 0) -> RowReader:
+    """A reader of the evaluated images of ``tasks``, for any number of rows; to be closed after them."""
+    return RowReader(
+        [evaluated_images(task, options) for task in tasks],
+        method.backbone.eval_transform,
+        batch_size=options.batch_size,
+        device=method.backbone.device,
+        workers=workers,
+    )
+
+
+@dataclass(frozen=True)
+class _Dealt:
+    """How the batches of one task are dealt to the processes.
+
+    Attributes:
+        batches: of the task.
+        start: batches that were dealt before.
+        own: numbers of those of this process.
+    """
+
+    batches: int
+    start: int
+    own: list[int]
+
+
+def _dealt(reader: RowReader) -> list[_Dealt]:
+    """Deal the batches of all sources, and begin a row with those of this process."""
+    found: list[_Dealt] = []
+    for source in reader.sources:
+        batches = -(-len(source) // reader.batch_size)
+        start = found[-1].start + found[-1].batches if found else 0
+        found.append(_Dealt(batches, start, ranks.dealt(batches, start)))
+    reader.begin([(number, batch) for number, dealt in enumerate(found) for batch in dealt.own])
+    return found
 
 
 def feature_store(
@@ -132,34 +177,24 @@ def _measure(
     task: Task,
     spaces: Sequence[Sequence[Task]],
     options: EvaluationOptions,
-    workers: int,
     store: FeatureStore,
-    start: int = 0,
+    reader: RowReader,
+    number: int,
+    dealt: _Dealt,
 ) -> list[Measured]:
-    """:func:`measure` in several label spaces; ``start`` says how many batches were dealt to the processes before."""
-    source = evaluated_images(task, options)
-    if len(source) == 0:
+    """:func:`measure` in several label spaces; the task's images are the reader's source ``number``."""
+    if not dealt.batches:
         raise ValueError(f"evaluation.split: task {task.name} has no {options.split} images")
     device, asked = method.backbone.device, list({id(one): one for space in spaces for one in space}.values())
     tallies = [_Tally.of(task, candidates, device) for candidates in spaces]
-    batches = -(-len(source) // options.batch_size)
-    images = EvaluationImages(
-        source,
-        method.backbone.eval_transform,
-        name=task.name,
-        batch_size=options.batch_size,
-        device=device,
-        workers=workers,
-        store=store,
-        dealt=ranks.dealt(batches, start),
-    )
+    images = EvaluationImages(reader, number, name=task.name, device=device, store=store, dealt=dealt.own)
     with ranks.alone():
         for batch, labels in images:
             scores = dict(zip(map(id, asked), _scores(method, batch, asked), strict=True))
             for tally, candidates in zip(tallies, spaces, strict=True):
                 tally.add(torch.cat([scores[id(candidate)] for candidate in candidates], dim=1), labels)
     for tally in tallies:
-        tally.collect(batches, start)
+        tally.collect(dealt.batches, dealt.start)
     if any(bool(tally.invalid) for tally in tallies):
         raise ValueError(f"logits of {method.name} on {task.name}: some are NaN; the weights have diverged")
     return [tally.measured() for tally in tallies]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from cl_methods import ranks
 from cl_methods.components.image_batch import ImageBatch
 from cl_methods.datasets.images import ImageSource
-from cl_methods.datasets.loading import Transform, evaluation_batches
+from cl_methods.datasets.loading import ImageReader, Transform
 
 _GIB = 1 << 30
 
@@ -60,6 +61,59 @@ class FeatureStore:
             )
 
 
+class RowReader:
+    """Pixels of the batches of a whole row of evaluations, from one set of worker processes that lives until :meth:`close`.
+
+    Workers read ahead across the borders between tasks. A row of which nothing is asked starts and reads nothing.
+
+    Args:
+        sources: evaluated images of every task.
+        transform: their evaluation transform.
+        batch_size, device, workers: see :class:`~cl_methods.datasets.loading.ImageReader`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ImageSource],
+        transform: Transform,
+        *,
+        batch_size: int,
+        device: torch.device,
+        workers: int = 0,
+    ) -> None:
+        self.sources, self.batch_size, self.workers = tuple(sources), batch_size, workers
+        with ranks.alone():  # a batch is read whole by the process that scores it
+            self._reader = ImageReader(sources, transform, batch_size=batch_size, device=device, workers=workers)
+        self.begin([])
+
+    def begin(self, wanted: Sequence[tuple[int, int]]) -> None:
+        """A row begins, of which these batches may be asked for, in this order: number of the source, number within it."""
+        self._wanted = list(wanted)
+        self._places = {key: place for place, key in enumerate(self._wanted)}
+        self._pixels: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self._next = -1  # place of the batch that comes next; none has been asked for
+
+    def read(self, source: int, number: int) -> Tensor:
+        """Pixels (B, 3, R, R) of a batch.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        place = self._places[source, number]
+        ahead = place - self._next
+        if self._next < 0 or ahead < 0 or ahead > self.workers:  # far ahead nothing has been read
+            self._pixels, self._next = self._reader.read(self._wanted[place:]), place
+        for _ in range(place - self._next):
+            next(self._pixels)
+        self._next = place + 1
+        return next(self._pixels)[0]
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._pixels = iter(())
+        self._reader.close()
+
+
 class EvaluationImages:
     """Images of one task in batches; a batch reads its pixels when they are asked for, ahead of time if workers do it.
 
@@ -67,65 +121,42 @@ class EvaluationImages:
     row of features does not depend on how many processes there are.
 
     Args:
-        source: the images.
-        transform: their evaluation transform.
+        reader: of the pixels, begun with a row that these batches are part of.
+        number: of the source that is wanted among the reader's.
         name: by which the store knows the source.
-        batch_size, device, workers: see :func:`~cl_methods.datasets.loading.evaluation_batches`.
+        device: where labels and kept features go.
         store: of the features that outlive the batches.
         dealt: numbers of the batches that are wanted, ascending; None: all.
     """
 
     def __init__(
         self,
-        source: ImageSource,
-        transform: Transform,
+        reader: RowReader,
+        number: int,
         *,
         name: str,
-        batch_size: int,
         device: torch.device,
-        workers: int,
         store: FeatureStore,
         dealt: Sequence[int] | None = None,
     ) -> None:
-        self.source, self.transform, self.name = source, transform, name
-        self.batch_size, self.device, self.workers, self.store = batch_size, device, workers, store
-        self.batches = list(range(-(-len(source) // batch_size)) if dealt is None else dealt)
-        self._reader: Iterator[tuple[Tensor, Tensor]] = iter(())
-        self._next = -1  # place in ``batches`` of the batch that the reader gives next
+        self.reader, self.number, self.name, self.device, self.store = reader, number, name, device, store
+        count = -(-len(reader.sources[number]) // reader.batch_size)
+        self.batches = list(range(count) if dealt is None else dealt)
 
     def __iter__(self) -> Iterator[tuple[ImageBatch, Tensor]]:
         """Batches and their labels (B,), in order, on the device."""
-        every = self.source.labels.split(self.batch_size)
-        for number in self.batches:
-            labels = every[number]
-            yield _StoredBatch(self, number, len(labels)), labels.to(self.device, non_blocking=True)
+        every = self.reader.sources[self.number].labels.split(self.reader.batch_size)
+        for batch in self.batches:
+            labels = every[batch]
+            yield _StoredBatch(self, batch, len(labels)), labels.to(self.device, non_blocking=True)
 
-    def read(self, number: int) -> Tensor:
-        """Pixels (B, 3, R, R) of a batch; later batches are read from the same loader.
+    def read(self, batch: int) -> Tensor:
+        """Pixels (B, 3, R, R) of a batch.
 
         Raises:
             DataError: an image cannot be read.
         """
-        place = self.batches.index(number)
-        if self._next < 0 or place < self._next or (self.workers == 0 and place > self._next):
-            self._start(place)
-        while self._next < place:  # what workers have read ahead
-            next(self._reader)
-            self._next += 1
-        self._next += 1
-        return next(self._reader)[0]
-
-    def _start(self, place: int) -> None:
-        """A loader of the batches from ``place`` on."""
-        self._reader = evaluation_batches(
-            self.source,
-            self.transform,
-            batch_size=self.batch_size,
-            device=self.device,
-            workers=self.workers,
-            batches=self.batches[place:],
-        )
-        self._next = place
+        return self.reader.read(self.number, batch)
 
 
 class _StoredBatch(ImageBatch):

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cl_methods import ranks
+from cl_methods.datasets.copying import on_device
 from cl_methods.datasets.images import DataError, ImageSource, Subset
-from cl_methods.datasets.loading import Transform, evaluation_batches, load_items, open_cache, read_share
+from cl_methods.datasets.loading import Items, Transform, evaluation_batches, open_cache, read_share
 from cl_methods.datasets.task import Task
 from cl_methods.methods.base import Batch
 from cl_methods.seeding import derive_seed, seed_host
@@ -131,19 +132,18 @@ def training_batches(
     """
     if steps.reference is not None:
         open_cache(steps.reference, steps.eval_transform)
-    for data in load_items(steps, range(start_step, iterations + 1), device, workers):
+    items = Items(steps, device, workers).read(range(start_step, iterations + 1))
+    for data in on_device(items, device):
         step = int(data["step"])
         task = steps.tasks[(step - steps.first_step) % len(steps.tasks)]
-        # indices stay on the host, where caches look them up without waiting
-        on_device = {
-            name: ranks.gather_rows(value.to(device, non_blocking=True), size)
+        images = {
+            name: ranks.gather_rows(data[name], size)
             for name, size in (("images", steps.batch_size), ("reference_images", steps.reference_batch_size))
-            if (value := data.get(name)) is not None
+            if name in data
         }
-        labels = data["labels"].to(device, non_blocking=True)
         yield Batch(
-            **on_device,
-            labels=labels,
+            **images,
+            labels=data["labels"],
             step=step,
             reference_indices=data.get("reference_indices"),
             task=task,
