@@ -227,6 +227,23 @@ def _adapted_forward(
     task, training, noise = mounted.state
     if task is None:
         return type(block).forward(block, x, attn_mask=attn_mask)
+    compiled = vars(block).get("compiled_parts")
+    parts = block_parts if compiled is None or not torch.is_grad_enabled() else compiled
+    x, residual = parts(block, x, attn_mask)
+    return adapters(x, residual, task, training=training, noise=noise)
+
+
+def block_parts(block: Any, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What adapters read and what they are added to: ``x₁ = x + Attn(LN₁ x)`` and ``x₁ + MLP(LN₂ x₁)``.
+
+    Args:
+        block: open_clip's residual block.
+        x: (B, L, D).
+        attn_mask: (L, L) or (B heads, L, L), added.
+
+    Returns:
+        Two tensors (B, L, D).
+    """
     if isinstance(block, ResidualAttentionBlock):
         if takes_self_attention(block.attn):
             attended = self_attention(block.ln_1(x), block.attn, attn_mask)
@@ -235,5 +252,10 @@ def _adapted_forward(
     else:
         attended = block.ln_attn(block.attn(block.ln_1(x), attn_mask=attn_mask))
     x = x + block.ls_1(attended)
-    residual = x + block.ls_2(block.mlp(block.ln_2(x)))
-    return adapters(x, residual, task, training=training, noise=noise)
+    return x, x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def carries_adapters(block: nn.Module) -> bool:
+    """Whether ``block`` is one that :class:`MountedAdapters` are mounted on."""
+    own = vars(block).get("forward")
+    return isinstance(own, functools.partial) and own.func is _adapted_forward

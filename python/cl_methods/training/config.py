@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from cl_methods.components.compiled_blocks import Compile
 from cl_methods.evaluation.accuracy import EvaluationOptions
 from cl_methods.scenarios import ScenarioOptions
 from cl_methods.training.checkpoints import CheckpointOptions
@@ -16,6 +17,7 @@ WITHOUT_EFFECT = (
     "workers",
     "memory_budget",
     "distributed",
+    "compile",
     "checkpoint.every",
     "checkpoint.keep",
     "evaluation.feature_memory",
@@ -25,7 +27,7 @@ WITHOUT_EFFECT = (
     "data.cache",
     "data.cache_gib",
 )
-"""Settings that cannot change a result, or (a memory budget, sharding) its last bits at most, or whose effect the scenario's
+"""Settings that cannot change a result, or (memory budget, compile, sharding) its last bits at most, or whose effect the scenario's
 fingerprint covers: a resumed run may change them."""
 
 
@@ -54,6 +56,8 @@ class RunConfig:
             losses and gradients, see docs/memory.md. None: all at once.
         distributed: with `torchrun`, every process holds all weights, gradients and optimiser state (`replicated`), or its part
             of each (`fsdp`, for methods that train the whole model), see docs/distributed.md.
+        compile: `blocks` runs the model's residual blocks through torch.compile in training steps, `cuda_graphs` replays them as
+            CUDA graphs besides; see docs/throughput.md.
     """
 
     method: str
@@ -72,6 +76,7 @@ class RunConfig:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     memory_budget: str | None = None
     distributed: Literal["replicated", "fsdp"] = "replicated"
+    compile: Compile = "none"
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -88,6 +93,18 @@ class RunConfig:
             raise ValueError(
                 f"memory_budget: plans for a process that holds whole weights, got {self.memory_budget} with distributed fsdp; "
                 "leave one of the two out (every further process takes its share of a batch, and of its activations)"
+            )
+        if self.compile not in get_args(Compile):
+            raise ValueError(f"compile: expected one of {', '.join(get_args(Compile))}, got {self.compile!r}")
+        if self.compile != "none" and self.memory_budget is not None:
+            raise ValueError(
+                f"compile: got {self.compile!r} with memory_budget {self.memory_budget!r}; expected one of the two, since the plan "
+                "counts what blocks keep that are not compiled"
+            )
+        if self.compile != "none" and self.distributed == "fsdp":
+            raise ValueError(
+                f"compile: got {self.compile!r} with distributed fsdp, which gathers a block's weights while it runs; "
+                "expected one of the two"
             )
 
     @property

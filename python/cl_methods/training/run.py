@@ -9,7 +9,8 @@ from typing import Any
 
 from cl_kernels.profile import peak_memory_bytes, start_peak_memory
 from cl_methods import ranks
-from cl_methods.evaluation.accuracy import feature_store, measure_spaces
+from cl_methods.components.compiled_blocks import check_compile, compile_blocks
+from cl_methods.evaluation.accuracy import feature_store, measure_spaces, row_reader
 from cl_methods.sharding import gathered, load_method_state
 from cl_methods.training.building import (
     build_method,
@@ -30,7 +31,7 @@ from cl_methods.training.restoring import Restored, restore
 from cl_methods.training.result import run_result
 from cl_methods.training.rows import Rows
 from cl_methods.training.signals import StoppedError
-from cl_methods.training.task import use_micro_batches
+from cl_methods.training.task import backbones, use_micro_batches
 
 
 def run(
@@ -78,12 +79,15 @@ class Run:
         self.config, self.reporter = config, progress
         check_distributed(config)
         self.device = choose_device(config.device)
+        check_compile(config.compile, self.device)
         start_peak_memory(self.device)
         self.scenario = scenario = select_scenario(config)
         self.memory_plan = plan_run_memory(config, scenario, self.device, progress.note)
         self.method = build_method(config, scenario, self.device)
         if self.memory_plan is not None:
             use_micro_batches(self.method, self.memory_plan.micro_batches)
+        if config.compile != "none":
+            compile_blocks(backbones(self.method), config.compile)
         shard_backbone(config, self.method, progress.note)
         self.directory = RunDirectory(output)
         self.description = describe_run(config, scenario, self.method, self.device)
@@ -96,6 +100,7 @@ class Run:
             self.reporter.note(origin.sentence())
         self.rows = Rows()
         self.features = feature_store(scenario.tasks, config.evaluation, progress.note)
+        self.reader = row_reader(self.method, scenario.tasks, config.evaluation, config.workers)
         self.method.expect(scenario.tasks)
         self.training = TrainingProgress()
 
@@ -132,6 +137,7 @@ class Run:
             raise explained from error
         finally:
             self.directory.release()
+            self.reader.close()
 
     def _execute(self) -> dict[str, Any]:
         try:
@@ -235,9 +241,9 @@ class Run:
                 tasks,
                 learnt,
                 self.config.evaluation,
-                self.config.workers,
                 on_task=evaluated,
                 store=self.features,
+                reader=self.reader,
             )
         self.rows.seconds.append(time.perf_counter() - clock)
         row, *further = measured

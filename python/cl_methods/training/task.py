@@ -176,9 +176,14 @@ class TaskTraining:
 
 def use_micro_batches(method: Method, parts: MicroBatches | None) -> None:
     """Let the method's backbone, and the copies of it that it holds as teachers, encode in these parts from now on."""
-    method.backbone.micro_batches = parts
+    for backbone in backbones(method):
+        backbone.micro_batches = parts
+
+
+def backbones(method: Method) -> list[Backbone]:
+    """The method's backbone, and those that it holds as teachers."""
+    found = [method.backbone]
     for value in vars(method).values():
         inner = vars(value).values() if hasattr(value, "__dict__") else ()
-        for held in (value, *inner):
-            if isinstance(held, Backbone):
-                held.micro_batches = parts
+        found += [held for held in (value, *inner) if isinstance(held, Backbone)]
+    return list({id(one): one for one in found}.values())
