@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +17,20 @@ Gradients = tuple[Tensor, dict[str, Tensor]]
 
 class CheckError(RuntimeError):
     """An implementation does not compute what it should, so its speed means nothing."""
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, a GPU's convolutions and products of float32 numbers keep all of their digits, as a comparison needs."""
+    parts: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [part.allow_tf32 for part in parts]
+    try:
+        for part in parts:
+            part.allow_tf32 = False
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.allow_tf32 = value
 
 
 def compare(case: str, found: Gradients, expected: Gradients) -> dict[str, float]:

@@ -114,7 +114,7 @@ class PublicMoEAdapters:
         hosts = residual_blocks(backbone, method.config.text_adapters)
         self.mixtures = nn.ModuleDict(
             {name: Mixture(adapters, method.router) for name, adapters in method.adapters.blocks.items()}
-        )
+        ).to(self.batch.images.device)
         for name, block in hosts.items():
             block.forward = _Adapted(block, self.mixtures[name])
         config = self.config

@@ -13,14 +13,14 @@ from torch import Tensor
 
 import cl_kernels as clk
 from cl_methods.backbone import Backbone, prompt
-from cl_methods.bench.agreement import compare
+from cl_methods.bench.agreement import compare, full_precision
 from cl_methods.bench.counting import Counting
 from cl_methods.bench.measuring import interleaved, live_memory, peak_memory
 from cl_methods.bench.own_step import OwnStep, own_steps
 from cl_methods.bench.public_moe_adapters import PublicMoEAdapters
 from cl_methods.bench.public_zscl import PublicZSCL, copy_weights
 from cl_methods.bench.rows import OURS, Row
-from cl_methods.bench.world import CAPTIONS, World, fresh, mini_world, open_clip_world
+from cl_methods.bench.world import CAPTIONS, CPU, World, fresh, mini_world, open_clip_world
 from cl_methods.components.self_attention import separate_attention
 from cl_methods.methods import METHODS
 
@@ -42,6 +42,7 @@ class StepOptions:
         captions: captions of a timed ZSCL step; as many per image as published when None.
         rounds: timed rounds of each step and its peer.
         time: False counts only.
+        device: where steps with values are taken. Counts at the published size are of tensors without values, on the CPU.
     """
 
     model: str = "mini"
@@ -50,6 +51,7 @@ class StepOptions:
     captions: int | None = None
     rounds: int = 5
     time: bool = True
+    device: torch.device = CPU
 
     @property
     def chosen(self) -> list[str]:
@@ -76,7 +78,7 @@ def step_suite(options: StepOptions, note: Callable[[str], None] = lambda _: Non
         CheckError: ours and the public procedure differ in loss or gradients by more than 1e-5.
         ValueError: an option is wrong.
     """
-    world = mini_world() if options.model == "mini" else open_clip_world(options.model)
+    world = mini_world(device=options.device) if options.model == "mini" else open_clip_world(options.model)
     floor = None if world.shapes or not options.time else own_steps(FLOOR, world)["train"]
     rows: list[Row] = []
     for name in options.chosen:
@@ -123,9 +125,10 @@ def check_kernels(case: str, step: OwnStep) -> dict[str, float]:
     """
     if step.optimizer is None:
         return {}
-    with clk.use_backend("reference"):
-        expected = step.gradients()
-    return compare(case, step.gradients(), expected)
+    with full_precision():
+        with clk.use_backend("reference"):
+            expected = step.gradients()
+        return compare(case, step.gradients(), expected)
 
 
 def counts_of(step: Any, shapes: bool) -> dict[str, int]:
@@ -148,7 +151,9 @@ def zscl_rows(options: StepOptions) -> list[Row]:
     settings = METHODS["zscl"].default_config("mtil")
     if options.model == "mini":
         return _pair(
-            f"ZSCL, mini, batch {PUBLISHED_BATCH}, 1,000 captions", *_zscl(mini_world(1000), settings), options
+            f"ZSCL, mini, batch {PUBLISHED_BATCH}, 1,000 captions",
+            *_zscl(mini_world(1000, options.device), settings),
+            options,
         )
     rows: list[Row] = []
     world = open_clip_world(options.model)
@@ -163,10 +168,11 @@ def zscl_rows(options: StepOptions) -> list[Row]:
         captions = options.captions or round(CAPTIONS / PUBLISHED_BATCH * options.batch)
         classes = max(2, round(100 / PUBLISHED_BATCH * options.batch))
         case = f"ZSCL, {options.model}, batch {options.batch}, {captions:,} captions, {classes} classes"
-        few = open_clip_world(options.model, min(captions, _CHECKED_CAPTIONS), shapes=False, class_count=classes)
+        sizes: dict[str, Any] = {"shapes": False, "class_count": classes, "device": options.device}
+        few = open_clip_world(options.model, min(captions, _CHECKED_CAPTIONS), **sizes)
         errors = check(f"{case} (the first {_CHECKED_CAPTIONS})", *_zscl(few, settings, options.batch))
         del few
-        real = open_clip_world(options.model, captions, shapes=False, class_count=classes)
+        real = open_clip_world(options.model, captions, **sizes)
         pair = _pair(case, *_zscl(real, settings, options.batch), options, checked=True, counted=False)
         pair[0].checked = errors
         rows += pair
@@ -189,17 +195,17 @@ def _zscl(world: World, settings: Any, batch: int | None = None) -> tuple[OwnSte
             if world.shapes
             else backbone.tokenize(world.reference.captions)
         )
-    return ours, PublicZSCL(ours, backbone.model, class_tokens, tokens)
+    return ours, PublicZSCL(ours, backbone.model, class_tokens, tokens.to(backbone.device))
 
 
 def moe_adapters_rows(options: StepOptions) -> list[Row]:
     """MoE-Adapters beside the public procedure: checked without dropout, which draws other bits, counted and timed with it."""
     settings = METHODS["moe_adapters"].default_config("mtil")
     if options.model == "mini":
-        world, batch, size = mini_world(), None, PUBLISHED_BATCH
+        world, batch, size = mini_world(device=options.device), None, PUBLISHED_BATCH
     else:
         classes = max(2, round(100 / PUBLISHED_BATCH * options.batch))
-        world = open_clip_world(options.model, 0, shapes=False, class_count=classes)
+        world = open_clip_world(options.model, 0, shapes=False, class_count=classes, device=options.device)
         batch, size = options.batch, options.batch
     case = f"MoE-Adapters, {options.model}, batch {size}, {len(world.tasks[1].class_names)} classes"
     errors = check(case, *_moe_adapters(world, replace(settings, dropout=0.0), batch))
@@ -223,7 +229,8 @@ def _public_backbone(world: World) -> Backbone:
 
 
 def _class_tokens(method: Any, task: Any) -> Tensor:
-    return method.backbone.tokenize([prompt(task.templates[0], name) for name in task.class_names])
+    tokens = method.backbone.tokenize([prompt(task.templates[0], name) for name in task.class_names])
+    return tokens.to(method.backbone.device)
 
 
 def _leave_start(step: OwnStep) -> None:
@@ -232,7 +239,7 @@ def _leave_start(step: OwnStep) -> None:
     with torch.no_grad():
         for _, value in step.method.trainable():
             spread = value.std() if value.numel() > 1 and value.abs().max() > 0 else torch.tensor(0.02)
-            value.add_(torch.randn(value.shape, generator=generator) * spread * 0.05)
+            value.add_(torch.randn(value.shape, generator=generator).to(value) * spread * 0.05)
 
 
 def check(case: str, ours: OwnStep, public: Any) -> dict[str, float]:
@@ -241,9 +248,10 @@ def check(case: str, ours: OwnStep, public: Any) -> dict[str, float]:
     Raises:
         CheckError: one of them exceeds 1e-5.
     """
-    loss, gradients = ours.gradients()
+    with full_precision():
+        (loss, gradients), expected = ours.gradients(), public.gradients()
     renamed = {re.sub(r"\.(routers|noises)\.\d+$", r".\1", name): value for name, value in gradients.items()}
-    return compare(case, (loss, renamed), public.gradients())
+    return compare(case, (loss, renamed), expected)
 
 
 def _pair(

@@ -23,6 +23,7 @@ def run(
     captions: int | None,
     rounds: int,
     time: bool,
+    device: torch.device,
     pattern: str,
     note: Callable[[str], None],
 ) -> Result:
@@ -37,10 +38,10 @@ def run(
         options = StepOptions(methods=methods, time=False)
         return {"model": "mini"}, exact_rows(options, note), cpu
     if suite == "step":
-        options = StepOptions(model, methods, batch, captions, rounds, time)
+        options = StepOptions(model, methods, batch, captions, rounds, time, device)
         setting = {"model": model, "methods": ",".join(methods) or "all", **threads}
         sizes = {} if model == "mini" or not time else {"batch": batch, "captions": captions or "published ratio"}
-        return {**setting, **sizes, **({} if time else {"time": "no"})}, step_suite(options, note), cpu
+        return {**setting, **sizes, **({} if time else {"time": "no"})}, step_suite(options, note), device
     if suite == "evaluation":
         from cl_methods.bench.evaluation import evaluation_suite
 

@@ -26,6 +26,8 @@ CAPTIONS = 15_840
 
 _IMAGES = 128
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class World:
@@ -52,12 +54,13 @@ class World:
         with warnings.catch_warnings():  # copying asks a fake tensor for the address that it does not have
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             network = copy.deepcopy(source.model)
-        return Backbone(network, source.tokenize, source.train_transform, source.eval_transform, name=self.model)
+        transforms = source.train_transform, source.eval_transform
+        return Backbone(network, source.tokenize, *transforms, device=source.device, name=self.model)
 
 
-def mini_world(captions: int = 200) -> World:
-    """The pre-trained tiny model with 2 x 10 of its own classes; everything has values."""
-    network = load_backbone("mini")
+def mini_world(captions: int = 200, device: torch.device = CPU) -> World:
+    """The pre-trained tiny model on ``device`` with 2 x 10 of its own classes; everything has values."""
+    network = load_backbone("mini", device=device)
     names = [f"{colour} {shape}" for shape in concepts.SHAPES for colour in concepts.COLOURS]
     tasks = tuple(
         _task(f"task{index}", names[10 * index : 10 * index + 10], ("a photo of a {}.",), 32, index)
@@ -67,7 +70,9 @@ def mini_world(captions: int = 200) -> World:
     return World("mini", tasks, Reference(_noise(_IMAGES, 32, 9), texts), 32, False, network)
 
 
-def open_clip_world(model: str, captions: int = CAPTIONS, *, shapes: bool = True, class_count: int = 100) -> World:
+def open_clip_world(
+    model: str, captions: int = CAPTIONS, *, shapes: bool = True, class_count: int = 100, device: torch.device = CPU
+) -> World:
     """An open_clip model with random weights and the classes of Aircraft and DTD.
 
     Args:
@@ -75,6 +80,7 @@ def open_clip_world(model: str, captions: int = CAPTIONS, *, shapes: bool = True
         captions: number of reference captions.
         shapes: tensors without values; with them the weights take their memory.
         class_count: at most so many classes of a task.
+        device: where the model is.
 
     Raises:
         ValueError: the name is unknown.
@@ -85,7 +91,7 @@ def open_clip_world(model: str, captions: int = CAPTIONS, *, shapes: bool = True
     network: Any = parts[0]
     if shapes:
         network = without_values(network)
-    backbone = Backbone(network, *parts[1:], name=model)
+    backbone = Backbone(network, *parts[1:], device=device, name=model)
     size = network.visual.image_size
     size = size if isinstance(size, int) else size[0]
     tasks = []

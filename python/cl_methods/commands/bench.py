@@ -18,6 +18,7 @@ from cl_methods.bench.page import write_page
 from cl_methods.bench.record import Record, new_record
 from cl_methods.bench.tables import record_table
 from cl_methods.training.checkpoints import write_atomically
+from cl_methods.training.environment import choose_device
 
 DESCRIPTION = """Measure a suite beside its peers, and keep a history.
 
@@ -51,6 +52,7 @@ class Bench:
         captions: captions of its timed ZSCL step; as many per image as published when not given.
         rounds: timed rounds.
         time: no-time counts only.
+        device: of suite step: `cpu`, `cuda`, `cuda:1` …; `auto` takes a GPU if there is one.
         threads: of torch; its own choice when not given.
         filter: run only benchmarks whose names match, as pytest's -k. Suite kernels.
         history: file of JSON lines to which the record is appended, and which is compared and drawn; the checkout's own, or
@@ -68,6 +70,7 @@ class Bench:
     captions: int | None = None
     rounds: int = 5
     time: bool = True
+    device: str = "auto"
     threads: int | None = None
     filter: str = ""
     history: Path | None = None
@@ -148,6 +151,7 @@ def _measure(options: Bench, console: Console) -> Record:
             captions=options.captions,
             rounds=options.rounds,
             time=options.time,
+            device=choose_device(options.device),
             pattern=options.filter,
             note=status.update,
         )
