@@ -14,20 +14,24 @@ from torch.nn import functional as F
 import cl_kernels as clk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-N, D, R, K, SCALE = 12_608, 768, 64, 2, 0.1  # 64 images of ViT-B/16
-EXPERTS = (2, 4, 8, 16, 22, 32, 64)
-DENSE_UP_TO = 8  # all experts on all tokens: beyond, seconds per call
+D, R, K, SCALE = 768, 64, 2, 0.1
+FEW, MANY = 12_608, 200_000
+"""Tokens: of 64 images of ViT-B/16, and of a thousand."""
+
+EXPERTS = {FEW: (2, 4, 8, 16, 22, 32, 64), MANY: (4, 22)}
+DENSE_UP_TO = {FEW: 64, MANY: 4}
+"""All experts on all tokens: with more of them a call takes many seconds on a CPU."""
 
 
-def inputs(experts):
+def inputs(tokens, experts):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size, scale=1.0):
         return (torch.randn(size, generator=generator) * scale).to(DEVICE)
 
-    chosen = torch.rand(N, experts, generator=generator).argsort(-1)[:, :K].contiguous().to(DEVICE)
+    chosen = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :K].contiguous().to(DEVICE)
     weights = normal(experts, R, D, scale=D**-0.5), normal(experts, R), normal(experts, D, R, scale=R**-0.5)
-    return normal(N, D), chosen, torch.softmax(normal(N, K), -1), *weights, normal(experts, D)
+    return normal(tokens, D), chosen, torch.softmax(normal(tokens, K), -1), *weights, normal(experts, D)
 
 
 def grouped(x, expert_ids, gates, down_weight, down_bias, up_weight, up_bias):
@@ -68,26 +72,32 @@ def ours(x, expert_ids, gates, *weights):
 PEERS = [grouped, dense, ours]
 if DEVICE == "cuda" and importlib.util.find_spec("scattermoe"):
     PEERS.append(scattermoe)
-CASES = [(peer, experts) for experts in EXPERTS for peer in PEERS if peer is not dense or experts <= DENSE_UP_TO]
+CASES = [
+    pytest.param(
+        peer, tokens, experts, id=f"{peer.__name__}-{experts}_experts" + ("" if tokens == FEW else f"-{tokens}_tokens")
+    )
+    for tokens, numbers in EXPERTS.items()
+    for experts in numbers
+    for peer in PEERS
+    if peer is not dense or DEVICE == "cuda" or experts <= DENSE_UP_TO[tokens]
+]
 
 
 @pytest.mark.parametrize("step", [False, True], ids=["forward", "step"])
-@pytest.mark.parametrize(
-    ("implementation", "experts"), [pytest.param(p, e, id=f"{p.__name__}-{e}_experts") for p, e in CASES]
-)
-def bench_token_routing(measure, implementation, experts, step):
-    tensors = inputs(experts)
+@pytest.mark.parametrize(("implementation", "tokens", "experts"), CASES)
+def bench_token_routing(measure, implementation, tokens, experts, step):
+    tensors = inputs(tokens, experts)
     differentiable = [tensor for tensor in tensors if tensor.is_floating_point()]
     for tensor in differentiable:
         tensor.requires_grad_(step)
-    upstream = torch.randn(N, D, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    upstream = torch.randn(tokens, D, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
     def run(function=implementation):
         out = function(*tensors)
         return [out.detach(), *torch.autograd.grad(out, differentiable, upstream)] if step else [out]
 
-    flops = 4 * N * K * D * R * (3 if step else 1)
-    floor_bytes = 4 * (2 * N * D + 2 * experts * D * R) * (2 if step else 1)
+    flops = 4 * tokens * K * D * R * (3 if step else 1)
+    floor_bytes = 4 * (2 * tokens * D + 2 * experts * D * R) * (2 if step else 1)
     measure(
         run, run(ours if implementation is grouped else grouped), tolerance=1e-4, flops=flops, floor_bytes=floor_bytes
     )
