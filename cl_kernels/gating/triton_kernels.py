@@ -22,7 +22,10 @@ EXPERTS_ALONE = 32
 """And so many experts: with more, the loop over blocks of rows spills on some targets."""
 
 WORK_ALONE = {tl.float64: 2**20, tl.float32: 2**21, tl.float16: 2**22, tl.bfloat16: 2**22}
-"""And so many multiplications, of padded tiles."""
+"""And so many multiplications, of padded tiles. On sm_90, 32 features of 64 rows and 32 experts with noise are 1,366 cycles of
+instructions in fp32, of which 1,024 are the multiplications: a training step's 768 features would take one program 33 thousand
+cycles, and four that share the rows 10 thousand each, which is worth more than the fill that they need. In 16 bits, on tensor
+cores, it is 228: both wait for what they read, and the fill is saved."""
 
 BLOCK_ALONE = 64
 """Rows of one program's tile at most: it reads the routers' weights once for all of them. On AMD, whose scalar registers hold the
