@@ -77,6 +77,20 @@ def test_failing_benchmarks_report_no_speed(status: int, error: type, message: s
         kernels.kernels_suite("y", 5, lambda _: None)
 
 
+def test_benchmarks_run_with_as_many_threads_as_the_record_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {}
+
+    def run(*_, **options) -> subprocess.CompletedProcess:
+        given.update(options)
+        return subprocess.CompletedProcess([], 5, "", "")
+
+    monkeypatch.setattr(kernels.subprocess, "run", run)
+    monkeypatch.setattr(kernels.torch, "get_num_threads", lambda: 3)
+    with pytest.raises(ValueError, match="no benchmark matches"):
+        kernels.kernels_suite("z", 1, lambda _: None)
+    assert given["env"]["OMP_NUM_THREADS"] == "3"
+
+
 def test_reading_images_beside_the_transform(monkeypatch: pytest.MonkeyPatch) -> None:
     transform = image_transforms({"size": 32, "mean": (0.5,) * 3, "std": (0.2,) * 3, "interpolation": "bicubic"})[1]
     ours, plain, empty = decoding.decoding_rows(transform, images=6, size=(48, 36), batch_size=4, rounds=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,8 @@ def kernels_suite(pattern: str, rounds: int, note: Callable[[str], None]) -> tup
         command = [sys.executable, "-m", "pytest", "-c", str(folder / "pytest.ini"), str(folder)]
         command += [f"--benchmark-json={target}", f"--benchmark-min-rounds={rounds}"]
         command += ["-k", pattern] if pattern else []
-        done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT, check=False)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # as the record says
+        done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT, check=False, env=environment)
         if done.returncode == 5:
             raise ValueError(f"filter: no benchmark matches {pattern!r}")
         if done.returncode:
