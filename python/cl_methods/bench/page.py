@@ -27,7 +27,7 @@ footer { color: #666; font-size: 13px; margin-top: 3rem; }
 """
 
 _FOOTER = (
-    "In brackets: a peer's costs over ours. Times are the best of several rounds, interleaved with the peer's in one run; they are "
+    "In brackets: a peer's costs over ours. Times are the best of several rounds, in one run with the peer's; they are "
     "compared beside the peer of the same run, counts exactly. FLOPs: matrix products, convolutions and attention. Saved: "
     "what autograd keeps for the backward pass. Waits: where the host would wait for a GPU. Memory: at the peak of a call, beyond "
     "what was there before it."
