@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from cl_methods.evaluation.tables import TextTable
 
@@ -12,6 +12,8 @@ _SYMBOLS = {
     "λ": r"$\lambda$", "[": "{[}", "]": "{]}", "*": "{*}",
     **{symbol: f"\\{symbol}" for symbol in "&%$#_{}"},
 }  # fmt: skip
+_LATIN = 0x17F
+"""pdfLaTeX with the encoding T1 knows the letters up to here."""
 _TRANSLATION = str.maketrans(_SYMBOLS)
 
 
@@ -41,8 +43,20 @@ def latex(table: TextTable) -> str:
 def document(tables: Sequence[TextTable], notes: str = "") -> str:
     """Several tables to be read with ``\\input``; comments name the package they need, and carry the notes."""
     head = [r"% needs \usepackage{booktabs} and \usepackage[T1]{fontenc}"]
+    texts = "".join(text for table in tables for text in _texts(table))
+    strange = sorted({character for character in texts if ord(character) > _LATIN})
+    if strange:
+        head.append(
+            f"% needs LuaLaTeX or XeLaTeX and a font that has {' '.join(strange)}, which pdfLaTeX does not know"
+        )
     head += [f"% {line}" for line in notes.splitlines() if line.strip()]
     return "\n".join(head) + "\n\n" + "\n".join(latex(table) for table in tables)
+
+
+def _texts(table: TextTable) -> Iterator[str]:
+    """Title and cells as LaTeX reads them."""
+    for cells in ([table.title], table.columns, *table.rows):
+        yield from map(escape, cells)
 
 
 def _line(cells: Sequence[str], bold: Collection[int] = ()) -> str:
