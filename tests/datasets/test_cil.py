@@ -224,6 +224,7 @@ def test_mtil_without_the_identity_of_the_task(root, run, tmp_path):
     [
         ({"dataset": None}, "I", r"data\.dataset: scenario cil needs a dataset to split, one of Aircraft"),
         ({"dataset": "CIFAR1000"}, "I", r"data\.dataset: there is no dataset 'CIFAR1000'; did you mean CIFAR100\?"),
+        ({"dataset": "tiny-imagenet"}, "I", r"there is no dataset 'tiny-imagenet'; did you mean TinyImageNet\?"),
         ({"dataset": "dogs"}, "I", r"there is no dataset 'dogs'; there are Aircraft"),
         ({"root": None}, "I", r"data\.root: scenario cil needs the folder"),
         ({"steps": 0}, "I", r"data\.steps: expected a number >= 1, got 0"),

@@ -147,9 +147,10 @@ def test_few_shots_have_settings_of_their_own(tmp_path):
     ("options", "order", "message"),
     [
         ({"root": None}, "I", r"data\.root: scenario mtil needs the folder"),
-        ({}, "Aircaft", r"order: mtil has no dataset 'Aircaft'; did you mean Aircraft\?"),
-        ({}, "III", r"order: mtil has no dataset 'III'; there are I, II, Aircraft"),
-        ({}, "MNIST,MNIST", r"order: each dataset can be learnt once, got 'MNIST,MNIST'"),
+        ({}, "Aircaft", r"order: there is no dataset 'Aircaft'; did you mean Aircraft\?"),
+        ({}, "MNIST,flowers", r"there is no dataset 'flowers'; did you mean Flowers102\?"),
+        ({}, "III", r"order: there is no dataset 'III'; there are the orders I, II, X-TAIL and the datasets Aircraft"),
+        ({}, "MNIST,MNIST", r"order: each dataset can be named once, got 'MNIST,MNIST'"),
         ({"shots": -1}, "I", r"data\.shots: expected a number >= 1, got -1"),
         ({"sizes": "published"}, "DTD,MNIST", r"94 / 47 / 47 images of DTD.*; .*20 / 0 / 10 images of MNIST"),
         ({"split": "coop"}, "EuroSAT", r"split_zhou_EuroSAT\.json is missing"),
@@ -211,3 +212,39 @@ def test_check_says_what_is_missing_and_what_is_wrong(tmp_path, capsys):
     assert f"{damaged} is not a readable image" in capsys.readouterr().out
     assert main(["data", "check", "--root", str(tmp_path / "nowhere")]) == 2
     assert "nowhere is not a directory" in capsys.readouterr().err
+
+
+def test_a_root_that_holds_nothing_points_to_the_datasets_beside_or_below_it(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    ORIGINALS["EuroSAT"](tmp_path / "data")
+    for wrong in (tmp_path, tmp_path / "data" / "eurosat"):
+        assert main(["data", "check", "--root", str(wrong)]) == 1
+        assert (
+            f"There are datasets in {tmp_path / 'data'}: was --root {tmp_path / 'data'} meant?"
+            in capsys.readouterr().out
+        )
+    (tmp_path / "empty").mkdir()
+    assert main(["data", "check", "--root", str(tmp_path / "empty"), "--datasets", "MNIST"]) == 1
+    out = capsys.readouterr().out
+    assert f"MNIST is not in {tmp_path / 'empty'}. Put it into {tmp_path / 'empty' / 'MNIST' / 'raw'}" in out
+    assert "There are datasets" not in out
+    assert "with {train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte, with or without .gz, in it" in out
+
+
+def test_a_run_without_data_says_in_one_sentence_what_lists_the_rest(tmp_path, capsys):
+    ORIGINALS["MNIST"](tmp_path)
+    line = ["run", "--scenario", "mtil", "--data.root", str(tmp_path), "--dry-run"]
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    assert f"10 of 11 datasets are not there, or not complete, in {tmp_path}: Aircraft, Caltech101, CIFAR100" in error
+    assert "SUN397 --split" not in error
+    assert f"`clk data check --root {tmp_path} --datasets Aircraft,Caltech101," in error
+    assert "20 / 0 / 10 images of MNIST" in error
+    assert len(error) < 1000
+    assert main([*line[:-2], str(tmp_path / "nowhere"), "--dry-run"]) == 2
+    assert capsys.readouterr().err.count("is not a directory") == 1
+    assert main(["run", "--scenario", "mtil", "--dry-run"]) == 2
+    assert (
+        "data.root: scenario mtil needs the folder that holds the datasets; `clk data check --root"
+        in capsys.readouterr().err
+    )

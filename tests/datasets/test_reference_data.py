@@ -15,7 +15,7 @@ from tiny_clip import build_backbone, noise_images
 from cl_methods.components.reference_features import random_texts
 from cl_methods.datasets.captions import random_texts_of, read_captions
 from cl_methods.datasets.images import DataError
-from cl_methods.datasets.reference import read_reference
+from cl_methods.datasets.reference import drawn, read_reference
 from cl_methods.datasets.task import RandomTexts, Reference
 from cl_methods.methods.zscl import ZSCL
 from cl_methods.methods.zscl_config import ZSCLConfig
@@ -285,3 +285,27 @@ def test_a_folder_of_images_at_any_depth(tmp_path):
     found = read_reference(tmp_path, None)
     assert (found.images.paths, found.captions) == (("0.jpg", "deep/er/1.png"), ())
     assert found.images.labels.tolist() == [-1, -1]
+
+
+def test_a_limit_draws_the_same_images_everywhere(shards, tmp_path):
+    for number in range(9):
+        write(tmp_path / "images" / f"{number % 3}" / f"{number}.png", number, 0)
+
+    whole = read_reference(tmp_path / "images", None)
+    some = drawn(whole, 4, 0)
+    assert some.images.paths == drawn(whole, 4, 0).images.paths
+    assert (len(some.images), sorted(some.images.paths)) == (4, list(some.images.paths))
+    assert set(some.images.paths) < set(whole.images.paths)
+    assert len({drawn(whole, 4, seed).images.paths for seed in range(6)}) > 1
+    assert drawn(whole, 9, 0) is whole
+    assert len(drawn(read_reference(shards, None), 2, 0).images) == 2
+    ORIGINALS["EuroSAT"](tmp_path)
+    options = {"root": tmp_path, "sizes": "any", "cache": "none"}
+    run = load(
+        "mtil", ScenarioOptions(**options, reference_images=shards, reference_limit=4, split_seed=3), order="EuroSAT"
+    )
+    assert run.reference.images.fingerprint() == drawn(read_reference(shards, None), 4, 3).images.fingerprint()
+    with pytest.raises(DataError, match=r"data\.reference_limit: expected a number of images >= 1, got 0"):
+        drawn(whole, 0, 0)
+    with pytest.raises(DataError, match=r"there are no reference images to draw 3 from; give --data\.reference-images"):
+        load("mtil", ScenarioOptions(**options, reference_limit=3), order="EuroSAT")

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cl_methods.commands.zero_shot import print_lines, zero_shot_table
-from cl_methods.datasets.find import DataNotFoundError, Found, SplitOptions, find_dataset
+from cl_methods.datasets.find import DataNotFoundError, Found, SplitOptions, find_dataset, other_root
 from cl_methods.datasets.images import DataError, FileImages
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.evaluation.zero_shot import FULL_MODEL
@@ -29,7 +29,7 @@ published one.
 
 examples:
   clk data check --root /data
-  clk data check --root /data --split coop --shots 16
+  clk data check --root /data --datasets X-TAIL --split coop --shots 16
   clk data check --root /data --datasets Aircraft,MNIST --decode
   clk data check --root /data --zero-shot --model ViT-B-16-quickgelu --pretrained ViT-B-16.pt"""
 
@@ -43,7 +43,7 @@ class Check:
     Attributes:
         action: `check`.
         root: folder that holds the datasets.
-        datasets: an order, I or II, or datasets separated by commas.
+        datasets: an order, I, II or X-TAIL, or datasets separated by commas.
         split: family of published splits, zscl or coop.
         shots: images per class of a few-shot draw.
         split_seed: seed of few-shot draws.
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
         table.add_column(column, no_wrap=column != "in", overflow="fold", justify="right" if right else "left")
     problems: list[str] = []
     there: list[Found] = []
-    for name in chosen_datasets(options.datasets):
+    for name in chosen_datasets(options.datasets, "datasets"):
         try:
             found = find_dataset(DATASETS[name], options.root, split)
             if options.decode:
@@ -109,6 +109,10 @@ def main(arguments: Sequence[str]) -> int:
         sizes = " / ".join(f"{len(split):,}" for split in (task.train, task.validation, task.test))
         place = str(found.place.relative_to(options.root))
         table.add_row(name, found.layout, place, str(len(task.class_names)), sizes, found.fingerprint())
+    if not there:
+        elsewhere = other_root(options.root)
+        if elsewhere is not None:
+            problems.insert(0, f"There are datasets in {elsewhere}: was --root {elsewhere} meant?")
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     console.print(table)
     for problem in problems:

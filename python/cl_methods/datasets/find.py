@@ -18,7 +18,7 @@ from cl_methods.datasets.images import DataError, ImageSource
 from cl_methods.datasets.listing import Listing
 from cl_methods.datasets.original import READERS
 from cl_methods.datasets.sources import take
-from cl_methods.datasets.specification import DatasetSpec
+from cl_methods.datasets.specification import DATASETS, DatasetSpec
 from cl_methods.datasets.splits import coop_shots, first_shots, set_aside, zscl_split
 from cl_methods.datasets.task import Task
 from cl_methods.datasets.texts import Family
@@ -26,6 +26,7 @@ from cl_methods.datasets.webdataset import read_shards
 
 COOP_FILES = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md links to it"
 _VALIDATION_SHOTS = 4
+_LOOKED_INTO = 50
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,7 @@ def find_listing(spec: DatasetSpec, root: Path, family: Family) -> Listing:
         DataNotFoundError: it is in none of the places.
         DataError: it is there but damaged.
     """
-    if not root.is_dir():
-        raise DataError(f"data.root: {root} is not a directory; give the folder that holds one folder per dataset")
+    require_root(root)
     classes = spec.classes(family)
     by_split_file = family == "coop" and spec.split_file is not None
     for place in _present(root, spec.places):
@@ -125,6 +125,16 @@ def find_listing(spec: DatasetSpec, root: Path, family: Family) -> Listing:
     raise DataNotFoundError(where_to_put(spec, root, family))
 
 
+def require_root(root: Path) -> None:
+    """The folder that holds the datasets.
+
+    Raises:
+        DataError: it is none.
+    """
+    if not root.is_dir():
+        raise DataError(f"data.root: {root} is not a directory; give the folder that holds one folder per dataset")
+
+
 def where_to_put(spec: DatasetSpec, root: Path, family: Family) -> str:
     """What is missing for a dataset, and where to put it."""
     if family == "coop" and spec.split_file is not None:
@@ -138,11 +148,25 @@ def where_to_put(spec: DatasetSpec, root: Path, family: Family) -> str:
         wanted = f"{folder}, with {spec.split_file} in it ({COOP_FILES}) and the images"
         wanted += f" in {folder / spec.images[0]}" if spec.images[0] else " beside it"
     else:
-        wanted = f"{root / spec.places[0]}, with {', '.join(spec.markers[:3])} in it"
+        wanted = f"{root / spec.places[0]}, with {spec.contents} in it"
     return (
         f"{spec.name} is not in {root}. Put it into {wanted}, from {spec.source}; or a copy as image folders, WebDataset shards "
         f"or Hugging Face tables into {root / spec.copies[0]}. docs/datasets.md has all layouts"
     )
+
+
+def other_root(root: Path) -> Path | None:
+    """Where ``root`` holds no dataset: the folder above it, or the first directly below it, that does; None if there is none."""
+    if _any_dataset(root):
+        return None
+    below = sorted(folder for folder in root.iterdir() if folder.is_dir())
+    own = {place.split("/")[0] for spec in DATASETS.values() for place in spec.places}
+    above = [root.absolute().parent] if root.absolute().name in own else []
+    return next((folder for folder in (*above, *below[:_LOOKED_INTO]) if _any_dataset(folder)), None)
+
+
+def _any_dataset(root: Path) -> bool:
+    return any(_marked(spec, place) for spec in DATASETS.values() for place in _present(root, spec.places))
 
 
 def _marked(spec: DatasetSpec, place: Path) -> bool:

@@ -11,8 +11,9 @@ from cl_methods.datasets.archives import SUFFIXES, Member, parts, shards
 from cl_methods.datasets.captions import random_texts_of, read_captions, read_rows, read_shard_captions
 from cl_methods.datasets.images import DataError, FileImages, ImageSource
 from cl_methods.datasets.listing import IMAGE_SUFFIXES, file_images, images_below
-from cl_methods.datasets.sources import TarImages
+from cl_methods.datasets.sources import TarImages, take
 from cl_methods.datasets.task import NO_IMAGES, Reference
+from cl_methods.seeding import derive_seed
 
 _OPTION = "data.reference_images"
 _FILE_COLUMNS = ("filepath", "path", "file")
@@ -45,6 +46,29 @@ def read_reference(images: Path | None, captions: Path | None, own: Reference | 
         texts = () if random is not None else read_shard_captions(archives) if archives else read_captions(captions)
         found = replace(found, captions=texts, random_texts=random)
     return found
+
+
+def drawn(reference: Reference | None, count: int, seed: int) -> Reference:
+    """Reference data with ``count`` of its images, in their order; with all of them where there are no more.
+
+    Args:
+        reference: images in an order that is the same on every machine.
+        count: at least 1.
+        seed: with the number of images, all that the draw depends on.
+
+    Raises:
+        DataError: there are no images to draw from, or ``count`` is too small.
+    """
+    if count < 1:
+        raise DataError(f"data.reference_limit: expected a number of images >= 1, got {count}")
+    if reference is None or not reference.has_images:
+        raise DataError(
+            f"data.reference_limit: there are no reference images to draw {count} from; give --data.reference-images"
+        )
+    total = len(reference.images)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "reference images"))
+    chosen = torch.randperm(total, generator=generator)[:count].sort().values
+    return reference if count >= total else replace(reference, images=take(reference.images, chosen))
 
 
 def read_reference_images(place: Path) -> ImageSource:

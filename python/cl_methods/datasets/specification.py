@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import MappingProxyType
 
-from cl_methods.datasets.texts import Classes, Family, classes
+from cl_methods.datasets.texts import Classes, Family, classes, normalised
 
 Sizes = tuple[int | None, int, int]
 """Images for training, validation and test; None where no number was published."""
@@ -22,6 +23,7 @@ class DatasetSpec:
         places: folders below the root in which the dataset's own files are looked for, as torchvision, CoOp and DIKI lay
             them out.
         markers: any of these in a place means that the dataset's own files are there.
+        contents: what has to be there, in words.
         copies: folders below the root in which copies in a general layout are looked for (image folders, WebDataset,
             Hugging Face).
         split_file: CoOp's list of the splits, in a place; None where CoOp and DIKI use the dataset's own split.
@@ -35,6 +37,7 @@ class DatasetSpec:
     sizes: Mapping[Family, Sizes]
     places: tuple[str, ...]
     markers: tuple[str, ...]
+    contents: str
     copies: tuple[str, ...]
     split_file: str | None = None
     images: tuple[str, ...] = ("",)
@@ -58,6 +61,7 @@ _TABLE = (
         {"zscl": (3334, 3333, 3333), "coop": (3334, 3333, 3333)},
         places=("fgvc-aircraft-2013b/data", "fgvc_aircraft", "fgvc-aircraft-2013b"),
         markers=("variants.txt", "images_variant_train.txt", "images_variant_test.txt"),
+        contents="images/, variants.txt and images_variant_{train,val,test}.txt",
         copies=("Aircraft", "aircraft", "fgvc_aircraft", "fgvc-aircraft", "wds_fgvc_aircraft"),
         coop_place="fgvc_aircraft",
         source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/ (fgvc-aircraft-2013b.tar.gz)",
@@ -67,6 +71,7 @@ _TABLE = (
         {"zscl": (6941, 0, 1736), "coop": (4128, 1649, 2465)},
         places=("caltech101", "caltech-101"),
         markers=("101_ObjectCategories",),
+        contents="101_ObjectCategories/",
         copies=("Caltech101", "caltech101", "caltech-101", "wds_vtab-caltech101"),
         split_file="split_zhou_Caltech101.json",
         images=("101_ObjectCategories",),
@@ -79,6 +84,7 @@ _TABLE = (
         {"zscl": (50000, 0, 10000), "coop": (40000, 10000, 10000)},
         places=("cifar-100-python", "cifar100/cifar-100-python", "cifar100"),
         markers=("meta",),
+        contents="train, test and meta",
         copies=("CIFAR100", "cifar100", "cifar-100", "wds_vtab-cifar100"),
         coop_place="cifar100",
         source="https://www.cs.toronto.edu/~kriz/cifar.html (cifar-100-python.tar.gz)",
@@ -88,6 +94,7 @@ _TABLE = (
         {"zscl": (1880, 1880, 1880), "coop": (2820, 1128, 1692)},
         places=("dtd/dtd", "dtd"),
         markers=("labels",),
+        contents="images/ and labels/{train,val,test}1.txt",
         copies=("DTD", "dtd", "wds_vtab-dtd"),
         split_file="split_zhou_DescribableTextures.json",
         images=("images",),
@@ -99,6 +106,7 @@ _TABLE = (
         {"zscl": (21600, 0, 5400), "coop": (13500, 5400, 8100)},
         places=("eurosat", "EuroSAT"),
         markers=("2750",),
+        contents="2750/",
         copies=("EuroSAT", "eurosat", "wds_vtab-eurosat"),
         split_file="split_zhou_EuroSAT.json",
         images=("2750",),
@@ -111,6 +119,7 @@ _TABLE = (
         {"zscl": (1020, 1020, 6149), "coop": (4093, 1633, 2463)},
         places=("flowers-102", "oxford_flowers"),
         markers=("imagelabels.mat", "setid.mat", "jpg"),
+        contents="jpg/, imagelabels.mat and setid.mat",
         copies=("Flowers102", "flowers102", "flowers-102", "oxford_flowers", "wds_vtab-flowers"),
         split_file="split_zhou_OxfordFlowers.json",
         images=("jpg",),
@@ -122,6 +131,7 @@ _TABLE = (
         {"zscl": (75750, 0, 25250), "coop": (50500, 20200, 30300)},
         places=("food-101", "food101/food-101"),
         markers=("meta",),
+        contents="images/ and meta/{train,test}.json",
         copies=("Food101", "food101", "food-101", "wds_food101"),
         split_file="split_zhou_Food101.json",
         images=("images",),
@@ -138,6 +148,7 @@ _TABLE = (
             for what in ("images-idx3-ubyte", "labels-idx1-ubyte")
             for end in ("", ".gz")
         ),
+        contents="{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte, with or without .gz,",
         copies=("MNIST", "mnist", "wds_mnist"),
         coop_place="mnist",
         source="https://ossci-datasets.s3.amazonaws.com/mnist/ (the four *-ubyte.gz files)",
@@ -147,6 +158,7 @@ _TABLE = (
         {"zscl": (3680, 0, 3669), "coop": (2944, 736, 3669)},
         places=("oxford-iiit-pet", "oxford_pets"),
         markers=("annotations",),
+        contents="images/ and annotations/{trainval,test}.txt",
         copies=("OxfordPet", "oxford_pets", "oxford-iiit-pet", "wds_vtab-pets"),
         split_file="split_zhou_OxfordPets.json",
         images=("images",),
@@ -158,6 +170,7 @@ _TABLE = (
         {"zscl": (8144, 0, 8041), "coop": (6509, 1635, 8041)},
         places=("stanford_cars",),
         markers=("devkit", "cars_train", "cars_test"),
+        contents="devkit/cars_{meta,train_annos}.mat, cars_test_annos_withlabels.mat, cars_train/ and cars_test/",
         copies=("StanfordCars", "stanford_cars", "cars", "wds_cars"),
         split_file="split_zhou_StanfordCars.json",
         coop_place="stanford_cars",
@@ -168,6 +181,7 @@ _TABLE = (
         {"zscl": (87003, 0, 21751), "coop": (15880, 3970, 19850)},
         places=("SUN397", "sun397/SUN397", "sun397"),
         markers=("ClassName.txt", "a"),
+        contents="a/ to y/",
         copies=("SUN397", "sun397", "wds_sun397"),
         split_file="split_zhou_SUN397.json",
         images=("SUN397", ""),
@@ -180,6 +194,7 @@ _TABLE = (
         _same(50000, 10000),
         places=("cifar-10-batches-py", "cifar10/cifar-10-batches-py", "cifar10"),
         markers=("batches.meta", "data_batch_1", "test_batch"),
+        contents="data_batch_1 to data_batch_5, test_batch and batches.meta",
         copies=("CIFAR10", "cifar10", "wds_vtab-cifar10"),
         source="https://www.cs.toronto.edu/~kriz/cifar.html (cifar-10-python.tar.gz)",
     ),
@@ -188,6 +203,7 @@ _TABLE = (
         _same(100000, 10000),
         places=("tiny-imagenet-200", "tinyimagenet/tiny-imagenet-200", "tinyimagenet"),
         markers=("wnids.txt",),
+        contents="train/, val/ and wnids.txt",
         copies=("TinyImageNet", "tinyimagenet", "tiny-imagenet"),
         source="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     ),
@@ -196,6 +212,7 @@ _TABLE = (
         _same(None, 5000),
         places=("imagenet100", "imagenet", "ImageNet", "ILSVRC2012"),
         markers=("train", "val"),
+        contents="train/ and val/ with a folder for every class",
         copies=("ImageNet100",),
         source="https://image-net.org (ILSVRC2012, validation images sorted into folders)",
     ),
@@ -204,6 +221,7 @@ _TABLE = (
         _same(1281167, 50000),
         places=("imagenet", "ImageNet", "ILSVRC2012", "imagenet1000"),
         markers=("train", "val"),
+        contents="train/ and val/ with a folder for every class",
         copies=("ImageNet1000",),
         source="https://image-net.org (ILSVRC2012, validation images sorted into folders)",
     ),
@@ -212,6 +230,7 @@ _TABLE = (
         _same(24000, 6000),
         places=("imagenet-r", "ImageNet-R", "imagenet_r"),
         markers=("n01443537", "n01484850"),
+        contents="a folder for every class",
         copies=("ImageNetR",),
         single=True,
         source="https://github.com/hendrycks/imagenet-r (imagenet-r.tar)",
@@ -221,6 +240,7 @@ _TABLE = (
         _same(5994, 5794),
         places=("CUB_200_2011", "cub200/CUB_200_2011", "cub200"),
         markers=("images.txt", "classes.txt", "train_test_split.txt"),
+        contents="images/, images.txt, classes.txt, image_class_labels.txt and train_test_split.txt",
         copies=("CUB200", "cub", "wds_cub"),
         source="https://data.caltech.edu/records/65de6-vp158 (CUB_200_2011.tgz)",
     ),
@@ -228,3 +248,12 @@ _TABLE = (
 
 DATASETS: Mapping[str, DatasetSpec] = MappingProxyType({spec.name: spec for spec in _TABLE})
 """Every dataset, by the name of its task."""
+
+
+def meant(name: str) -> str | None:
+    """The dataset that a name in another spelling, or a part of it, is likely to mean: ``mnist``, ``Aircaft``, ``Flowers``."""
+    known = {normalised(each): each for each in DATASETS}
+    wanted = normalised(name)
+    close = [wanted] if wanted in known else get_close_matches(wanted, known, n=1)
+    close = close or [each for each in known if wanted and wanted in each]
+    return known[close[0]] if close else None

@@ -10,7 +10,7 @@ from typing import Literal
 from cl_methods.datasets.cache_folder import CacheFolder
 from cl_methods.datasets.image_cache import cached
 from cl_methods.datasets.images import DataError, ImageSource
-from cl_methods.datasets.reference import read_reference
+from cl_methods.datasets.reference import drawn, read_reference
 from cl_methods.scenarios.base import Scenario
 from cl_methods.scenarios.cache import cache_folder
 
@@ -19,6 +19,7 @@ SCENARIOS: dict[str, str] = {
     "folders": "your own images: every sub-folder of --data.root is a task in the ImageFolder layout",
     "cil": "the classes of one dataset below --data.root a few at a time (`--data.dataset CIFAR100 --data.steps 10`)",
     "mtil": "eleven datasets below --data.root, in the published splits (`clk data check` says what is there)",
+    "xtail": "ten of them with 16 shots in CoOp's splits, all their classes competing under one prompt (X-TAIL)",
 }
 
 
@@ -27,17 +28,18 @@ class ScenarioOptions:
     """Where a scenario's data is and how it is split.
 
     Attributes:
-        root: folder that holds the data (scenarios `folders`, `mtil` and `cil`).
+        root: folder that holds the data (scenarios `folders`, `mtil`, `xtail` and `cil`).
         validation_fraction: share of the training images that becomes the validation split where a task brings none; by default a
             tenth for `folders`, and none for `mtil` and `cil`, as in the published runs.
         test_fraction: share of the images that becomes the test split where a task of `folders` brings none.
         split_seed: seed of those splits, and of few-shot draws.
         split: family of published splits, class names and prompts for `mtil` and `cil`: `zscl` (ZSCL, MoE-Adapters) or
-            `coop` (CoOp, DIKI).
-        shots: training images per class for `mtil` and `cil`; all of them by default.
-        sizes: `any` lets `mtil` and `cil` run on datasets whose splits have other than the published sizes.
+            `coop` (CoOp, DIKI; the default of `xtail`).
+        shots: training images per class for `mtil`, `cil` and `xtail`; all of them by default, 16 for `xtail`.
+        sizes: `any` lets `mtil`, `cil` and `xtail` run on datasets whose splits have other than the published sizes.
         reference_images: images for methods that distil, in place of the scenario's own: a folder, WebDataset shards, or a table
             of files.
+        reference_limit: draw so many of the reference images, by split_seed; all by default.
         reference_captions: captions for methods that distil: a text file with one per line, a table of Conceptual Captions,
             shards, or `random` (`random:1000x10`) for texts of random tokens.
         dataset: the one whose classes `cil` splits.
@@ -57,6 +59,7 @@ class ScenarioOptions:
     sizes: Literal["published", "any"] = "published"
     reference_images: Path | None = None
     reference_captions: Path | None = None
+    reference_limit: int | None = None
     dataset: str | None = None
     steps: int | None = None
     base_classes: int | None = None
@@ -65,7 +68,9 @@ class ScenarioOptions:
 
     def protocol(self, scenario: str) -> str:
         """The section of the methods' files of settings that holds for ``scenario`` with these options."""
-        return "mtil_few_shot" if scenario == "mtil" and self.shots is not None else scenario
+        if scenario not in ("mtil", "xtail"):
+            return scenario
+        return "mtil" if self.shots is None else "mtil_few_shot"
 
 
 def load(name: str, options: ScenarioOptions | None = None, *, order: str = "I") -> Scenario:
@@ -76,7 +81,8 @@ def load(name: str, options: ScenarioOptions | None = None, *, order: str = "I")
         options: where the data is; defaults for scenarios that need none.
         order: ``"I"`` or ``"II"`` for ``mini``. For ``folders`` comma-separated task names, or ``"I"`` (sorted by name)
             and ``"II"`` (the reverse). For ``mtil`` the published orders ``"I"`` and ``"II"``, ``"X-TAIL"``, or comma-separated
-            datasets. For ``cil`` the order of the classes: ``"I"`` (published), ``"labels"``, ``"random-SEED"`` or a YAML file.
+            datasets; for ``xtail`` ``"I"`` or comma-separated datasets. For ``cil`` the order of the classes: ``"I"``
+            (published), ``"labels"``, ``"random-SEED"`` or a YAML file.
 
     Raises:
         DataError: unknown name or order, or data that is missing or damaged; the message says what to do.
@@ -85,6 +91,8 @@ def load(name: str, options: ScenarioOptions | None = None, *, order: str = "I")
     folder = cache_for(name, options)
     scenario = _arranged(name, options, order)
     own = read_reference(options.reference_images, options.reference_captions, scenario.reference)
+    if options.reference_limit is not None:
+        own = drawn(own, options.reference_limit, options.split_seed)
     scenario = replace(scenario, reference=own)
     return scenario if folder is None else _cached(scenario, folder)
 
@@ -139,6 +147,10 @@ def _arranged(name: str, options: ScenarioOptions, order: str) -> Scenario:
         from cl_methods.scenarios import mtil
 
         return mtil.load_scenario(options, order)
+    if name == "xtail":
+        from cl_methods.scenarios import xtail
+
+        return xtail.load_scenario(options, order)
     if name == "cil":
         from cl_methods.scenarios import cil
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +11,7 @@ from typing_extensions import override
 
 from cl_methods.datasets.find import find_dataset
 from cl_methods.datasets.images import DataError, ImageSource, Subset
-from cl_methods.datasets.specification import DATASETS
+from cl_methods.datasets.specification import DATASETS, meant
 from cl_methods.datasets.task import Task
 from cl_methods.scenarios.base import Scenario
 from cl_methods.scenarios.class_order import class_order, protocol
@@ -62,8 +61,8 @@ def load_scenario(options: ScenarioOptions, order: str = "I") -> Scenario:
     if name is None:
         raise DataError(f"data.dataset: scenario cil needs a dataset to split, one of {', '.join(DATASETS)}")
     if name not in DATASETS:
-        close = get_close_matches(name, DATASETS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(DATASETS)}"
+        close = meant(name)
+        hint = f"did you mean {close}?" if close else f"there are {', '.join(DATASETS)}"
         raise DataError(f"data.dataset: there is no dataset {name!r}; {hint}")
     if options.root is None:
         raise DataError("data.root: scenario cil needs the folder that holds the dataset")

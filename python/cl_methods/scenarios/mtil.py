@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from cl_methods.datasets.find import SplitOptions, find_dataset
+from cl_methods.datasets.find import DataNotFoundError, SplitOptions, find_dataset, require_root
 from cl_methods.datasets.images import DataError
-from cl_methods.datasets.specification import DATASETS
+from cl_methods.datasets.specification import DATASETS, meant
+from cl_methods.datasets.task import Task
 from cl_methods.scenarios.base import Scenario
 from cl_methods.scenarios.verification import join_problems
 
@@ -75,26 +76,52 @@ def load_scenario(options: ScenarioOptions, order: str = "I") -> Scenario:
     """
     if options.root is None:
         raise DataError(
-            "data.root: scenario mtil needs the folder that holds the datasets; `clk data check` says what is there"
+            "data.root: scenario mtil needs the folder that holds the datasets; `clk data check --root FOLDER` says what is in it"
         )
-    names = chosen_datasets(order)
-    split = split_options(options)
+    tasks, notes = read_tasks(chosen_datasets(order), options.root, split_options(options))
+    return Scenario(name="mtil", order=order, tasks=tasks, notes=notes)
+
+
+def read_tasks(names: Sequence[str], root: Path, split: SplitOptions) -> tuple[tuple[Task, ...], dict[str, str]]:
+    """Datasets below ``root`` as tasks, and for each a sentence about its layout, split and fingerprint.
+
+    Raises:
+        DataError: a dataset is missing or damaged, or its splits have other than the published sizes; the message names up to five.
+    """
+    require_root(root)
     tasks, notes, problems = [], {}, []
+    absent: dict[str, str] = {}
     for name in names:
         try:
-            found = find_dataset(DATASETS[name], options.root, split)
+            found = find_dataset(DATASETS[name], root, split)
+        except DataNotFoundError as error:
+            absent[name] = str(error)
+            continue
         except DataError as error:
             problems.append(str(error))
             continue
         tasks.append(found.task)
         notes[name] = f"{found.layout}, split {found.family}, fingerprint {found.fingerprint()}"
+    if len(absent) > 1:  # where to put each of them would be a page
+        family = "" if split.family == "zscl" else f" --split {split.family}"
+        command = f"clk data check --root {root} --datasets {','.join(absent)}{family}"
+        several = (
+            f"{len(absent)} of {len(names)} datasets are not there, or not complete, in {root}: {', '.join(absent)}"
+        )
+        problems.insert(0, f"{several}. `{command}` says what to put where")
+    else:
+        problems[:0] = absent.values()
     if problems:
         raise DataError(join_problems(problems))
-    return Scenario(name="mtil", order=order, tasks=tuple(tasks), notes=notes)
+    return tuple(tasks), notes
 
 
-def chosen_datasets(order: str) -> tuple[str, ...]:
+def chosen_datasets(order: str, option: str = "order") -> tuple[str, ...]:
     """Names of the datasets in an order.
+
+    Args:
+        order: a key of :data:`ORDERS`, or names separated by commas.
+        option: what it was given as, for messages.
 
     Raises:
         DataError: the order names a dataset that there is not, or one twice.
@@ -104,11 +131,12 @@ def chosen_datasets(order: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in order.split(","))
     for name in names:
         if name not in DATASETS:
-            close = get_close_matches(name, DATASETS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are I, II, {', '.join(DATASETS)}, and X-TAIL"
-            raise DataError(f"order: mtil has no dataset {name!r}; {hint}")
+            close = meant(name)
+            orders = f"the orders {', '.join(ORDERS)} and the datasets {', '.join(DATASETS)}"
+            hint = f"did you mean {close}?" if close else f"there are {orders}"
+            raise DataError(f"{option}: there is no dataset {name!r}; {hint}")
     if len(set(names)) < len(names):
-        raise DataError(f"order: each dataset can be learnt once, got {order!r}")
+        raise DataError(f"{option}: each dataset can be named once, got {order!r}")
     return names
 
 
