@@ -21,6 +21,7 @@ from cl_methods.training.counting import blank_backbone, count_run
 from cl_methods.training.data import TrainingSteps, training_batches
 from cl_methods.training.plan import make_plan, readable_flops
 from cl_methods.training.run import run
+from cl_methods.training.time_bound import product_speed, readable_duration
 
 
 def config(name: str, **changes: Any) -> RunConfig:
@@ -108,3 +109,24 @@ def test_flops_of_a_real_model_and_their_words() -> None:
         "1 MFLOP",
         "2.5e+03 PFLOP",
     ]
+
+
+def test_the_time_of_a_plan_is_its_operations_at_the_speed_of_the_device() -> None:
+    settings = config("finetune", limit_tasks=2)
+    plan = make_plan(settings, select_scenario(settings))
+    speed = (plan.training_flops + plan.evaluation_flops[0]) / 9000
+    assert "time: at least 2.5 h for training and evaluation" in plan.time_sentence(speed, "cpu")
+    assert product_speed(torch.device("cpu")) > 1e6
+    assert [readable_duration(value) for value in (0.2, 40, 300, 9000, 250000)] == [
+        "less than a second",
+        "40 s",
+        "5 min",
+        "2.5 h",
+        "2.9 days",
+    ]
+
+
+def test_a_run_that_only_measures_plans_no_step() -> None:
+    settings = config("finetune", evaluation=EvaluationOptions(only=True))
+    plan = make_plan(settings, select_scenario(settings))
+    assert (plan.rows, plan.training_flops, [task.steps for task in plan.tasks]) == (1, 0, [0])

@@ -15,15 +15,19 @@ from pydantic import TypeAdapter, ValidationError
 from cl_methods.evaluation.accuracy import LabelSpace
 from cl_methods.methods import METHODS, Method
 from cl_methods.methods.find import find_method, named_in_data
-from cl_methods.scenarios import SCENARIOS, ScenarioOptions
+from cl_methods.scenarios import SCENARIOS, ScenarioOptions, xtail
 from cl_methods.training.config import RunConfig
+from cl_methods.training.starting_point import decided_by
 
 DEFAULT_METHOD = "moe_adapters"
 DEFAULT_MODELS = {"mini": ("mini", None)}
 """Model and weights of scenarios that bring their own; the others take OpenAI's ViT-B/16."""
 
-DEFAULT_LABEL_SPACES: dict[str, LabelSpace] = {"cil": "seen"}
+DEFAULT_LABEL_SPACES: dict[str, LabelSpace] = {"cil": "seen", "xtail": "all"}
 """Label spaces of scenarios whose protocol is not to know the task."""
+
+DEFAULT_DATA: dict[str, dict[str, Any]] = {"xtail": {"split": xtail.SPLIT, "shots": xtail.SHOTS}}
+"""Data of scenarios whose protocol has one form."""
 
 
 class ConfigurationError(ValueError):
@@ -64,6 +68,14 @@ def parse(arguments: Sequence[str], description: str, prog: str = "clk run") -> 
     from_file = file.get("method", {})
     from_file = {"name": from_file} if isinstance(from_file, str) else dict(from_file)
     method = _peek(arguments, "--method")
+    weights = _peek(arguments, "--weights") or file.get("weights")
+    start: dict[str, Any] = {}
+    if weights is not None:
+        start = decided_by(Path(weights), method or from_file.get("name"))
+        learnt = dict(start.pop("method", {}))
+        if "name" in learnt:
+            method = _method_of(method, learnt.pop("name"), str(weights))
+            from_file = {**learnt, **from_file, "name": method}
     if method is None:
         method = from_file.get("name", DEFAULT_METHOD)
         _method_type(method, path)
@@ -72,13 +84,17 @@ def parse(arguments: Sequence[str], description: str, prog: str = "clk run") -> 
     scenario = _known("scenario", _peek(arguments, "--scenario") or file.get("scenario", "mini"), SCENARIOS)
     if from_file.pop("name", method) != method:
         from_file = {}
-    given = {**file, "method": from_file}
+    given = {**start, **file, "method": from_file}
+    if start:
+        given |= {"weights": start["weights"]}
     model = _peek(arguments, "--model")
+    if start and start["weights"] is None and model is not None:
+        raise ConfigurationError(f"model: {weights} brings its own; leave out --model {model}")
     if model is not None and model != file.get("model"):
         given |= {"model": model, "pretrained": None}  # other weights than the default model's; --pretrained names them
     shots = _peek(arguments, "--data.shots")
     if shots is not None:  # few-shot runs have settings of their own
-        given |= {"data": {**(file.get("data") or {}), "shots": shots}}
+        given |= {"data": {**(file.get("data") or {}), "shots": None if shots == "None" else shots}}
     default = validated(method, scenario, given)
     values = {entry.name: getattr(default, entry.name) for entry in dataclasses.fields(RunConfig)}
     command_type = _command_type(type(default.settings), method)
@@ -91,6 +107,8 @@ def parse(arguments: Sequence[str], description: str, prog: str = "clk run") -> 
         config=(tyro.conf.AvoidSubcommands,),
     )
     config = RunConfig(**{entry.name: getattr(command, entry.name) for entry in dataclasses.fields(RunConfig)})
+    if start:  # an exported model is the run's model, and no starting point besides
+        config.weights = Path(start["weights"]) if start["weights"] is not None else None
     rest = {entry.name: getattr(command, entry.name) for entry in dataclasses.fields(Invocation)}
     return config, Invocation(**rest)
 
@@ -126,6 +144,7 @@ def validated(method: str, scenario: str, given: Mapping[str, Any]) -> RunConfig
     model, pretrained = DEFAULT_MODELS.get(scenario, ("ViT-B-16-quickgelu", "openai"))
     default = RunConfig(method=method, settings=settings, scenario=scenario, model=model, pretrained=pretrained)
     default.evaluation.label_space = DEFAULT_LABEL_SPACES.get(scenario, default.evaluation.label_space)
+    default.data = dataclasses.replace(default.data, **DEFAULT_DATA.get(scenario, {}))
     if "model" in given and "pretrained" not in given:
         default.pretrained = None
     known = {**default.as_dict(), "method": dataclasses.asdict(settings)}
@@ -148,7 +167,8 @@ def validated(method: str, scenario: str, given: Mapping[str, Any]) -> RunConfig
 def _protocol(scenario: str, given: Mapping[str, Any]) -> str:
     """The section of settings for a scenario: few-shot runs have one of their own."""
     data = given.get("data")
-    shots = data.get("shots") if isinstance(data, Mapping) else None
+    usual = DEFAULT_DATA.get(scenario, {}).get("shots")
+    shots = data.get("shots", usual) if isinstance(data, Mapping) else usual
     return ScenarioOptions(shots=shots).protocol(scenario)
 
 
@@ -158,6 +178,13 @@ def _method_type(name: str, file: str | None = None) -> type[Method]:
         return find_method(name) if file is None else named_in_data(name, file)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
+
+
+def _method_of(asked: str | None, learnt: str, weights: str) -> str:
+    """The method of a run that goes on from another: the one that was asked for, which is the same, or the other's own."""
+    if asked is None:
+        _method_type(learnt, weights)
+    return asked or learnt
 
 
 def _command_type(settings_type: type, method: str) -> type:

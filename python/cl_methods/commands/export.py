@@ -12,8 +12,9 @@ from rich.console import Console
 
 from cl_methods.backbone import MINI_WEIGHTS
 from cl_methods.methods.find import find_method
-from cl_methods.training.export import ADAPTER_CONFIG, NewFolder, read_adapter
+from cl_methods.training.export import NewFolder
 from cl_methods.training.export_run import export_file, export_public, export_run
+from cl_methods.training.learnt import ADAPTER_CONFIG, read_adapter
 
 DESCRIPTION = """Write trained weights as files that others load.
 
@@ -121,7 +122,8 @@ def _how_to_load(options: Export) -> str:
         adapter, _ = read_adapter(options.output)
         return (
             f"{adapter.method} after {', '.join(adapter.tasks) or 'its last task'}; "
-            f'load it with cl_methods.training.export.load_adapter("{options.output}")'
+            f"`clk run --weights {options.output} …` goes on from it, "
+            f'and cl_methods.training.export.load_adapter("{options.output}") loads it'
         )
     if (options.output / MINI_WEIGHTS).is_file():
         return f"load it with --model local-dir:{options.output}; no configuration of open_clip describes this model"

@@ -26,6 +26,8 @@ from cl_methods.training.plan import make_plan, readable_flops
 from cl_methods.training.progress import RunProgress, progress_for
 from cl_methods.training.run import Run
 from cl_methods.training.signals import StopOnSignal, StoppedError
+from cl_methods.training.starting_point import StartingPoint, start_sentence
+from cl_methods.training.time_bound import product_speed
 
 DESCRIPTION = """Train a method on a sequence of tasks, evaluating all tasks after each.
 
@@ -40,6 +42,7 @@ examples:
   clk run --scenario cil --data.root /data --data.dataset CIFAR100 --data.steps 10 --method zscl
   clk run --config runs/zscl-1/config.yaml --seed 2 --output runs/zscl-2
   clk run --output runs/zscl-1 --method zscl --seed 1 --resume
+  clk run --weights runs/zscl-1 --scenario folders --data.root my_images    go on from what it has learnt; also: exported folders
   torchrun --nproc-per-node 4 -m cl_methods.cli run --method zscl --workers 4     four processes or GPUs, see docs/distributed.md
   clk run --method my_method.py:MyMethod                        a method of your own, see docs/new_method.md
 
@@ -127,7 +130,7 @@ def _print_plan(config: RunConfig, output: Path) -> None:
         table.add_row(task.name, f"{task.classes:,}", f"{task.train:,}", images, f"{task.steps:,}", flops)
     console.print(table)
     method = find_method(config.method)
-    if method.trains:
+    if config.learns(method):
         sessions, batch = 1 if method.joint else len(scenario.tasks), f"of {settings.batch_size} images"
         epochs = 1 if method.closed_form else getattr(settings, "epochs", None)
         passes = f"{'pass' if epochs == 1 else 'passes'} in batches {batch}"
@@ -136,6 +139,8 @@ def _print_plan(config: RunConfig, output: Path) -> None:
         console.print(f"{sessions} {times}{steps}, model {config.model}")
     for sentence in plan.sentences():
         console.print(sentence, soft_wrap=True, highlight=False)
+    device = choose_device(config.device)
+    console.print(plan.time_sentence(product_speed(device), str(device)), soft_wrap=True, highlight=False)
     if config.memory_budget is not None:
         from cl_methods.training.memory import plan_run  # which takes a second to load
 
@@ -143,5 +148,8 @@ def _print_plan(config: RunConfig, output: Path) -> None:
         for line in memory.lines() if memory is not None else ():
             console.print(line, soft_wrap=True, highlight=False)
     console.print(planned_weights(config.model, config.pretrained), soft_wrap=True, highlight=False, markup=False)
+    if config.weights is not None:
+        start = StartingPoint.read(config.weights)
+        console.print(start_sentence(start.as_dict()), soft_wrap=True, highlight=False, markup=False)
     console.print(f"would write to {output}; nothing has been written", soft_wrap=True)
     console.print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(), highlight=False)

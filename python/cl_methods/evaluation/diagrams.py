@@ -53,7 +53,7 @@ def bars(board: Board) -> Figure:
     handles: list[Artist] = [*panels[0].plot([], [], color=INK, linestyle=":", linewidth=1.3)]
     for group in groups:
         handles += panels[0].plot([], [], "s", markersize=7, color=colors[group.label])
-    labels = ["zero-shot", *(group.label + ("" if group.continual else " (bound)") for group in groups)]
+    labels = [board.baseline, *(group.label + ("" if group.continual else " (bound)") for group in groups)]
     legend_below(figure, handles, labels)
     figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     return figure

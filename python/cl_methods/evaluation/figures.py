@@ -62,7 +62,7 @@ def accuracy_over_time(board: Board) -> Figure:
         panel.set_visible(False)
     for panel in panels[max(0, count + 1 - columns) : count + 1]:
         panel.set_xlabel("tasks learnt", fontsize=9, color=INK)
-    _legend(figure, panels[0], groups, colors, board.chance is not None)
+    _legend(figure, panels[0], board, groups, colors)
     figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     return figure
 
@@ -93,7 +93,7 @@ def matrix(board: Board) -> Figure:
                 column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color, fontweight=weight
             )
         panel.set_xticks(range(count), board.tasks, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
-        panel.set_yticks(range(count + 1), ["zero-shot", *(f"+ {task}" for task in board.tasks)], fontsize=8)
+        panel.set_yticks(range(count + 1), [board.baseline, *(f"+ {task}" for task in board.tasks)], fontsize=8)
         panel.set_title(group.label, loc="left", fontsize=10, fontweight="bold", color=INK)
         panel.tick_params(length=0, colors=INK)
         panel.spines[:].set_visible(False)
@@ -101,7 +101,9 @@ def matrix(board: Board) -> Figure:
     for panel in panels[len(groups) :]:
         panel.set_visible(False)
     bar = figure.colorbar(image, ax=list(panels), shrink=0.7, aspect=30, pad=0.02)
-    bar.set_label("change against zero-shot, points", fontsize=8, color=INK)
+    bar.set_label(
+        f"change against {'the start' if board.conditions.get('start') else 'zero-shot'}, points", fontsize=8, color=INK
+    )
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_visible(False)
     figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
@@ -120,7 +122,7 @@ def summary(board: Board) -> Figure:
         part = slice(1, None) if metric == "transfer" and len(board.tasks) > 1 else slice(None)
         baseline = float(np.mean(board.zero_shot[part]))
         panel.axvline(baseline, color=INK, linestyle=":", linewidth=1.2)
-        panel.annotate("zero-shot", (baseline, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2), fontsize=7.5,
+        panel.annotate(board.baseline, (baseline, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2), fontsize=7.5,
                        textcoords="offset points", ha="center", color=INK)  # fmt: skip
         if joint and metric == "last":
             bound = float(joint[0].values("last").mean())
@@ -201,7 +203,7 @@ def _limits(panel: Axes) -> tuple[float, float]:
     return max(-2.0, low - 2), min(103.0, high + 2)
 
 
-def _legend(figure: Figure, panel: Axes, groups: list[Group], colors: dict[str, str], chance: bool) -> None:
+def _legend(figure: Figure, panel: Axes, board: Board, groups: list[Group], colors: dict[str, str]) -> None:
     handles: list[Artist] = []
     labels: list[str] = []
     for group in groups:
@@ -209,8 +211,8 @@ def _legend(figure: Figure, panel: Axes, groups: list[Group], colors: dict[str, 
         handles += panel.plot([], [], color=colors[group.label], **style)
         labels.append(group.label + ("" if group.continual else " (bound)"))
     handles += panel.plot([], [], color=INK, linestyle=":", linewidth=1.2)
-    labels.append("zero-shot")
-    if chance:
+    labels.append(board.baseline)
+    if board.chance is not None:
         handles += panel.plot([], [], color=FAINT, linestyle=(0, (1, 4)), linewidth=0.9)
         labels.append("chance")
     handles.append(Patch(facecolor=_BEFORE))

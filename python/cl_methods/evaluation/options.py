@@ -25,6 +25,7 @@ class EvaluationOptions:
         batch_size: images per batch.
         limit: evaluate at most so many images of each task, evenly spread over its classes and always the same ones.
         feature_memory: GiB of host memory for features of frozen image encoders, which are then computed once per run.
+        only: measure all tasks once and learn nothing, such as what `--weights` brings.
     """
 
     label_space: LabelSpace | tuple[LabelSpace, ...] = "task"
@@ -32,6 +33,7 @@ class EvaluationOptions:
     batch_size: int = 128
     limit: int | None = None
     feature_memory: float = 4.0
+    only: bool = False
 
     def __post_init__(self) -> None:
         spaces = self.label_spaces

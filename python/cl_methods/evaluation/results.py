@@ -70,7 +70,8 @@ class Board:
     Attributes:
         scenario, order: of the runs.
         tasks: their names.
-        conditions: model, label space, split and limit; family of splits, shots and dataset where there are any; for headings.
+        conditions: model, label space, split and limit; family of splits, shots, dataset and what a run went on from, where
+            there are any; for headings.
         chance: (T,) accuracy of guessing in percent.
         zero_shot: (T,) accuracy of the model before any training.
         zero_shot_calibration: (1,) its mean calibration error; empty if it was not measured.
@@ -100,8 +101,15 @@ class Board:
             extra.append(f"{self.conditions['family']} splits")
         if self.conditions.get("shots") is not None:
             extra.append(f"{self.conditions['shots']} shots")
+        if self.conditions.get("start") is not None:
+            extra.append(f"going on from {self.conditions['start']}")
         name = " ".join(filter(None, (self.scenario, self.conditions.get("dataset"))))
         return f"{name}, order {self.order}" + (f" ({', '.join(extra)})" if extra else "")
+
+    @property
+    def baseline(self) -> str:
+        """What the row before the first task is called."""
+        return "zero-shot" if self.conditions.get("start") is None else "at the start"
 
     def compared(self) -> list[Group]:
         """The groups without zero-shot runs, whose row every board has anyway."""
@@ -279,7 +287,7 @@ def _label_spaces(result: dict[str, Any]) -> list[dict[str, Any]]:
 def _conditions(result: dict[str, Any]) -> dict[str, Any]:
     config = result["config"]
     evaluation, data = config.get("evaluation", {}), config.get("data", {})
-    families = result["scenario"] in ("mtil", "cil")
+    families = result["scenario"] in ("mtil", "xtail", "cil")
     return {
         "model": config.get("model", "?"),
         "pretrained": config.get("pretrained"),
@@ -289,7 +297,16 @@ def _conditions(result: dict[str, Any]) -> dict[str, Any]:
         "family": data.get("split", "zscl") if families else None,
         "shots": data.get("shots") if families else None,
         "dataset": data.get("dataset") if result["scenario"] == "cil" else None,
+        "start": _start(result),
     }
+
+
+def _start(result: dict[str, Any]) -> str | None:
+    """What the run went on from, for headings; None for the pre-trained model."""
+    started = result.get("started_from")
+    if not isinstance(started, dict):
+        return None
+    return f"{started.get('source')} ({str(started.get('fingerprint'))[:8]})"
 
 
 def _limit(result: dict[str, Any]) -> int | None:
@@ -308,7 +325,8 @@ def _board_key(result: dict[str, Any]) -> tuple[Any, ...]:
 def _flat_settings(result: dict[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in result["config"].get("method", {}).items() if key != "name"}
     limit = result["config"].get("limit_iterations")
-    return {**settings, **({} if limit is None else {"limit_iterations": limit})}
+    measured = {"measured only": True} if result["config"].get("evaluation", {}).get("only") else {}
+    return {**settings, **measured, **({} if limit is None else {"limit_iterations": limit})}
 
 
 def _groups(results: list[dict[str, Any]]) -> tuple[list[Group], list[str]]:

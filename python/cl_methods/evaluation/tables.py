@@ -81,7 +81,7 @@ def matrix_table(result: dict[str, Any], where: str | None = None) -> TextTable:
     """
     tasks, zero_shot = result["tasks"], result["zero_shot"]
     values = {"chance": result["chance"]} if "chance" in result else {}
-    values["zero-shot"] = zero_shot
+    values["at the start" if result.get("started_from") else "zero-shot"] = zero_shot
     start, learnt = len(values), frozenset[tuple[int, int]]()
     if not result.get("continual", True):
         values["all tasks at once"] = result["accuracy"][0]
@@ -99,7 +99,7 @@ def summary_table(board: Board) -> TextTable:
     rows = []
     if board.chance is not None:
         rows.append(["chance", "", *_flat_summary(board.chance), ABSENT, ABSENT])
-    rows.append(["zero-shot", "", *_flat_summary(board.zero_shot), "0.0", spread(board.zero_shot_calibration)])
+    rows.append([board.baseline, "", *_flat_summary(board.zero_shot), "0.0", spread(board.zero_shot_calibration)])
     first = len(rows)
     for group in board.compared():
         label = group.label if group.continual else f"{group.label} (bound)"
@@ -109,7 +109,7 @@ def summary_table(board: Board) -> TextTable:
     best = frozenset(_best(rows[first : first + continual], first))
     breaks = [first, first + continual, len(rows)]
     # as in all the papers of the table: every training image, every test image
-    comparable = board.conditions.get("shots") is None and board.conditions.get("limit") is None
+    comparable = all(board.conditions.get(name) is None for name in ("shots", "limit", "start"))
     for entry in published(board.scenario, board.order) if comparable else []:
         printed = [ABSENT if value is None else f"{value:.1f}" for value in (entry.transfer, entry.average, entry.last)]
         rows.append([f"{entry.method} (published, {entry.source}, {entry.split} splits)", "", *printed, ABSENT, ABSENT])
@@ -159,7 +159,7 @@ def per_task_tables(board: Board) -> list[TextTable]:
     """Transfer, Average and Last of every group task by task."""
     tables = []
     for metric in ("transfer", "average", "last"):
-        rows = [["zero-shot", *_numbers(board.zero_shot)]]
+        rows = [[board.baseline, *_numbers(board.zero_shot)]]
         if metric == "transfer":
             rows[0][1] = ABSENT
         for group in board.compared():

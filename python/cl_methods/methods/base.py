@@ -221,6 +221,10 @@ class Method(Scoring, ABC):
         A method that keeps examples stores which ones they are; this is how it gets at the images again after a restart.
         """
 
+    def carried_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of a state between tasks holds in another run, with other images and reference data: by default all of it."""
+        return state
+
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor that a later task or an evaluation needs; also valid in the middle of a task."""
         return dict(self.backbone.model.state_dict())

@@ -139,6 +139,10 @@ class SnD(FineTune):
     def forget_classifiers(self) -> None:
         """Nothing to forget: the text tower keeps its weights."""
 
+    def carried_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model: features of reference images belong to the run's own reference data."""
+        return {name: value for name, value in state.items() if not name.startswith(_EXTRA)}
+
     def state_dict(self) -> dict[str, Tensor]:
         """The model under its own names; under ``snd.`` the teachers' features of reference images."""
         cached = {_EXTRA + name: value for name, value in self.teachers.state_dict().items()}

@@ -294,6 +294,10 @@ class ZSCL(FineTune):
         assert self._zero_shot is not None
         return dict(self._zero_shot.model.named_parameters())
 
+    def carried_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model: features of reference images belong to the run's own reference data."""
+        return {name: value for name, value in state.items() if not name.startswith(_EXTRA)}
+
     def state_dict(self) -> dict[str, Tensor]:
         """The model under its own names; under ``zscl.`` what a started task and the caches hold."""
         state = super().state_dict()

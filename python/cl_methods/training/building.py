@@ -94,7 +94,7 @@ def rows_after_learning(config: RunConfig, method: Method | type[Method], tasks:
 
     A method that learns nothing keeps that row, except in class-incremental runs, where more classes compete after every task.
     """
-    if method.trains:
+    if config.learns(method):
         return 1 if method.joint else tasks
     return tasks if config.scenario == "cil" and "seen" in config.evaluation.label_spaces else 0
 

@@ -9,12 +9,14 @@ from typing import Any, Literal, get_args
 
 from cl_methods.components.compiled_blocks import Compile
 from cl_methods.evaluation.accuracy import EvaluationOptions
+from cl_methods.methods.base import Method
 from cl_methods.scenarios import ScenarioOptions
 from cl_methods.training.checkpoints import CheckpointOptions
 from cl_methods.training.sizes import parse_size
 
 WITHOUT_EFFECT = (
     "workers",
+    "weights",
     "memory_budget",
     "distributed",
     "compile",
@@ -45,6 +47,8 @@ class RunConfig:
         seed: of everything random; several like methods.
         model: `mini`, or an open_clip model name.
         pretrained: checkpoint on disk or open_clip tag; None for `mini`.
+        weights: go on from an earlier run, or from what `clk export` wrote: its folder, or a file in it. Method, settings and model
+            are then those of it.
         device: `cpu`, `cuda`, `cuda:1` …; `auto` takes a GPU if there is one.
         workers: data-loading processes; the number changes the speed and nothing else.
         limit_tasks: learn and evaluate only the first tasks.
@@ -67,6 +71,7 @@ class RunConfig:
     seed: int = 0
     model: str = "mini"
     pretrained: str | None = None
+    weights: Path | None = None
     device: str = "auto"
     workers: int = 0
     limit_tasks: int | None = None
@@ -107,6 +112,10 @@ class RunConfig:
                 "expected one of the two"
             )
 
+    def learns(self, method: Method | type[Method]) -> bool:
+        """Whether the run trains ``method``, rather than measuring it alone."""
+        return method.trains and not self.evaluation.only
+
     @property
     def memory_bytes(self) -> int | None:
         """:attr:`memory_budget` in bytes."""
@@ -132,6 +141,10 @@ class RunConfig:
         return _plain(values)
 
 
+_OLDER = {"evaluation.only": False}
+"""Settings that runs of earlier versions did not have, with what they did."""
+
+
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one mapping with dotted keys."""
     flat: dict[str, Any] = {}
@@ -150,7 +163,7 @@ def deciding(config: dict[str, Any]) -> dict[str, Any]:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One phrase for each deciding setting that differs between two configurations."""
-    old, new = deciding(before), deciding(now)
+    old, new = {**_OLDER, **deciding(before)}, deciding(now)
     missing = "(not set)"  # also what a setting that is None now was before it existed
     return [
         f"{key} was {old.get(key, missing)}, now {new.get(key, missing)}"

@@ -105,7 +105,7 @@ def count_run(config: RunConfig, scenario: Scenario) -> RunCosts:
         )
         method._classifiers = {}
         try:
-            _train(method, scenario.tasks, costs)
+            _train(method, scenario.tasks if config.learns(method) else (), costs)
         except Exception as error:  # noqa: BLE001  # a method may need data for anything; the plan says which number it lacks
             line = (str(error).splitlines() or [""])[0]
             costs.uncounted = f"{type(error).__name__}: {line[:200]}"
@@ -128,7 +128,7 @@ def blank_backbone(model: str, pretrained: str | None = None) -> Backbone:
 
 
 def _train(method: Method, tasks: tuple[Task, ...], costs: RunCosts) -> None:
-    if not method.trains:
+    if not tasks:
         return
     blank = [dataclasses.replace(task, **_blank_images(task)) for task in tasks]
     for index, task in enumerate(blank[:1] if method.joint else blank):

@@ -6,13 +6,12 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cl_methods.backbone import MINI_WEIGHTS, Backbone, load_backbone
@@ -21,69 +20,34 @@ from cl_methods.methods.find import named_in_data
 from cl_methods.methods.settings import build_settings
 from cl_methods.seeding import derive_seed, seed_everything
 from cl_methods.torchvision_compat import prepare_torchvision
-from cl_methods.training.checkpoints import RunDirectory
+from cl_methods.training.learnt import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    FORMAT,
+    MODEL,
+    MODEL_CONFIG,
+    Adapter,
+    ExportError,
+    read_adapter,
+)
 from cl_methods.weights import activation
-from cl_methods.weights.activation import read_json
 
 prepare_torchvision()
 
 import open_clip  # noqa: E402
 
-MODEL, MODEL_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FORMAT = "cl_methods adapter"
-
-
-class ExportError(ValueError):
-    """What was asked for cannot be exported or loaded. The message says what is in the way and what to do."""
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What an adapter file's configuration says.
-
-    Attributes:
-        method: name of the method.
-        settings: of the method, plain values.
-        model, pretrained: architecture and weights that the run was given.
-        base_fingerprint: of the weights that the adapters were trained on; None if unknown.
-        seed: of the run; the method is built with it again.
-        tasks: names of the learnt tasks, in order.
-        source: what the file was made from.
-    """
-
-    method: str
-    settings: dict[str, Any]
-    model: str
-    pretrained: str | None
-    base_fingerprint: str | None
-    seed: int
-    tasks: list[str]
-    source: str
-
-
-def read_run(run: Path, task: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-    """(content of ``run.json``, the method's tensors, names of the learnt tasks) of a run, after one of its tasks.
-
-    Args:
-        run: directory of the run.
-        task: 1-based; None for the last that is finished.
-
-    Raises:
-        ExportError: it holds no run, no finished task, or not the one that was asked for.
-    """
-    directory = RunDirectory(run)
-    description = directory.read_json("run.json")
-    if description is None:
-        raise ExportError(f"source: {run} holds no run (no run.json)")
-    finished = {checkpoint.task + 1: checkpoint for checkpoint in directory.found() if checkpoint.step is None}
-    if not finished:
-        raise ExportError(f"source: {run} has no checkpoint of a finished task; nothing to export")
-    chosen = max(finished) if task is None else task
-    if chosen not in finished:
-        raise ExportError(f"task: {run} has checkpoints after tasks {', '.join(map(str, finished))}, not after {task}")
-    names = description.get("tasks") or (directory.read_json("result.json") or {}).get("tasks") or []
-    return description, finished[chosen].method_state(), list(names[:chosen])
+__all__ = [
+    "ADAPTER",
+    "ADAPTER_CONFIG",
+    "FORMAT",
+    "Adapter",
+    "ExportError",
+    "NewFolder",
+    "load_adapter",
+    "read_adapter",
+    "write_adapter",
+    "write_model",
+]
 
 
 def write_model(folder: Path, backbone: Backbone, state: Mapping[str, Tensor], source: str) -> list[str]:
@@ -148,30 +112,6 @@ def write_adapter(folder: Path, adapter: Adapter, state: Mapping[str, Tensor]) -
     content = {"format": FORMAT, "version": 1, **asdict(adapter)}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return [ADAPTER, ADAPTER_CONFIG]
-
-
-def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor]]:
-    """Configuration and tensors of an adapter file.
-
-    Raises:
-        ExportError: the folder holds none, or one of another version.
-    """
-    content = read_json(folder / ADAPTER_CONFIG)
-    if content.pop("format", None) != FORMAT or not (folder / ADAPTER).is_file():
-        raise ExportError(
-            f"{folder} holds no adapter file: expected {ADAPTER} and {ADAPTER_CONFIG}, as `clk export` writes"
-        )
-    version = content.pop("version", None)
-    if version != 1:
-        raise ExportError(f"{folder / ADAPTER_CONFIG}: version {version!r} is not known here; expected 1")
-    fields = Adapter.__dataclass_fields__
-    wrong = sorted(fields.keys() ^ content.keys())
-    if wrong:
-        raise ExportError(f"{folder / ADAPTER_CONFIG}: missing or unknown are {', '.join(wrong)}")
-    try:
-        return Adapter(**content), load_file(folder / ADAPTER)
-    except SafetensorError as error:
-        raise ExportError(f"{folder / ADAPTER} is not a complete safetensors file ({error}); copy it again") from error
 
 
 def load_adapter(

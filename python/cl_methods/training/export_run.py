@@ -16,16 +16,8 @@ from cl_methods.methods.find import named_in_data
 from cl_methods.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig
 from cl_methods.methods.settings import build_settings
 from cl_methods.open_clip_loading import loaded_from
-from cl_methods.training.export import (
-    ADAPTER_CONFIG,
-    Adapter,
-    ExportError,
-    clip_part,
-    read_adapter,
-    read_run,
-    write_adapter,
-    write_model,
-)
+from cl_methods.training.export import clip_part, write_adapter, write_model
+from cl_methods.training.learnt import Adapter, ExportError, read_learnt
 from cl_methods.weights import WeightsFile, activation, moe_adapters4cl, read_weights
 
 _SCORING = (
@@ -38,6 +30,8 @@ _SCORING = (
     "before_evaluation",
 )
 """What a method overrides if more than its CLIP decides how images are scored."""
+_UNNAMED = "task {}"
+"""The public code does not store the names of tasks."""
 _HEAD_WIDTH, _BOTTLENECK, _SCALE = 64, 64, 0.1
 """What the public code of MoE-Adapters has no setting for."""
 
@@ -124,7 +118,7 @@ def export_file(
         pretrained=None,
         base_fingerprint=backbone.origin.fingerprint,
         seed=0,
-        tasks=[],
+        tasks=[_UNNAMED.format(number + 1) for number in range(public.tasks)],
         source=source.name,
     )
     written = write_adapter(folder, adapter, state)
@@ -156,7 +150,8 @@ def export_public(source: Path, folder: Path, task: int | None = None, pretraine
     factor = settings.scale / _SCALE
     if factor != 1:
         adapters = {name: v * factor if ".up_" in name else v for name, v in adapters.items()}
-    name = adapter.tasks[-1] if adapter.tasks else "model"
+    unnamed = not adapter.tasks or adapter.tasks[-1] == _UNNAMED.format(len(adapter.tasks))
+    name = "model" if unnamed else adapter.tasks[-1]
     public = moe_adapters4cl.to_public(clip, adapters, shared=settings.routers == "shared")
     torch.save({"state_dict": {key: value.cpu() for key, value in public.items()}}, folder / f"{name}.pth")
     written = [f"{name}.pth"]
@@ -176,24 +171,7 @@ def export_public(source: Path, folder: Path, task: int | None = None, pretraine
 
 def _read(source: Path, task: int | None, pretrained: str | None) -> tuple[Adapter, dict[str, Tensor], Backbone]:
     """Configuration, tensors and the backbone that they belong to, with the weights that the run started from."""
-    if (source / ADAPTER_CONFIG).is_file():
-        if task is not None:
-            raise ExportError(f"task: {source} is an adapter file after its last task; only runs have earlier ones")
-        adapter, state = read_adapter(source)
-    else:
-        description, state, names = read_run(source, task)
-        config = description["config"]
-        settings = {name: value for name, value in config["method"].items() if name != "name"}
-        adapter = Adapter(
-            method=config["method"]["name"],
-            settings=settings,
-            model=config["model"],
-            pretrained=config["pretrained"],
-            base_fingerprint=(description.get("weights") or {}).get("fingerprint"),
-            seed=config["seed"],
-            tasks=names,
-            source=f"run {source.resolve().name}",
-        )
+    adapter, state = read_learnt(source, task)
     backbone = load_backbone(adapter.model, pretrained or adapter.pretrained)
     found = backbone.origin.fingerprint if backbone.origin is not None else None
     if adapter.base_fingerprint is not None and found != adapter.base_fingerprint:

@@ -61,7 +61,17 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], path: Path, note
             f"(fingerprint {old_weights['fingerprint'][:12]} of {old_weights['source']}, "
             f"now {str(new_weights.get('fingerprint'))[:12]}). Restore the file, or start a new run"
         )
+    old_start, new_start = (entry.get("started_from") or {} for entry in (before, now))
+    if old_start.get("fingerprint") != new_start.get("fingerprint"):
+        raise RunDirectoryError(
+            f"resume: the run in {path} began from {_start(old_start)}, now from {_start(new_start)}. "
+            "Give the same --weights again, or start a new run"
+        )
     old, new = before["environment"], now["environment"]
     moved = [f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]]
     if moved:
         note(f"resuming in another environment; results may differ in the last bits: {'; '.join(moved)}")
+
+
+def _start(started: dict[str, Any]) -> str:
+    return f"{started['source']} ({started['fingerprint'][:12]})" if started else "the pre-trained model"

@@ -38,6 +38,7 @@ class Learning:
         rows: the accuracies known so far, kept with every checkpoint.
         progress: what training has cost, counted on here.
         stopping: whether somebody has asked the run to stop.
+        learnt_before: tasks that the method has learnt in another run.
     """
 
     config: RunConfig
@@ -48,6 +49,7 @@ class Learning:
     rows: Rows
     progress: TrainingProgress
     stopping: Callable[[], bool]
+    learnt_before: int = 0
     _clock: float = 0.0
 
     def learn(self, index: int, sessions: int, steps: int, restored: Restored | None) -> None:
@@ -108,6 +110,7 @@ class Learning:
             continuation=continuation,
             on_start=on_start,
             on_step=on_step,
+            learnt_before=self.learnt_before,
         )
         training.execute()
         require_finite(method.state_dict().items() if method.closed_form else watched, name, steps - 1)

@@ -10,6 +10,7 @@ from cl_methods.scenarios.base import Scenario
 from cl_methods.training.building import rows_after_learning
 from cl_methods.training.config import RunConfig
 from cl_methods.training.counting import RunCosts, count_run
+from cl_methods.training.time_bound import readable_duration
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,11 @@ class Plan:
         fewest, most = self.images_encoded
         some = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
         limited = any(task.evaluated < task.available for task in self.tasks)
+        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        texts = "once" if costs.keeps_texts or self.rows == 1 else f"{self.rows} times"
         found = [
-            f"evaluation: {self.rows} rows of {images:,} images{' (limited)' if limited else ''}; {some} image encodings, "
-            f"class texts encoded {'once' if costs.keeps_texts else f'{self.rows} times'}: {_range(self.evaluation_flops)}"
+            f"evaluation: {rows} of {images:,} images{' (limited)' if limited else ''}; {some} image encodings, class texts "
+            f"encoded {texts}: {_range(self.evaluation_flops)}"
         ]
         if costs.uncounted:
             found.append(f"training: FLOPs not counted; a step needs data ({costs.uncounted})")
@@ -86,10 +89,23 @@ class Plan:
         if not costs.uncounted and costs.stages:
             stay, beside = self.checkpoints
             found.append(f"disk: checkpoints {_bytes(stay)} at the end, up to {_bytes(beside)} more inside a task")
-        found.append(
-            "time: the progress of a run says how long it still takes; `clk plan` with the same options predicts it for GPUs"
-        )
         return found
+
+    def time_sentence(self, speed: float, device: str) -> str:
+        """What the counted operations take at least.
+
+        Args:
+            speed: FLOP/s that the device reaches.
+            device: its name.
+        """
+        training = self.training_flops
+        part = "training and evaluation" if training else "evaluation alone" if training is None else "evaluation"
+        seconds = ((training or 0) + self.evaluation_flops[0]) / speed
+        return (
+            f"time: at least {readable_duration(seconds)} for {part}, if everything ran as fast as large products in float32 on "
+            f"{device} do now ({readable_flops(speed)}/s); reading images and what is not counted come on top. `clk plan` with "
+            "the same options predicts it for GPUs"
+        )
 
 
 def make_plan(config: RunConfig, scenario: Scenario) -> Plan:

@@ -71,6 +71,7 @@ def run_result(
         "data": scenario.notes,
         "scenario_fingerprint": description["scenario_fingerprint"],
         "weights": description.get("weights"),
+        **({"started_from": started} if (started := description.get("started_from")) else {}),
         "environment": description["environment"],
         "config": description["config"],
     }

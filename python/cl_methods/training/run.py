@@ -31,6 +31,7 @@ from cl_methods.training.restoring import Restored, restore
 from cl_methods.training.result import run_result
 from cl_methods.training.rows import Rows
 from cl_methods.training.signals import StoppedError
+from cl_methods.training.starting_point import StartingPoint, start_sentence
 from cl_methods.training.task import backbones, use_micro_batches
 
 
@@ -81,9 +82,13 @@ class Run:
         self.device = choose_device(config.device)
         check_compile(config.compile, self.device)
         start_peak_memory(self.device)
+        start = None if config.weights is None else StartingPoint.read(config.weights)
         self.scenario = scenario = select_scenario(config)
         self.memory_plan = plan_run_memory(config, scenario, self.device, progress.note)
         self.method = build_method(config, scenario, self.device)
+        if start is not None:
+            start.put_into(self.method, trains=config.learns(self.method))
+        self.learnt_before = 0 if start is None else len(start.learnt.tasks)
         if self.memory_plan is not None:
             use_micro_batches(self.method, self.memory_plan.micro_batches)
         if config.compile != "none":
@@ -91,6 +96,7 @@ class Run:
         shard_backbone(config, self.method, progress.note)
         self.directory = RunDirectory(output)
         self.description = describe_run(config, scenario, self.method, self.device)
+        self.description["started_from"] = start.as_dict() if start is not None else None
         if self.memory_plan is not None:
             self.description["memory_plan"] = self.memory_plan.as_dict()
         self._stop = False
@@ -98,6 +104,8 @@ class Run:
         origin = getattr(self.method.backbone, "origin", None)
         if origin is not None and origin.source != "embedded":
             self.reporter.note(origin.sentence())
+        if start is not None:
+            self.reporter.note(start_sentence(self.description["started_from"]))
         self.rows = Rows()
         self.features = feature_store(scenario.tasks, config.evaluation, progress.note)
         self.reader = row_reader(self.method, scenario.tasks, config.evaluation, config.workers)
@@ -148,7 +156,7 @@ class Run:
         if finished is not None:
             self.reporter.note(f"{self.directory.path} is complete; nothing left to do")
             return finished
-        tasks, trains = self.scenario.tasks, self.method.trains
+        tasks, trains = self.scenario.tasks, self.config.learns(self.method)
         sessions = ([0] if self.method.joint else list(range(len(tasks)))) if trains else []
         steps = [self.method.steps(tasks[index]) for index in sessions]
         self.reporter.run_started(
@@ -171,6 +179,7 @@ class Run:
             self.rows,
             self.training,
             lambda: self._stop,
+            self.learnt_before,
         )
         for index in range(rows_after_learning(self.config, self.method, len(tasks)) if not trains else 0):
             if len(self.rows.accuracy) <= index:
@@ -224,7 +233,8 @@ class Run:
     def _evaluate(self, learnt: int) -> None:
         """Measure one row of the matrix and write it down; 0 tasks learnt is the zero-shot row."""
         tasks = self.scenario.tasks
-        after = "zero-shot" if learnt == 0 else "joint" if self.method.joint else f"after {tasks[learnt - 1].name}"
+        first = "zero-shot" if not self.learnt_before else "before the first task"
+        after = first if learnt == 0 else "joint" if self.method.joint else f"after {tasks[learnt - 1].name}"
         if self.method.joint and learnt:
             learnt = len(tasks)
         self.reporter.evaluation_started(after, len(tasks))

@@ -47,6 +47,7 @@ class TaskTraining:
         continuation: to continue in the middle of the task; ``method`` is then in the state before the task.
         on_start: called when the trainable parameters of the first stage to be done are known.
         on_step: called after each step.
+        learnt_before: tasks that ``method`` has learnt in another run; hooks and random numbers count them.
     """
 
     method: Method
@@ -57,6 +58,12 @@ class TaskTraining:
     continuation: Continuation | None = None
     on_start: Callable[[], None] | None = None
     on_step: Callable[[StepReport], None] | None = None
+    learnt_before: int = 0
+
+    @property
+    def number(self) -> int:
+        """0-based position of the task in all that the method learns."""
+        return self.learnt_before + self.index
 
     @property
     def task(self) -> Task:
@@ -78,7 +85,7 @@ class TaskTraining:
             DataError: an image cannot be read.
         """
         self._seed("before task")
-        self.method.before_task(self.index, self.task)
+        self.method.before_task(self.number, self.task)
         if self.continuation is not None:
             load_method_state(self.method, self.continuation.method_state)
         if self.method.closed_form:
@@ -87,10 +94,10 @@ class TaskTraining:
         else:
             self._optimise()
         self._seed("after task")
-        self.method.after_task(self.index, self.task)
+        self.method.after_task(self.number, self.task)
 
     def _seed(self, *hook: str | int) -> None:
-        seed_everything(derive_seed(self.seed, *hook, self.index))
+        seed_everything(derive_seed(self.seed, *hook, self.number))
 
     def _started(self) -> None:
         if self.on_start is not None:
@@ -99,7 +106,7 @@ class TaskTraining:
     def _learn(self) -> None:
         batches = one_pass(
             self.task,
-            task_index=self.index,
+            task_index=self.number,
             seed=self.seed,
             batch_size=self.method.config.batch_size,
             transform=self.method.backbone.eval_transform,
@@ -108,7 +115,7 @@ class TaskTraining:
             workers=self.workers,
         )
         learn_from_batches(
-            self.method, batches, seed=self.seed, task_index=self.index, on_step=self.on_step, task_name=self.task.name
+            self.method, batches, seed=self.seed, task_index=self.number, on_step=self.on_step, task_name=self.task.name
         )
 
     def _optimise(self) -> None:
@@ -140,7 +147,7 @@ class TaskTraining:
         steps = TrainingSteps(
             self.tasks if method.joint else [self.task],
             method.reference_source(self.task) if method.uses_reference else None,
-            task_index=self.index,
+            task_index=self.number,
             seed=self.seed,
             batch_size=stage.batch_size,
             reference_batch_size=getattr(config, "reference_batch_size", stage.batch_size),
@@ -165,7 +172,7 @@ class TaskTraining:
             warmup=stage.warmup,
             lr=stage.lr,
             seed=self.seed,
-            task_index=self.index,
+            task_index=self.number,
             start_step=start_step,
             first_step=first_step,
             optimizer=optimizer,
