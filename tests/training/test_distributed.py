@@ -114,6 +114,14 @@ def test_every_other_method_too(method, folder):
         compare(folder / "1" / method, folder / count / method)
 
 
+def in_one(folder: Path, method: str) -> Path:
+    """The run of one process, which another test may have made."""
+    if not (folder / "1" / method).exists():
+        done = program(folder, "1", method, *SHORT, *(KINDS | REST)[method])
+        assert done.returncode == 0, done.stderr
+    return folder / "1" / method
+
+
 def held_rows(shapes: list[torch.Size], count: int, rank: int) -> int:
     """Scalars of tensors of these shapes that one of ``count`` processes holds: as many rows as the first, the last ones fewer."""
     total = 0
@@ -127,9 +135,7 @@ def test_sharded_weights_learn_the_same_in_a_half_of_the_memory(folder):
     """FSDP2, two processes: losses, gradients, averages and matrix as one has them; bytes that rows of every tensor come to."""
     done = program(folder / "fsdp", "2", "zscl", *SHORT, *KINDS["zscl"], "--distributed", "fsdp")
     assert done.returncode == 0, done.stderr
-    one, two = folder / "1" / "zscl", folder / "fsdp" / "2" / "zscl"
-    if not one.exists():
-        assert program(folder, "1", "zscl", *SHORT, *KINDS["zscl"]).returncode == 0
+    one, two = in_one(folder, "zscl"), folder / "fsdp" / "2" / "zscl"
     compare(one, two)
     shapes = [value.shape for value in load_file(one / "gradients.safetensors").values()]
     whole, halves = (json.loads((path / "bytes.json").read_text()) for path in (one, two))
@@ -156,9 +162,7 @@ def test_every_method_that_shards(method, folder):
     options = [*SHORT, *REST[method]]
     done = program(folder / "fsdp", "2", method, *options, "--distributed", "fsdp")
     assert done.returncode == 0, done.stderr
-    if not (folder / "1" / method).exists():
-        assert program(folder, "1", method, *options).returncode == 0
-    compare(folder / "1" / method, folder / "fsdp" / "2" / method)
+    compare(in_one(folder, method), folder / "fsdp" / "2" / method)
     every = [*options, "--checkpoint.every", "1"]
     done = program(folder / "cut", "2!1@2", method, *every, "--distributed", "fsdp")
     assert done.stderr.count("is gone without a word") == 1, done.stderr
@@ -199,9 +203,10 @@ def goes_on_as_one(folder: Path, place: Path, before: str, after: str, method: s
     shutil.copytree(place / before / method, place / after / method)
     done = program(place, after, method, *options)
     assert done.returncode == 0, done.stderr
-    whole, resumed = (json.loads((path / method / "result.json").read_text()) for path in (folder / "1", place / after))
+    one, other = in_one(folder, method), place / after / method
+    whole, resumed = (json.loads((path / "result.json").read_text()) for path in (one, other))
     torch.testing.assert_close(torch.tensor(whole["accuracy"]), torch.tensor(resumed["accuracy"]), rtol=0, atol=1e-5)
-    losses, rest = (json.loads((path / method / "losses.json").read_text()) for path in (folder / "1", place / after))
+    losses, rest = (json.loads((path / "losses.json").read_text()) for path in (one, other))
     assert rest
     for mine, theirs in zip(losses[-len(rest) :], rest, strict=True):
         assert all(abs(mine[name] - theirs[name]) <= 1e-5 * max(1, abs(mine[name])) for name in mine)
