@@ -1,6 +1,6 @@
 """Predicted and measured peak memory of training steps on a CPU, within a budget: one method per process.
 
-    python benchmarks/memory_plan.py zscl --model ViT-B-16-quickgelu --budget 8GiB
+    python benchmarks/memory_plan.py zscl --model ViT-B-16-quickgelu --budget 8GiB --precision bf16 --optimizer-state 8bit
 
 The weights are random and made here, images are noise; what is measured is memory and time. The step that is measured is the second
 one, which finds the optimiser's state in place; the first has few samples, to save time.
@@ -22,7 +22,9 @@ from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import METHODS, Batch
 from cl_methods.open_clip_loading import untrained_open_clip
 from cl_methods.seeding import seed_everything
+from cl_methods.training.levers import Levers, use_levers
 from cl_methods.training.memory import give_back_freed_memory, plan_memory
+from cl_methods.training.optimizer_state import with_state
 from cl_methods.training.sizes import format_size, parse_size
 
 
@@ -40,7 +42,10 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=512)
     parser.add_argument("--images", type=int, default=64, help="per task, and of the reference set")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--optimizer-state", choices=("fp32", "8bit"), default="fp32")
     options = parser.parse_args()
+    levers = Levers(options.precision, options.optimizer_state)
 
     seed_everything(0)
     start_peak_memory(torch.device("cpu"))
@@ -68,19 +73,20 @@ def main() -> None:
 
     give_back_freed_memory()
     clock = time.perf_counter()
-    plan = plan_memory(method_type, settings, backbone, tasks, reference, parse_size(options.budget))
+    plan = plan_memory(method_type, settings, backbone, tasks, reference, parse_size(options.budget), levers=levers)
     planning = time.perf_counter() - clock
     print(*plan.lines(), sep="\n", flush=True)
 
     backbone.micro_batches = plan.micro_batches
     method = method_type(backbone, settings, reference)
+    use_levers(method, levers)
     for index, task in enumerate(tasks):  # the first task is not trained: its end would need detectors, memories, …
         method.before_task(index, task)
         method.stage = method.stages(task)[0]
         method.before_stage(method.stage)
         if index == 0 and options.method in ("replay", "icarl", "clap4clip", "proof", "ewc"):
             method.after_task(index, task)
-    optimizer = method.optimizer()
+    optimizer = with_state(method.optimizer(), levers.optimizer_state)
     source = method.training_images(tasks[1])
     seconds = 0.0
     for step, count in enumerate((2, settings.batch_size)):

@@ -70,7 +70,7 @@ class WeightAverager:
         tensors: the averages by their state-dict names.
 
     Args:
-        model: the start of the average; later models must have the same names and shapes.
+        model: the start of the average, or its tensors by name; later models must have the same names and shapes.
         decay: of an exponential average, in [0, 1); None for the running mean.
         beta: weights of a Beta moving average, instead of a decay.
         dtype: of the floating-point averages; float32 keeps those of 16-bit models from standing still, None is the model's own.
@@ -87,7 +87,7 @@ class WeightAverager:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Mapping[str, Tensor],
         *,
         decay: float | None = None,
         beta: BetaWeights | None = None,
@@ -119,12 +119,16 @@ class WeightAverager:
         return self._tensors
 
     def update(
-        self, model: nn.Module, *, towards: nn.Module | Mapping[str, Tensor] | None = None, pull: float = 0.0
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        *,
+        towards: nn.Module | Mapping[str, Tensor] | None = None,
+        pull: float = 0.0,
     ) -> None:
         """Take the model's weights in as the next snapshot; then, in the same pass, pull the average to a third model.
 
         Args:
-            model: the snapshot.
+            model: the snapshot, or its tensors by name.
             towards: a model, or tensors by name, that the average is pulled to (ZSCL's ensemble with WiSE). Tensors that lie
                 beside the average are read in place: with ``on_host`` they may not change before the average has been read.
             pull: the share of ``towards`` in the result.
@@ -140,7 +144,7 @@ class WeightAverager:
         self.snapshots += 1
         self._mass = mass
 
-    def interpolate(self, model: nn.Module, weight: float) -> None:
+    def interpolate(self, model: nn.Module | Mapping[str, Tensor], weight: float) -> None:
         """Move the average by ``weight`` of the way to the model, without counting a snapshot (WiSE-FT).
 
         Args:
@@ -153,7 +157,7 @@ class WeightAverager:
         self._move(model, weight, None, 0.0)
 
     @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
+    def copy_to(self, model: nn.Module | Mapping[str, Tensor]) -> None:
         """Write the average into the model's parameters and buffers, in their dtypes.
 
         Raises:
@@ -198,12 +202,16 @@ class WeightAverager:
 
     @torch.no_grad()
     def _move(
-        self, model: nn.Module, weight: float, towards: nn.Module | Mapping[str, Tensor] | None, pull: float
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        weight: float,
+        towards: nn.Module | Mapping[str, Tensor] | None,
+        pull: float,
     ) -> None:
         values = self._matching(_named_tensors(model), "model")
         others = None
         if towards is not None:
-            named = _named_tensors(towards) if isinstance(towards, nn.Module) else towards
+            named = _named_tensors(towards)
             self._matching(named, "towards")
             others = [named[name].detach().to(self._tensors[name].device) for name in self._floating]
         options: dict[str, Any] = {"rounding": self.rounding}
@@ -257,7 +265,9 @@ class WeightAverager:
         return given
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not isinstance(model, nn.Module):
+        return dict(model)
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 

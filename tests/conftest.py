@@ -35,6 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "gpu": not torch.cuda.is_available(),
         "chromium": shutil.which("chromium") is None,
         "pyarrow": importlib.util.find_spec("pyarrow") is None,
+        "torchao": importlib.util.find_spec("torchao") is None,
         "native": os.environ.get("CL_KERNELS_NATIVE") == "0",
     }
     deselected = [item for item in items if any(absent and item.get_closest_marker(m) for m, absent in missing.items())]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from cl_methods.sharding import ShardedModel
 
 Transform = Callable[[Any], Tensor]
+Precision = Literal["fp32", "bf16"]
 _TEXT_CHUNK = 1024
 MINI_WEIGHTS = "mini_model.safetensors"
 """File of a folder with weights of the embedded tiny model's architecture, which no configuration of open_clip describes."""
@@ -47,6 +49,8 @@ class Backbone:
         origin: where the weights come from; None for a model that was not loaded by :func:`load_backbone`.
         micro_batches: how many samples go through a tower together, to bound memory; None: all that a call is given.
         sharded: set where each process holds some rows of :attr:`model` alone (:mod:`cl_methods.sharding`).
+        precision: of the towers where gradients are recorded: ``bf16`` computes under autocast, from fp32 weights to fp32 features
+            and gradients. What needs no gradient (teachers, evaluation, cached features) is always computed in fp32.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Backbone:
         self.device, self.name, self.origin = torch.device(device), name, origin
         self.micro_batches: MicroBatches | None = None
         self.sharded: ShardedModel | None = None
+        self.precision: Precision = "fp32"
 
     @property
     def logit_scale(self) -> Tensor:
@@ -237,6 +242,8 @@ class Backbone:
         shares where several processes compute together (:mod:`cl_methods.ranks`).
         """
         parts, total = self.micro_batches, len(batch)
+        if self.precision == "bf16" and torch.is_grad_enabled():
+            encode = partial(_in_bf16, encode, self.device.type)
         if parts is None and ranks.count() == 1:
             return encode(batch)
         self._check_uncoupled(kind, "micro_batches" if ranks.count() == 1 else "processes")
@@ -329,6 +336,13 @@ class Backbone:
         if projection is None:
             return x
         return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+
+def _in_bf16(encode: Encoder, device_type: str, batch: Tensor) -> Tensor:
+    """``encode(batch)`` under autocast, in fp32 again; every call has its own 16-bit copies of the weights."""
+    with torch.autocast(device_type, torch.bfloat16):
+        features = encode(batch)
+    return features.float()
 
 
 def prompt(template: str, class_name: str) -> str:

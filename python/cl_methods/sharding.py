@@ -145,6 +145,9 @@ def load_method_state(method: Method, state: Mapping[str, Tensor]) -> None:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """``optimizer.load_state_dict`` of whole tensors, likewise: what has the shape of its parameter is sharded as that is."""
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    if not any(is_sharded(value) for value in parameters):
+        optimizer.load_state_dict(state)
+        return
     placed = {
         index: {name: _placed(value, parameters[index]) for name, value in entries.items()}
         for index, entries in state.get("state", {}).items()

@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "methods"))
 from test_settings_files import shortened
 from tiny_clip import build_backbone, noise_images
 
+from cl_methods.backbone import Precision
 from cl_methods.cli import main
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import METHODS, Batch
@@ -81,19 +82,21 @@ def settings_of(name: str) -> Any:
     return dataclasses.replace(shortened(METHODS[name].default_config("mini")), batch_size=12)
 
 
-def real_step(name: str, parts: MicroBatches | None) -> tuple[int, int]:
+def real_step(name: str, parts: MicroBatches | None, precision: Precision = "fp32") -> tuple[int, int]:
     """The most live bytes in the second step of the second task, and those alive before it, of tensors with data."""
     tasks, reference = given()
     memory, backbone = LiveMemory(), build_backbone()
     for value in (*backbone.model.parameters(), *backbone.model.buffers()):
         memory.count(value)
-    backbone.micro_batches = parts
+    backbone.micro_batches, backbone.precision = parts, precision
     with memory:
         method = METHODS[name](backbone, settings_of(name), reference)
         for index, task in enumerate(tasks):
             method.before_task(index, task)
             if not index:
                 method.after_task(index, task)
+                with torch.no_grad():  # learnt: the start of the next task is no copy of the pre-trained model
+                    torch._foreach_mul_([value for _, value in method.trainable()], 1.01)
         method.stage = method.stages(tasks[1])[0]
         method.before_stage(method.stage)
         optimizer, source = method.optimizer(), method.training_images(tasks[1])

@@ -141,7 +141,7 @@ def _print_plan(config: RunConfig, output: Path) -> None:
         console.print(sentence, soft_wrap=True, highlight=False)
     device = choose_device(config.device)
     console.print(plan.time_sentence(product_speed(device), str(device)), soft_wrap=True, highlight=False)
-    if config.memory_budget is not None:
+    if config.plans_memory:
         from cl_methods.training.memory import plan_run  # which takes a second to load
 
         memory = plan_run(config, scenario, choose_device(config.device))

@@ -106,6 +106,7 @@ class Method(Scoring, ABC):
             changes weights through :mod:`cl_methods.components.weights` only, has no module of its own that trains, and
             encodes with the backbone where all processes do.
         stage: the present stage of the present task; None outside of training.
+        offload_averages: averages of weights, which no step reads, are kept in host memory; asked of ``before_task``.
     """
 
     name: ClassVar[str]
@@ -121,6 +122,7 @@ class Method(Scoring, ABC):
         super().__init__(backbone)
         self.config, self.reference = config, reference
         self.stage: Stage | None = None
+        self.offload_averages = False
 
     @classmethod
     def default_config(cls, scenario: str) -> Any:
@@ -199,6 +201,10 @@ class Method(Scoring, ABC):
 
     def after_step(self, step: int) -> None:
         """After the optimiser step with 0-based index ``step``."""
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """Averages of weights over the present task, by name: what :attr:`offload_averages` keeps in host memory."""
+        return {}
 
     def after_task(self, index: int, task: Task) -> None:
         """Turn what was trained into what is evaluated and carried on."""

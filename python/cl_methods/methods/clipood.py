@@ -100,7 +100,12 @@ class CLIPood(Method):
         self.average = self._new_average(self.steps(task))
 
     def _new_average(self, steps: int) -> WeightAverager:
-        return WeightAverager(self.backbone.model.visual, beta=BetaWeights(self.config.beta, steps + 1))
+        beta = BetaWeights(self.config.beta, steps + 1)
+        return WeightAverager(self.backbone.model.visual, beta=beta, on_host=self.offload_averages)
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The Beta moving average."""
+        return {} if self.average is None else self.average.tensors
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """The image tower."""

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from cl_methods.backbone import Backbone
+from cl_methods.components.averages import SnapshotMean
 from cl_methods.components.dual_teachers import DualTeachers, feature_distances
 from cl_methods.components.exemplars import encode_source
 from cl_methods.components.prototypes import class_prototypes, follow, symmetric_alignment
 from cl_methods.components.relations import relation_distillation
 from cl_methods.components.teacher_weights import teacher_weights
-from cl_methods.components.weights import assign, move_towards, snapshot
+from cl_methods.components.weights import assign, move_towards
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts
 from cl_methods.methods.config import TrainConfig
@@ -61,8 +62,7 @@ class MulKI(FineTune):
         self._teacher_texts: Tensor | None = None
         self._views: tuple[Tensor, Tensor] | None = None
         self._followed: Tensor | None = None
-        self._ensemble: dict[str, Tensor] = {}
-        self._snapshots = 0
+        self._average: SnapshotMean | None = None
 
     def before_task(self, index: int, task: Task) -> None:
         """Copy the second teacher, have the teachers encode what is the same in every step, and make the prototypes."""
@@ -81,8 +81,9 @@ class MulKI(FineTune):
         if fixed_view:
             views = torch.stack(features)
             self._views = views, self._teacher_weights(views, labels)
-        self._ensemble = snapshot(self._weights()) if config.average_every else {}
-        self._snapshots = 0
+        self._average = None
+        if config.average_every:
+            self._average = SnapshotMean(dict(self._weights()), on_host=self.offload_averages)
 
     def _encode_teacher_texts(self, tokens: Tensor) -> Tensor:
         """Features (K, C, d) of class texts (C, L); a text tower that is frozen is the same for all."""
@@ -199,21 +200,24 @@ class MulKI(FineTune):
         super().after_step(step)
         if self._followed is not None:
             self.prototypes, self._followed = self._followed, None
-        if self._ensemble and step % self.config.average_every == 0:
-            self._snapshots += 1
-            move_towards(list(self._ensemble.items()), dict(self._weights()), 1 / (self._snapshots + 1))
+        if self._average is not None and step % self.config.average_every == 0:
+            self._average.update(self._weights())
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The mean of start and snapshots."""
+        return {} if self._average is None else self._average.tensors
 
     def after_task(self, index: int, task: Task) -> None:
         """Keep the mean, merged with the weights from before the task; drop what only the task needed."""
         parameters = self._weights()
-        if self._ensemble:
-            assign(parameters, self._ensemble)
+        if self._average is not None:
+            assign(parameters, self._average.tensors)
         if self.config.inter_task_share < 1:
             before = dict(self.teachers.latest.model.named_parameters())
             move_towards(parameters, before, 1 - self.config.inter_task_share)
         super().after_task(index, task)
         self.teachers.after_task()
-        self.prototypes, self._teacher_texts, self._views, self._followed, self._ensemble = None, None, None, None, {}
+        self.prototypes, self._teacher_texts, self._views, self._followed, self._average = None, None, None, None, None
 
     def forget_classifiers(self) -> None:
         """Drop the class embeddings, unless the text tower is frozen."""
@@ -222,10 +226,10 @@ class MulKI(FineTune):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model under its own names; under ``mulki.`` prototypes and mean of a task that has begun."""
-        extra = {f"ensemble.{name}": value for name, value in self._ensemble.items()}
+        extra = {f"ensemble.{name}": value for name, value in self.averaged_weights().items()}
         if self.prototypes is not None:
             extra["prototypes"] = self.prototypes.detach()
-        extra["snapshots"] = torch.tensor(self._snapshots)
+        extra["snapshots"] = torch.tensor(0 if self._average is None else self._average.snapshots)
         return {**super().state_dict(), **{_EXTRA + name: value for name, value in extra.items()}}
 
     @torch.no_grad()
@@ -238,8 +242,8 @@ class MulKI(FineTune):
         super().load_state_dict({name: value for name, value in state.items() if not name.startswith(_EXTRA)})
         self._classifiers.clear()
         extra = {name[len(_EXTRA) :]: value for name, value in state.items() if name.startswith(_EXTRA)}
-        self._snapshots = int(extra.pop("snapshots", 0))
-        stored = {f"ensemble.{name}": value for name, value in self._ensemble.items()}
+        snapshots = int(extra.pop("snapshots", 0))
+        stored = {f"ensemble.{name}": value for name, value in self.averaged_weights().items()}
         if self.prototypes is not None:
             stored["prototypes"] = self.prototypes
         shapes = [{name: value.shape for name, value in found.items()} for found in (extra, stored)]
@@ -249,3 +253,5 @@ class MulKI(FineTune):
             )
         for name, value in extra.items():
             stored[name].copy_(value)
+        if self._average is not None:
+            self._average.snapshots = snapshots

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 import cl_kernels as clk
 from cl_methods.backbone import Backbone
+from cl_methods.components.averages import SnapshotMean
 from cl_methods.components.reference_features import FrozenFeatures, random_texts
 from cl_methods.components.teacher_features import TeacherFeatures
 from cl_methods.components.weights import (
     assign,
     consolidation_value,
     fold_consolidation_gradient,
-    move_between,
     move_towards,
+    sharing,
     snapshot,
 )
 from cl_methods.datasets.images import ImageSource
@@ -67,9 +68,8 @@ class ZSCL(FineTune):
         self._teacher_images = FrozenFeatures(self._encode_with_teacher, backbone.device, images)
         self._scale = float(backbone.logit_scale.detach())
         self._start: dict[str, Tensor] = {}
-        self._ensemble: dict[str, Tensor] = {}
+        self._average: SnapshotMean | None = None
         self._pulled: dict[str, Tensor] = {}
-        self._snapshots = 0
 
     def _check_reference(self) -> None:
         config = self.config
@@ -118,11 +118,26 @@ class ZSCL(FineTune):
         self._task = task
         config, parameters = self.config, self.trainable()
         self._start = snapshot(parameters) if config.needs_start else {}
-        self._ensemble = snapshot(parameters) if config.ensemble != "none" else {}
+        self._average = None
+        if config.ensemble != "none" and not self._start:
+            self._average = self._new_average(dict(parameters))
         self._pulled = snapshot(parameters) if config.moving_average == "previous" else {}
-        self._snapshots = 0
         if config.distils:
             self._prepare_teacher(index, task)
+        self._share_start()
+
+    def _new_average(self, start: Mapping[str, Tensor]) -> SnapshotMean:
+        return SnapshotMean(start, on_host=self.offload_averages)
+
+    def _share_start(self) -> None:
+        """Keep the start of the task once where the teacher has the same weights: the previous model, or in the first task any."""
+        if self._teacher is None or not self._start or self.backbone.sharded is not None:
+            return  # of sharded weights it has some rows, the teacher all
+        teacher = dict(self._teacher.model.named_parameters())
+        if self.config.teacher == "previous":
+            self._start = {name: teacher[name].detach() for name in self._start}
+        else:
+            self._start = sharing(self._start, teacher)
 
     def _prepare_teacher(self, index: int, task: Task) -> None:
         config = self.config
@@ -262,13 +277,14 @@ class ZSCL(FineTune):
         if config.moving_average != "none":
             self._pull(parameters)
         if config.ensemble != "none":
-            self._snapshots += 1
-            ensemble, share = list(self._ensemble.items()), 1 / (self._snapshots + 1)
-            if config.ensemble == "wise":
-                alpha = config.ensemble_wise_alpha
-                move_between(ensemble, dict(parameters), alpha * share, self._start, 1 - alpha)
-            else:
-                move_towards(ensemble, dict(parameters), share)
+            if self._average is None:  # until the first snapshot the start of the task is its mean
+                self._average = self._new_average(self._start)
+            pull = 1 - config.ensemble_wise_alpha if config.ensemble == "wise" else 0.0
+            self._average.update(parameters, self._start, pull)
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The ensemble."""
+        return {} if self._average is None else self._average.tensors
 
     def _pull(self, parameters: list[tuple[str, nn.Parameter]]) -> None:
         towards = self.config.moving_average
@@ -282,9 +298,9 @@ class ZSCL(FineTune):
         config, parameters = self.config, self.trainable()
         if config.wise_merge != "none":
             move_towards(parameters, self._weights(config.wise_merge), 1 - config.wise_merge_alpha)
-        if config.ensemble != "none":
-            assign(parameters, self._ensemble)
-        self._start, self._ensemble, self._pulled = {}, {}, {}
+        if self._average is not None:
+            assign(parameters, self._average.tensors)
+        self._start, self._average, self._pulled = {}, None, {}
         super().after_task(index, task)
 
     def _weights(self, which: str) -> Mapping[str, Tensor]:
@@ -304,11 +320,11 @@ class ZSCL(FineTune):
         for part, weights in self._parts().items():
             state.update({f"{_EXTRA}{part}.{name}": value for name, value in weights.items()})
         state.update({f"{_EXTRA}images.{name}": value for name, value in self._teacher_images.state_dict().items()})
-        state[f"{_EXTRA}snapshots"] = torch.tensor(self._snapshots)
+        state[f"{_EXTRA}snapshots"] = torch.tensor(0 if self._average is None else self._average.snapshots)
         return state
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:
-        return {"start": self._start, "ensemble": self._ensemble, "pulled": self._pulled}
+        return {"start": self._start, "ensemble": self.averaged_weights(), "pulled": self._pulled}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore :meth:`state_dict`; a plain model state is a state between tasks.
@@ -318,15 +334,20 @@ class ZSCL(FineTune):
         """
         super().load_state_dict({name: value for name, value in state.items() if not name.startswith(_EXTRA)})
         extra = {name[len(_EXTRA) :]: value for name, value in state.items() if name.startswith(_EXTRA)}
+        if self.config.ensemble != "none" and self._start and any(name.startswith("ensemble.") for name in extra):
+            self._average = self._new_average(self._start)
+        self._start = {name: value.clone() for name, value in self._start.items()}  # which a teacher may share
         for part, weights in self._parts().items():
             stored = {name[len(part) + 1 :]: value for name, value in extra.items() if name.startswith(part + ".")}
             if stored and stored.keys() != weights.keys():
                 raise RuntimeError(f"state: {part} weights do not fit; was before_task called with this configuration?")
             for name, value in stored.items():
                 weights[name].copy_(value)
-        self._snapshots = int(extra.get("snapshots", 0))
+        if self._average is not None:
+            self._average.snapshots = int(extra.get("snapshots", 0))
         if self.config.distils and self.config.teacher != "zero_shot" and self._start:
             self._teach_from_start()
             self._encode_reference_texts()
+        self._share_start()
         images = {name[len("images.") :]: value for name, value in extra.items() if name.startswith("images.")}
         self._teacher_images.load_state_dict(images)

@@ -71,20 +71,22 @@ def shard_backbone(config: RunConfig, method: Method, note: Callable[[str], None
 def plan_run_memory(
     config: RunConfig, scenario: Scenario, device: torch.device, note: Callable[[str], None]
 ) -> MemoryPlan | None:
-    """The plan for the configured memory budget, told to ``note``; None without a budget, or where nothing is planned.
+    """The plan for the configured memory budget and levers, told to ``note``; None without either, or where nothing is planned.
+
+    Of several processes the first one plans for all.
 
     Raises:
         MemoryBudgetError: nothing fits.
+        ValueError: a lever does not go with the method.
     """
-    if config.memory_budget is None:
+    if not config.plans_memory:
         return None
     from cl_methods.training.memory import give_back_freed_memory, plan_run  # which take a second to load
 
-    if device.type == "cpu":
+    if device.type == "cpu" and config.memory_budget is not None:
         give_back_freed_memory()
-    with ranks.alone():  # a rehearsal of one process's step
-        plan = plan_run(config, scenario, device)
-    for line in plan.lines() if plan is not None else ["memory_budget: no plan, the method takes no optimiser steps"]:
+    plan = ranks.from_first(lambda: plan_run(config, scenario, device))
+    for line in plan.lines() if plan is not None else ["memory: no plan, the method takes no optimiser steps"]:
         note(line)
     return plan
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from cl_methods.checks import check_field
 from cl_methods.components.compiled_blocks import Compile
 from cl_methods.evaluation.accuracy import EvaluationOptions
 from cl_methods.methods.base import Method
 from cl_methods.scenarios import ScenarioOptions
 from cl_methods.training.checkpoints import CheckpointOptions
+from cl_methods.training.levers import Levers
+from cl_methods.training.optimizer_state import require_library
 from cl_methods.training.sizes import parse_size
 
 WITHOUT_EFFECT = (
@@ -20,6 +23,7 @@ WITHOUT_EFFECT = (
     "memory_budget",
     "distributed",
     "compile",
+    "offload",
     "checkpoint.every",
     "checkpoint.keep",
     "evaluation.feature_memory",
@@ -29,8 +33,11 @@ WITHOUT_EFFECT = (
     "data.cache",
     "data.cache_gib",
 )
-"""Settings that cannot change a result, or (memory budget, compile, sharding) its last bits at most, or whose effect the scenario's
-fingerprint covers: a resumed run may change them."""
+"""Settings that cannot change a result, or (memory budget, compile, sharding, offload) its last bits at most, or whose effect the
+scenario's fingerprint covers: a resumed run may change them."""
+
+_ADDED = {"precision": "fp32", "optimizer_state": "fp32"}
+"""What runs did before there were these settings."""
 
 
 @dataclass
@@ -62,6 +69,10 @@ class RunConfig:
             of each (`fsdp`, for methods that train the whole model), see docs/distributed.md.
         compile: `blocks` runs the model's residual blocks through torch.compile in training steps, `cuda_graphs` replays them as
             CUDA graphs besides; see docs/throughput.md.
+        precision: `bf16` computes the towers that train in 16 bits, from fp32 weights to fp32 features and gradients.
+        optimizer_state: `8bit` keeps AdamW's moments in 8 bits (needs torchao); `host` keeps the optimiser's state, and takes its
+            steps, in host memory, where the model is on a GPU.
+        offload: `averages` keeps averages of weights in host memory, where the model is on a GPU.
     """
 
     method: str
@@ -82,6 +93,9 @@ class RunConfig:
     memory_budget: str | None = None
     distributed: Literal["replicated", "fsdp"] = "replicated"
     compile: Compile = "none"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    optimizer_state: Literal["fp32", "8bit", "host"] = "fp32"
+    offload: Literal["none", "averages"] = "none"
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -111,6 +125,19 @@ class RunConfig:
                 f"compile: got {self.compile!r} with distributed fsdp, which gathers a block's weights while it runs; "
                 "expected one of the two"
             )
+        for name, allowed in (
+            ("precision", ("fp32", "bf16")),
+            ("optimizer_state", ("fp32", "8bit", "host")),
+            ("offload", ("none", "averages")),
+        ):
+            check_field(self, name, allowed)
+        require_library(self.optimizer_state)
+        for name, plain in (("optimizer_state", "fp32"), ("offload", "none")):
+            if self.distributed == "fsdp" and getattr(self, name) != plain:
+                raise ValueError(
+                    f"{name}: works on whole weights, got {getattr(self, name)} with distributed fsdp, which shares out "
+                    f"averages and the optimiser's state; expected {plain}, or distributed replicated"
+                )
 
     def learns(self, method: Method | type[Method]) -> bool:
         """Whether the run trains ``method``, rather than measuring it alone."""
@@ -120,6 +147,17 @@ class RunConfig:
     def memory_bytes(self) -> int | None:
         """:attr:`memory_budget` in bytes."""
         return None if self.memory_budget is None else parse_size(self.memory_budget)
+
+    @property
+    def plans_memory(self) -> bool:
+        """Whether a step's memory is predicted before the run: with a budget or a lever, whole weights and plain blocks."""
+        whole = self.distributed != "fsdp" and self.compile == "none"
+        return whole and (self.memory_budget is not None or bool(self.levers.options))
+
+    @property
+    def levers(self) -> Levers:
+        """What saves memory besides the budget."""
+        return Levers(self.precision, self.optimizer_state, self.offload)
 
     def effective_settings(self) -> Any:
         """The method's settings after ``limit_iterations``, which bounds every stage's ``iterations`` or ``…_iterations``."""
@@ -158,7 +196,10 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def deciding(config: dict[str, Any]) -> dict[str, Any]:
     """Dotted keys of a configuration without those that cannot change a result."""
-    return {key: value for key, value in flatten(config).items() if key not in WITHOUT_EFFECT}
+    found = {**_ADDED, **flatten(config)}
+    if found["optimizer_state"] == "host":  # the same state elsewhere
+        found["optimizer_state"] = "fp32"
+    return {key: value for key, value in found.items() if key not in WITHOUT_EFFECT}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -108,6 +108,7 @@ class Learning:
             seed=self.config.seed,
             workers=self.config.workers,
             continuation=continuation,
+            optimizer_state=self.config.optimizer_state,
             on_start=on_start,
             on_step=on_step,
             learnt_before=self.learnt_before,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from cl_kernels.profile import resident_bytes
-from cl_methods.backbone import Backbone, load_backbone
+from cl_methods import ranks
+from cl_methods.backbone import Backbone, Precision, load_backbone
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Method
 from cl_methods.methods.find import find_method
@@ -18,7 +18,16 @@ from cl_methods.micro_batches import MicroBatches
 from cl_methods.open_clip_loading import shapes_of_open_clip
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
+from cl_methods.training.levers import Levers
+from cl_methods.training.memory_plan import MemoryPlan
 from cl_methods.training.memory_trace import Rehearsal
+from cl_methods.training.optimizer_state import (
+    OptimizerState,
+    check_optimizer,
+    state_bytes,
+    takes_eight_bits,
+    update_bytes,
+)
 from cl_methods.training.sizes import format_size
 
 _SIZES = (64, 32, 16, 8, 4, 2, 1)
@@ -44,77 +53,6 @@ class MemoryBudgetError(ValueError):
     """No plan fits the budget."""
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What is cut into parts, and the bytes that it comes to.
-
-    Attributes:
-        budget: bytes; None if there was none, and the plan only predicts.
-        micro_batches: samples per part; None: everything at once.
-        process: bytes that the process holds besides tensors (libraries, code); 0 on a GPU.
-        model: weights and buffers of the model.
-        carried: what the method holds besides: teachers, anchors, averages, adapters, cached features.
-        optimiser: its state.
-        gradients: of what trains.
-        step: inputs, activations and buffers of a training step, at the moment when they are most.
-        left_out: what could not be predicted; None if nothing.
-    """
-
-    budget: int | None
-    micro_batches: MicroBatches | None
-    process: int
-    model: int
-    carried: int
-    optimiser: int
-    gradients: int
-    step: int
-    left_out: str | None
-
-    @property
-    def peak(self) -> int:
-        """The most bytes at any time of a training step."""
-        return self.process + self.model + self.carried + self.optimiser + self.gradients + self.step
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**asdict(self), "peak": self.peak}
-
-    @property
-    def shares(self) -> str:
-        """What the peak is made of, in words."""
-        named = {
-            "process": self.process,
-            "model": self.model,
-            "carried by the method": self.carried,
-            "optimiser": self.optimiser,
-            "gradients": self.gradients,
-            "inputs, activations and buffers": self.step,
-        }
-        return ", ".join(f"{name} {format_size(value)}" for name, value in named.items() if value)
-
-    def measured(self, peak: int) -> str:
-        """How the prediction did against a measured ``peak``, in a sentence."""
-        apart = 100 * (peak / self.peak - 1)
-        return f"measured peak memory {format_size(peak)}, predicted for a training step {format_size(self.peak)} ({apart:+.1f} %)"
-
-    def lines(self) -> list[str]:
-        """The plan in words, a line for each fact."""
-        budget = "" if self.budget is None else f" of a budget of {format_size(self.budget)}"
-        lines = [f"predicted peak memory of a training step: {format_size(self.peak)}{budget}", self.shares]
-        cut = self.micro_batches
-        if cut is None:
-            lines.append("every batch goes through the towers at once")
-        else:
-            again = "block by block" if cut.blocks else "once more"
-            lines.append(
-                f"{cut.images} images and {cut.texts} texts at a time, whose activations are computed {again} in the backward "
-                f"pass; {cut.frozen_images} and {cut.frozen_texts} where no gradient is needed"
-            )
-        if self.left_out is not None:
-            lines.append(f"not counted: {self.left_out}")
-        return lines
-
-
 def plan_memory(
     method: type[Method],
     settings: Any,
@@ -122,6 +60,9 @@ def plan_memory(
     tasks: Sequence[Task],
     reference: Reference | None,
     budget: int | None,
+    *,
+    levers: Levers | None = None,
+    processes: int = 1,
 ) -> MemoryPlan:
     """The fastest way to train within ``budget``: all at once, else in the largest parts that fit, else block by block.
 
@@ -135,44 +76,98 @@ def plan_memory(
         tasks: the sequence.
         reference: reference data, or None.
         budget: bytes; None: predict the peak of everything at once.
+        levers: what else saves memory; a plan uses what it is given, and proposes the rest where nothing fits. None: nothing.
+        processes: how many share the encoding of a batch.
 
     Raises:
         MemoryBudgetError: nothing fits with a reserve of 8 %; the message says what would.
+        ValueError: the method's optimiser cannot keep its state as ``levers`` say.
     """
-    first = _parts(_SIZES[0])
-    rehearsal = Rehearsal(method, settings, backbone, tasks, reference, None if budget is None else first)
-    process = _process_bytes(backbone)
-    fixed = rehearsal.model + rehearsal.carried + rehearsal.optimiser + rehearsal.gradients
-
-    def planned(parts: MicroBatches | None) -> MemoryPlan:
-        peak = rehearsal.step(parts)
-        return MemoryPlan(
-            budget,
-            parts,
-            process,
-            rehearsal.model,
-            rehearsal.carried,
-            rehearsal.optimiser,
-            rehearsal.gradients,
-            max(0, peak - fixed),
-            rehearsal.left_out,
-        )
-
-    whole = planned(None)
-    if budget is None or whole.peak <= (1 - _RESERVE) * budget:
+    levers = Levers() if levers is None else levers
+    first = None if budget is None else _parts(_SIZES[0])
+    planner = _Planner(Rehearsal(method, settings, backbone, tasks, reference, first, processes), backbone, budget)
+    check_optimizer(planner.rehearsal.optimizer, levers.optimizer_state)
+    whole = planner.plan(None, levers)
+    if budget is None or planner.fits(whole):
         return whole
-    smallest = whole
-    for parts in _ways(rehearsal.largest_batch):
-        plan = planned(parts)
-        if plan.peak <= (1 - _RESERVE) * budget:
+    for parts in planner.ways():
+        plan = planner.plan(parts, levers)
+        if planner.fits(plan):
             return plan
-        smallest = min(smallest, plan, key=lambda one: one.peak)
-    needed = format_size(smallest.peak / (1 - _RESERVE) + 1, up=True)
+    smallest = planner.smallest(levers)
     raise MemoryBudgetError(
         f"memory_budget: {method.name} on {backbone.name} does not fit into {format_size(budget)}: it needs "
         f"{format_size(smallest.peak)} even with one image at a time ({smallest.shares}), and a reserve of {_RESERVE:.0%}; "
-        f"expected a budget of at least {needed}"
+        f"{planner.proposal(levers)}expected a budget of at least "
+        f"{format_size(smallest.peak / (1 - _RESERVE) + 1, up=True)}"
     )
+
+
+class _Planner:
+    """Plans of one rehearsal, of which every step is taken once."""
+
+    def __init__(self, rehearsal: Rehearsal, backbone: Backbone, budget: int | None) -> None:
+        self.rehearsal, self.budget = rehearsal, budget
+        self.process, self.host_apart = _process_bytes(backbone), backbone.device.type != "cpu"
+        self._peaks: dict[tuple[MicroBatches | None, Precision], int] = {}
+
+    def plan(self, parts: MicroBatches | None, levers: Levers) -> MemoryPlan:
+        """What a step needs with these parts and levers."""
+        found, key = self.rehearsal, (parts, levers.precision)
+        if key not in self._peaks:
+            self._peaks[key] = found.step(*key)
+        held = found.model + found.carried + found.optimiser + found.gradients
+        offloaded = found.averages if levers.offload == "averages" and self.host_apart else 0
+        return MemoryPlan(
+            self.budget,
+            parts,
+            self.process,
+            found.model,
+            found.carried - offloaded,
+            self._state(levers.optimizer_state),
+            found.gradients,
+            max(0, self._peaks[key] - held, self._update(levers.optimizer_state)),
+            found.left_out,
+            levers,
+            found.processes,
+        )
+
+    def fits(self, plan: MemoryPlan) -> bool:
+        """Whether it leaves the reserve of the budget free."""
+        assert self.budget is not None
+        return plan.peak <= (1 - _RESERVE) * self.budget
+
+    def ways(self) -> Iterator[MicroBatches]:
+        """Parts from the fastest to the smallest."""
+        largest = self.rehearsal.largest_batch
+        yield from (_parts(size) for size in _SIZES if size < max(2, largest))
+        yield from (_parts(size, blocks=True) for size in _SIZES if size <= _BLOCKWISE)
+
+    def smallest(self, levers: Levers) -> MemoryPlan:
+        """The plan that needs least."""
+        ways = (None, _parts(1), _parts(1, blocks=True))
+        return min((self.plan(parts, levers) for parts in ways), key=lambda plan: plan.peak)
+
+    def proposal(self, levers: Levers) -> str:
+        """Which lever would make it fit, as the middle of a sentence; all of them together if none alone does; else nothing."""
+        adamw = takes_eight_bits(self.rehearsal.optimizer)
+        others = list(levers.others(host_apart=self.host_apart, adamw=adamw))
+        for tried in (others, [levers.with_all(others)] if len(others) > 1 else []):
+            plans = [plan for plan in map(self.smallest, tried) if self.fits(plan)]
+            if plans:
+                offers = (f"{' '.join(plan.levers.beyond(levers))} ({format_size(plan.peak)})" for plan in plans)
+                return f"it would fit with {', or with '.join(offers)}; "
+        return ""
+
+    def _state(self, kind: OptimizerState) -> int:
+        if kind == "8bit":
+            return state_bytes((value.numel() for value in self.rehearsal.optimizer.state), kind)
+        return 0 if kind == "host" and self.host_apart else self.rehearsal.optimiser
+
+    def _update(self, kind: OptimizerState) -> int:
+        """Bytes beside the state while it is updated, where a rehearsal of the method's own optimiser does not tell them."""
+        sizes = [value.numel() for value in self.rehearsal.optimizer.state]
+        return update_bytes(sizes) if kind == "8bit" else 0
 
 
 def plan_run(config: RunConfig, scenario: Scenario, device: torch.device) -> MemoryPlan | None:
@@ -180,14 +175,21 @@ def plan_run(config: RunConfig, scenario: Scenario, device: torch.device) -> Mem
 
     Raises:
         MemoryBudgetError: nothing fits.
-        ValueError: the model is unknown or has to be loaded and cannot be.
+        ValueError: the model is unknown or has to be loaded and cannot be, or an option does not go with the method.
     """
     method = find_method(config.method)
     if not method.trains or method.closed_form:
         return None
     backbone = _shapes(config, device)
     return plan_memory(
-        method, config.effective_settings(), backbone, scenario.tasks, scenario.reference, config.memory_bytes
+        method,
+        config.effective_settings(),
+        backbone,
+        scenario.tasks,
+        scenario.reference,
+        config.memory_bytes,
+        levers=config.levers,
+        processes=ranks.joined_count(),
     )
 
 
@@ -203,20 +205,15 @@ def _shapes(config: RunConfig, device: torch.device) -> Backbone:
 
 
 def give_back_freed_memory() -> None:
-    """From now on, let the C library return every freed block of a megabyte to the system at once, where it is glibc.
+    """From now on, let the C library return every freed block of half a megabyte to the system at once, where it is glibc.
 
     Otherwise it raises that bound to 32 MiB by itself, and activations of many sizes leave gaps: ZSCL on ViT-B/16 held a seventh
-    more than its tensors. New memory costs page faults, which a run without a budget is spared.
+    more than its tensors. An image of 224² in fp32 is such a block too: 19 MiB of those of a batch of 32 stayed behind. New memory
+    costs page faults, which a run without a budget is spared.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, 1 << 20)
-
-
-def _ways(largest: int) -> Iterator[MicroBatches]:
-    """From the fastest to the smallest, for batches of so many images."""
-    yield from (_parts(size) for size in _SIZES if size < max(2, largest))
-    yield from (_parts(size, blocks=True) for size in _SIZES if size <= _BLOCKWISE)
+        mallopt(_MMAP_THRESHOLD, 1 << 19)
 
 
 def _parts(images: int, *, blocks: bool = False) -> MicroBatches:

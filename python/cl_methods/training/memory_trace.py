@@ -7,18 +7,20 @@ import copy
 import gc
 import unittest.mock
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from cl_methods.backbone import Backbone
+from cl_methods.backbone import Backbone, Precision
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Method
 from cl_methods.micro_batches import MicroBatches, leaving_out_middle_parts
+from cl_methods.training.gradients import BUCKET_BYTES
 from cl_methods.training.memory_live import LiveMemory, TooLongError
+from cl_methods.training.memory_ranks import one_of
 from cl_methods.training.memory_stand_ins import IMAGES, blank_transform, stand_ins_for
 from cl_methods.training.task import use_micro_batches
 from cl_methods.training.without_data import BlankImages
@@ -38,11 +40,14 @@ class Rehearsal:
 
     Attributes:
         memory: counts.
-        model, carried, optimiser: bytes of the model's weights and buffers; of what else the method holds before the step
+        model, carried, optimiser: bytes of the model's weights and buffers; of what else the method holds between steps
             (teachers, anchors, averages, adapters, cached features); of the optimiser's state.
+        averages: of these, averages of weights.
         gradients: bytes of the gradients.
+        optimizer: fresh in every respect but the first step.
         preparation: the most bytes before the first step.
         left_out: what could not be rehearsed, as a phrase; None if nothing.
+        processes: as given.
 
     Args:
         method: its class.
@@ -51,6 +56,7 @@ class Rehearsal:
         tasks: the sequence.
         reference: reference data, or None.
         parts: micro-batches of the preparation and the first step.
+        processes: how many share the encoding of a batch; the one with most rows is rehearsed.
     """
 
     def __init__(
@@ -61,8 +67,9 @@ class Rehearsal:
         tasks: Sequence[Task],
         reference: Reference | None,
         parts: MicroBatches | None,
+        processes: int = 1,
     ) -> None:
-        self.settings, self.left_out = settings, None
+        self.settings, self.left_out, self.processes = settings, None, processes
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         stand_ins = stand_ins_for(tasks, joint=method.joint)
         blank = (
@@ -91,26 +98,29 @@ class Rehearsal:
             stage = self.method.stages(self.task)[0]
             self.method.stage = stage
             self.method.before_stage(stage)
-            self.carried = self.memory.bytes - self.model
             self.preparation = self.memory.peak
             self.optimizer = self.method.optimizer()
             self.batch_size, self._stage_steps, self._steps = stage.batch_size, stage.steps, 0
+        self.gradients = 0
         self.step(parts)
-        self.gradients = sum(
-            value.numel() * value.element_size() for value in self._trainable if value.grad is not None
-        )
-        self.optimiser = self.memory.bytes - self.model - self.carried - self.gradients
+        self.gradients = _bytes(value.grad for value in self._trainable)
+        self.optimiser = _bytes(value for state in self.optimizer.state.values() for value in state.values())
+        self.averages = _bytes(self.method.averaged_weights().values())
+        self.carried = self.memory.bytes - self.model - self.optimiser - self.gradients
 
-    def step(self, parts: MicroBatches | None) -> int:
-        """The most bytes that are alive in one training step with these micro-batches."""
+    def step(self, parts: MicroBatches | None, precision: Precision = "fp32") -> int:
+        """The most bytes that are alive in one training step with these micro-batches, in this precision."""
         with self._rehearsing():
             method, memory = self.method, self.memory
             use_micro_batches(method, parts)
+            method.backbone.precision = precision
             batch = self._batch()
             memory.peak = memory.bytes
             self.optimizer.zero_grad(set_to_none=True)
             terms = method.loss(batch)
             terms["loss"].backward()
+            if self.processes > 1:  # two buckets of gradients are under way at a time
+                memory.peak = max(memory.peak, memory.bytes + min(2 * BUCKET_BYTES, self.gradients))
             method.before_step(batch)
             self.optimizer.step()
             if self._steps < self._stage_steps:  # averages may know how many steps to expect
@@ -177,6 +187,18 @@ class Rehearsal:
         stay = unittest.mock.patch.object(
             nn.Module, "to", lambda module, *_, **__: module
         )  # they are where they belong
-        with warnings.catch_warnings(), torch.random.fork_rng(), stay, leaving_out_middle_parts(), self.memory:
+        with (
+            warnings.catch_warnings(),
+            torch.random.fork_rng(),
+            stay,
+            one_of(self.processes),
+            leaving_out_middle_parts(),
+            self.memory,
+        ):
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by copy.deepcopy
             yield
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    """Of the tensors among ``values``, which share no memory."""
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))

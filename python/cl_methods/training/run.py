@@ -26,6 +26,7 @@ from cl_methods.training.environment import choose_device
 from cl_methods.training.failures import explain
 from cl_methods.training.identity import check_same_run, describe_run
 from cl_methods.training.learning import Learning
+from cl_methods.training.levers import use_levers
 from cl_methods.training.progress import RunProgress
 from cl_methods.training.restoring import Restored, restore
 from cl_methods.training.result import run_result
@@ -89,6 +90,7 @@ class Run:
         if start is not None:
             start.put_into(self.method, trains=config.learns(self.method))
         self.learnt_before = 0 if start is None else len(start.learnt.tasks)
+        use_levers(self.method, config.levers)
         if self.memory_plan is not None:
             use_micro_batches(self.method, self.memory_plan.micro_batches)
         if config.compile != "none":

@@ -17,6 +17,7 @@ from cl_methods.seeding import derive_seed, seed_everything
 from cl_methods.sharding import load_method_state, load_optimizer_state
 from cl_methods.training.data import TrainingSteps, one_pass, training_batches
 from cl_methods.training.loop import StepReport, learn_from_batches, train_on_batches
+from cl_methods.training.optimizer_state import OptimizerState, with_state
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class TaskTraining:
         seed: of the run.
         workers: data-loading processes.
         continuation: to continue in the middle of the task; ``method`` is then in the state before the task.
+        optimizer_state: where the optimiser's state lies, see :mod:`cl_methods.training.optimizer_state`.
         on_start: called when the trainable parameters of the first stage to be done are known.
         on_step: called after each step.
         learnt_before: tasks that ``method`` has learnt in another run; hooks and random numbers count them.
@@ -56,6 +58,7 @@ class TaskTraining:
     seed: int = 0
     workers: int = 0
     continuation: Continuation | None = None
+    optimizer_state: OptimizerState = "fp32"
     on_start: Callable[[], None] | None = None
     on_step: Callable[[StepReport], None] | None = None
     learnt_before: int = 0
@@ -136,8 +139,8 @@ class TaskTraining:
         if self.done <= first_step:
             self._seed("before stage", number)
             self.method.before_stage(stage)
-            return self.method.optimizer()
-        optimizer = self.method.optimizer()
+            return with_state(self.method.optimizer(), self.optimizer_state)
+        optimizer = with_state(self.method.optimizer(), self.optimizer_state)
         assert self.continuation is not None
         load_optimizer_state(optimizer, self.continuation.optimizer_state)
         return optimizer

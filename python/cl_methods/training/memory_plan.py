@@ -1,0 +1,88 @@
+"""What a memory plan says: which parts a batch is cut into, and the bytes that it comes to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cl_methods.micro_batches import MicroBatches
+from cl_methods.training.levers import Levers
+from cl_methods.training.sizes import format_size
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What is cut into parts, and the bytes that it comes to.
+
+    Attributes:
+        budget: bytes; None if there was none, and the plan only predicts.
+        micro_batches: samples per part; None: everything at once.
+        process: bytes that the process holds besides tensors (libraries, code); 0 on a GPU.
+        model: weights and buffers of the model.
+        carried: what the method holds besides: teachers, anchors, averages, adapters, cached features.
+        optimiser: its state.
+        gradients: of what trains.
+        step: inputs, activations and buffers of a training step, at the moment when they are most.
+        left_out: what could not be predicted; None if nothing.
+        levers: what else saves memory in this plan.
+        processes: how many share the encoding of a batch; the bytes are those of the one with most of it.
+    """
+
+    budget: int | None
+    micro_batches: MicroBatches | None
+    process: int
+    model: int
+    carried: int
+    optimiser: int
+    gradients: int
+    step: int
+    left_out: str | None
+    levers: Levers = field(default_factory=Levers)
+    processes: int = 1
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at any time of a training step."""
+        return self.process + self.model + self.carried + self.optimiser + self.gradients + self.step
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "peak": self.peak}
+
+    @property
+    def shares(self) -> str:
+        """What the peak is made of, in words."""
+        named = {
+            "process": self.process,
+            "model": self.model,
+            "carried by the method": self.carried,
+            "optimiser": self.optimiser,
+            "gradients": self.gradients,
+            "inputs, activations and buffers": self.step,
+        }
+        return ", ".join(f"{name} {format_size(value)}" for name, value in named.items() if value)
+
+    def measured(self, peak: int) -> str:
+        """How the prediction did against a measured ``peak``, in a sentence."""
+        apart = 100 * (peak / self.peak - 1)
+        return f"measured peak memory {format_size(peak)}, predicted for a training step {format_size(self.peak)} ({apart:+.1f} %)"
+
+    def lines(self) -> list[str]:
+        """The plan in words, a line for each fact."""
+        budget = "" if self.budget is None else f" of a budget of {format_size(self.budget)}"
+        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        lines = [f"predicted peak memory of a training step{each}: {format_size(self.peak)}{budget}", self.shares]
+        if self.levers.options:
+            lines.append(f"with {', '.join(self.levers.options)}")
+        cut = self.micro_batches
+        if cut is None:
+            lines.append("every batch goes through the towers at once")
+        else:
+            again = "block by block" if cut.blocks else "once more"
+            lines.append(
+                f"{cut.images} images and {cut.texts} texts at a time, whose activations are computed {again} in the backward "
+                f"pass; {cut.frozen_images} and {cut.frozen_texts} where no gradient is needed"
+            )
+        if self.left_out is not None:
+            lines.append(f"not counted: {self.left_out}")
+        return lines

@@ -1,0 +1,258 @@
+"""The plan with other levers than parts, for several processes, and of a run that goes on under another budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_memory import given, real_step, settings_of
+from tiny_clip import build_backbone
+
+from cl_methods.cli import main
+from cl_methods.methods import METHODS
+from cl_methods.micro_batches import MicroBatches
+from cl_methods.scenarios import ScenarioOptions
+from cl_methods.scenarios import load as load_scenario
+from cl_methods.seeding import seed_everything
+from cl_methods.training.config import RunConfig, differences
+from cl_methods.training.levers import Levers, use_levers
+from cl_methods.training.loop import StepReport
+from cl_methods.training.memory import MemoryBudgetError, MemoryPlan, _Planner, plan_memory
+from cl_methods.training.memory_trace import Rehearsal
+from cl_methods.training.optimizer_state import state_bytes
+from cl_methods.training.progress import RunProgress
+from cl_methods.training.run import Run, StoppedError, build_method
+from cl_methods.training.sizes import format_size, parse_size
+from cl_methods.training.task import TaskTraining
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cl_methods.training.optimizer_state._PIECE", 1 << 12)
+
+
+@pytest.fixture
+def without_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cl_methods.training.memory._process_bytes", lambda backbone: 0)
+    monkeypatch.setattr("cl_methods.training.memory._SIZES", (4, 1))
+
+
+def planned(name: str, budget: int | None, **changes: Any) -> MemoryPlan:
+    """Of a model most of whose weights are those of its text tower."""
+    tasks, reference = given()
+    settings = dataclasses.replace(settings_of(name), batch_size=24)
+    backbone = build_backbone(width=256)
+    return plan_memory(METHODS[name], settings, backbone, tasks, reference, budget, levers=Levers(**changes))
+
+
+def test_a_rehearsal_in_16_bits_counts_what_a_real_step_needs() -> None:
+    tasks, reference = given()
+    rehearsal = Rehearsal(METHODS["zscl"], settings_of("zscl"), build_backbone(), tasks, reference, None)
+    for parts in (None, MicroBatches(images=3, texts=2, frozen_images=4, frozen_texts=300)):
+        peak, _ = real_step("zscl", parts, "bf16")
+        assert rehearsal.step(parts, "bf16") == pytest.approx(peak, rel=0.03)
+        assert rehearsal.step(parts, "bf16") != rehearsal.step(parts)
+
+
+@pytest.mark.usefixtures("without_process", "small_pieces")
+def test_a_refusal_says_which_lever_would_help() -> None:
+    """Below what parts alone can do, the sentence has a lever and its figure; with that lever the plan fits, to the byte."""
+    with pytest.raises(MemoryBudgetError, match="expected a budget of at least") as refused:
+        planned("finetune", 10 << 10)
+    assert "it would fit" not in str(refused.value)  # nothing helps
+    budget = int(0.97 * parse_size(str(refused.value).rsplit("at least ", 1)[1]))
+    with pytest.raises(MemoryBudgetError, match=r"it would fit with --optimizer-state 8bit \(") as refused:
+        planned("finetune", budget)
+    for option, value, figure in re.findall(r"with (--[\w-]+) (\w+) \(([^)]+)\)", str(refused.value)):
+        name = option[2:].replace("-", "_")
+        plan = planned("finetune", budget, **{name: value})
+        assert plan.peak <= 0.92 * budget
+        assert parse_size(figure) <= 1.01 * plan.peak  # of the smallest parts
+        assert f"with {option} {value}" in plan.lines()
+        assert plan.as_dict()["levers"][name] == value
+
+
+@pytest.mark.usefixtures("without_process")
+def test_levers_together_where_none_helps_alone() -> None:
+    """On a GPU, where averages and optimiser state on the host are two levers: both are named, with one figure."""
+    planner = planner_of_a_gpu()
+    plain, one, two, both = (
+        planner.smallest(Levers(**change)).peak
+        for change in (
+            {},
+            {"offload": "averages"},
+            {"optimizer_state": "host"},
+            {"offload": "averages", "optimizer_state": "host"},
+        )
+    )
+    assert both < min(one, two) < plain
+    planner.budget = int((both + min(one, two)) / 2 / 0.92)
+    found = planner.proposal(Levers())
+    assert found.startswith("it would fit with --"), found
+    assert "--optimizer-state host --offload averages" in found
+    planner.budget = int((plain + max(one, two)) / 2 / 0.92)
+    found = planner.proposal(Levers())
+    assert f"--offload averages ({format_size(one)})" in found
+    assert f", or with --optimizer-state host ({format_size(two)})" in found
+    assert "--offload" not in planner.proposal(Levers(offload="averages"))  # which is used already
+
+
+@pytest.mark.usefixtures("without_process", "small_pieces")
+def test_8_bit_state_is_in_the_plan() -> None:
+    fp32, coded = planned("finetune", None), planned("finetune", None, optimizer_state="8bit")
+    method = METHODS["finetune"](build_backbone(width=256), settings_of("finetune"))
+    sizes = [value.numel() for _, value in method.trainable()]
+    assert fp32.optimiser == state_bytes(sizes, "fp32")
+    assert coded.optimiser == state_bytes(sizes, "8bit") < 0.5 * fp32.optimiser
+    assert (fp32.model, fp32.carried, fp32.gradients) == (coded.model, coded.carried, coded.gradients)
+    with pytest.raises(ValueError, match="optimizer_state: 8bit is for AdamW, this method's optimiser is ExpertAdamW"):
+        planned("moe_adapters", None, optimizer_state="8bit")
+
+
+def planner_of_a_gpu() -> _Planner:
+    """Figures of a GPU that is not here."""
+    tasks, reference = given()
+    settings = dataclasses.replace(settings_of("zscl"), batch_size=24)
+    planner = _Planner(
+        Rehearsal(METHODS["zscl"], settings, build_backbone(), tasks, reference, None), build_backbone(), 1
+    )
+    planner.host_apart = True
+    return planner
+
+
+@pytest.mark.usefixtures("without_process")
+def test_what_lies_on_the_host_counts_on_a_gpu_alone() -> None:
+    """There the plan of the same step, less the averages, less the optimiser's state; on a CPU nothing changes."""
+    changes: tuple[dict[str, Any], ...] = ({}, {"offload": "averages"}, {"optimizer_state": "host"})
+    planner = planner_of_a_gpu()
+    rehearsal, (plain, averages, host) = planner.rehearsal, (planner.plan(None, Levers(**one)) for one in changes)
+    one_copy = sum(value.numel() * 4 for _, value in rehearsal.method.trainable())
+    assert rehearsal.averages == plain.carried - averages.carried == one_copy
+    assert (plain.optimiser, host.optimiser) == (rehearsal.optimiser, 0)
+    assert plain.peak - averages.peak == one_copy
+    assert plain.peak - host.peak == rehearsal.optimiser
+    planner.host_apart = False
+    assert len({planner.plan(None, Levers(**one)).peak for one in changes}) == 1
+
+
+def test_the_plan_of_several_processes_is_that_of_one_share() -> None:
+    """Two of them hold the same and encode half a batch each; gradients under way come on top, not what is gathered."""
+    tasks, reference = given()
+    settings = dataclasses.replace(settings_of("finetune"), batch_size=128)
+    one, two = (
+        Rehearsal(METHODS["finetune"], settings, build_backbone(), tasks, reference, None, processes)
+        for processes in (1, 2)
+    )
+    held = [found.model + found.carried + found.optimiser + found.gradients for found in (one, two)]
+    assert held[0] == held[1]
+    needed = [found.step(None) - held[0] for found in (one, two)]
+    assert two.gradients < needed[1]
+    assert 0.45 * needed[0] < needed[1] < 0.7 * needed[0]
+
+
+def test_settings_of_earlier_runs_and_where_things_lie_do_not_hinder_resuming() -> None:
+    now = RunConfig("finetune", METHODS["finetune"].default_config("mini")).as_dict()
+    earlier = {key: value for key, value in now.items() if key not in ("precision", "optimizer_state", "offload")}
+    assert differences(earlier, now) == []
+    assert differences(now, {**now, "optimizer_state": "host", "offload": "averages", "memory_budget": "8GiB"}) == []
+    assert differences(now, {**now, "precision": "bf16"}) == ["precision was fp32, now bf16"]
+    assert differences(now, {**now, "optimizer_state": "8bit"}) == ["optimizer_state was fp32, now 8bit"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("precision", "fp16", r"precision: expected one of fp32, bf16, got 'fp16'"),
+        ("optimizer_state", "4bit", r"optimizer_state: expected one of fp32, 8bit, host, got '4bit'"),
+        ("offload", "all", r"offload: expected one of none, averages, got 'all'"),
+    ],
+)
+def test_other_values_are_refused(option: str, value: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunConfig("finetune", METHODS["finetune"].default_config("mini"), **{option: value})
+
+
+def test_8_bits_without_the_package_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cl_methods.training.optimizer_state.find_spec", lambda name: None)
+    assert main(["run", "--method", "finetune", "--optimizer-state", "8bit", "--output", str(tmp_path / "run")]) != 0
+    assert "the package torchao, which is not installed" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+class Stopping(RunProgress):
+    """Asks the run to stop after so many steps; keeps the losses."""
+
+    def __init__(self, after: int | None = None) -> None:
+        super().__init__()
+        self.after, self.losses, self.run = after, [], None
+
+    def step(self, report: StepReport) -> None:
+        super().step(report)
+        self.losses.append(report.log.values()["loss"])
+        if len(self.losses) == self.after:
+            assert self.run is not None
+            self.run.stop()
+
+
+@pytest.mark.usefixtures("without_process")
+def test_a_run_goes_on_under_another_budget(tmp_path: Path) -> None:
+    """Stopped in its second task under a large budget, continued in parts under a small one: the losses of a run that was not."""
+    settings = dataclasses.replace(METHODS["finetune"].default_config("mini"), batch_size=16)
+    config = RunConfig("finetune", settings, limit_tasks=2, limit_iterations=2, device="cpu")
+    config.evaluation.limit = 6
+    config.checkpoint.every = 1
+
+    def execute(folder: str, budget: str | None, after: int | None = None) -> Stopping:
+        progress = Stopping(after)
+        given = dataclasses.replace(config, memory_budget=budget)
+        progress.run = Run(given, tmp_path / folder, resume=True, overwrite=False, progress=progress)
+        progress.run.execute()
+        return progress
+
+    whole = execute("whole", None)
+    with pytest.raises(StoppedError):
+        execute("cut", "64GiB", after=4)
+    large = json.loads((tmp_path / "cut" / "run.json").read_text())["memory_plan"]
+    assert large["micro_batches"] is None
+    rest = execute("cut", f"{int(large['peak'] * 0.9)}")
+    assert rest.run is not None
+    assert rest.run.memory_plan is not None
+    assert rest.run.memory_plan.micro_batches is not None
+    assert len(rest.losses) == 2
+    assert rest.losses == pytest.approx(whole.losses[4:], rel=1e-5)
+    results = [json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("whole", "cut")]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    assert results[1]["train"]["memory"]["plan"]["micro_batches"]["images"] == rest.run.memory_plan.micro_batches.images
+
+
+@pytest.mark.torchao
+def test_losses_with_levers_stay_close_to_those_of_fp32() -> None:
+    """Ten steps on a task of `mini`: with 8-bit moments, and with towers in 16 bits, losses within 2 % of fp32's, and they fall."""
+    settings = dataclasses.replace(METHODS["finetune"].default_config("mini"), batch_size=16)
+    config = RunConfig("finetune", settings, limit_iterations=9, limit_tasks=1, device="cpu")
+    scenario = load_scenario("mini", ScenarioOptions(), order="I")
+    curves: dict[Levers, list[float]] = {}
+    for levers in (Levers(), Levers(optimizer_state="8bit"), Levers(precision="bf16")):
+        method = build_method(config, scenario, torch.device("cpu"))
+        use_levers(method, levers)
+        curve = curves[levers] = []
+        seed_everything(0)
+        TaskTraining(
+            method,
+            0,
+            scenario.tasks[:1],
+            optimizer_state=levers.optimizer_state,
+            on_step=lambda report, curve=curve: curve.append(report.log.values()["loss"]),
+        ).execute()
+    plain, *others = curves.values()
+    assert sum(plain[-3:]) < sum(plain[:3])
+    for curve in others:
+        assert curve == pytest.approx(plain, rel=0.02)
+        assert curve != plain
