@@ -1,4 +1,4 @@
-// Pieces of scratch memory for the adapters' per-instruction-set kernels, and how rows lie in them: internal linkage.
+// Pieces of scratch memory for the adapters' per-instruction-set kernels: internal linkage.
 #pragma once
 
 #include <cstdint>
@@ -18,20 +18,6 @@ struct Arena {
     return reinterpret_cast<T*>(piece);
   }
 };
-
-// Whether rows so many elements apart crowd into one or two of the sets of a first-level cache, which hold what is 4 KiB apart. Then a
-// dozen of them push each other out, however small they are. (L, B, D) in memory, CLIP's order, does that to the tokens of a sample.
-template <typename T>
-constexpr bool crowds(int64_t stride) {
-  return stride * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
-}
-
-// At least n elements, an odd number of cache lines: rows so far apart spread over all sets.
-template <typename C>
-constexpr int64_t spread(int64_t n) {
-  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(C));
-  return ((n + line - 1) / line | 1) * line;
-}
 
 template <typename C>
 struct Matrix {

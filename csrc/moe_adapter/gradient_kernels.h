@@ -138,8 +138,7 @@ void gradient(const ExpertGradients& op, int64_t first_column, int64_t columns, 
   for (int64_t r = 0; r < rank; ++r) s.down_bias[r] = C(0);
 
   const Chunks chunks(op);
-  const bool crowded = crowds<T>(op.x.token_stride) || crowds<T>(op.grad.token_stride);
-  const bool in_place = chunks.whole && sizeof(T) == sizeof(C) && columns == n && !crowded;
+  const bool in_place = chunks.whole && sizeof(T) == sizeof(C) && columns == n;
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t start = chunks.begin(chunk), rows = chunks.begin(chunk + 1) - start;
     Cursor<T> row(op, start);

@@ -22,7 +22,7 @@ void forward(const Forward& op, const Tile& t, void* memory) {
   Arena arena{static_cast<char*>(memory)};
   const Scratch<C> s(arena, op);
   const Rows rows(op, t);
-  const Matrix<C> x = compute_rows<T, C>(op.x, t, rows, op.width, s);
+  const Matrix<C> x = compute_rows<T, C>(op.x, t, rows, op.width, s.rows);
   const int64_t ldh = padded<C>(op.rank);
   const C* gates = static_cast<const C*>(op.gates);
   T* hidden = static_cast<T*>(op.hidden);
@@ -69,7 +69,7 @@ void backward(const Backward& op, const Tile& t, void* memory) {
   Arena arena{static_cast<char*>(memory)};
   const Scratch<C> s(arena, op);
   const Rows rows(op, t);
-  const Matrix<C> grad = compute_rows<T, C>(op.grad, t, rows, op.width, s);
+  const Matrix<C> grad = compute_rows<T, C>(op.grad, t, rows, op.width, s.rows);
   const int64_t ldh = padded<C>(op.rank);
   const C* gates = static_cast<const C*>(op.gates);
   C* gate_terms = static_cast<C*>(op.gate_terms);

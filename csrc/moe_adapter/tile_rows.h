@@ -14,8 +14,7 @@ namespace {
 
 template <typename C>
 struct Scratch {
-  int64_t ldx;
-  C* rows;       // (kTileRows, ldx): the tile in compute type, where it cannot be read in place or is better copied
+  C* rows;       // (kTileRows, D): the tile in compute type, where it cannot be read in place
   C* hidden;     // (k, kTileRows, R padded)
   C* panel;      // (kTileRows, panel width)
   C* bias;       // (panel width)
@@ -24,8 +23,7 @@ struct Scratch {
   int64_t* expert;  // (k)
 
   Scratch(Arena& arena, const Problem& p)
-      : ldx(spread<C>(p.width)),
-        rows(arena.take<C>(kTileRows * ldx)),
+      : rows(arena.take<C>(kTileRows * p.width)),
         hidden(arena.take<C>(p.slots * kTileRows * padded<C>(p.rank))),
         panel(arena.take<C>(kTileRows * panel_width<C>(p.width))),
         bias(arena.take<C>(panel_width<C>(p.width))),
@@ -56,14 +54,17 @@ struct Rows {
   }
 };
 
-// The rows of a tile in compute type: read in place where they are evenly spaced and do not crowd the cache, copied otherwise.
+// The rows of a tile in compute type: read in place where they are evenly spaced, copied into `buffer` otherwise.
 template <typename T, typename C>
-Matrix<C> compute_rows(const View& view, const Tile& t, const Rows& rows, int64_t width, const Scratch<C>& s) {
+Matrix<C> compute_rows(const View& view, const Tile& t, const Rows& rows, int64_t width, C* buffer) {
   if constexpr (sizeof(T) == sizeof(C)) {
-    if (!t.gathered && !crowds<T>(view.token_stride)) return {rows.in<const T>(view, 0), view.token_stride};
+    if (!t.gathered) return {rows.in<const T>(view, 0), view.token_stride};
   }
-  for (int64_t i = 0; i < rows.n; ++i) convert(rows.in<const T>(view, i), width, s.rows + i * s.ldx);
-  return {s.rows, s.ldx};
+  for (int64_t i = 0; i < rows.n; ++i) {
+    const T* source = rows.in<const T>(view, i);
+    convert(source, width, buffer + i * width);
+  }
+  return {buffer, width};
 }
 
 // C (rows, n) = A (rows, K) · the weights of one expert.

@@ -89,10 +89,10 @@ def test_only_needed_gradients(needs):
         torch.testing.assert_close(tensor, expected[name], atol=2e-5, rtol=2e-5)
 
 
-def test_rows_that_crowd_the_cache_are_copied_and_nothing_else_changes():
-    """(L, B, D) in memory puts tokens 2 KiB apart, (B, L, D) does not: the products are the same bit by bit."""
+def test_the_same_bits_however_tokens_lie_in_memory():
+    """(L, B, D) as in CLIP's blocks, or (B, L, D)."""
     given, dense = leaves(), leaves()
-    assert given["x"][0].stride(1) * 4 % 2048 == 0
+    assert not given["x"][0].is_contiguous()
     for name in ("x", "residual"):
         dense[name] = [dense[name][0].detach().contiguous().requires_grad_()]
     found, expected = results(fused, given), results(fused, dense)
