@@ -90,6 +90,20 @@ def test_methods_and_data_do_not_import_the_command_line_or_evaluation(package):
         assert not {m for m in imported(path, "cl_methods") if m.startswith(above)}, path
 
 
+def test_open_clip_is_imported_behind_what_prepares_torchvision():
+    """Whichever module somebody imports first: without its operators torchvision, which open_clip imports, cannot load."""
+    found = []
+    for path in sources(METHODS):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Expr) and ast.unparse(node) == "prepare_torchvision()":
+                break
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            if roots({*names, module}) & {"open_clip", "torchvision"}:
+                found.append(path.relative_to(METHODS).as_posix())
+    assert found == []
+
+
 def test_importing_the_kernels_loads_nothing_else():
     """Beyond what torch itself loads: neither Triton, NumPy nor open_clip, nor torch's compiler."""
     code = (

@@ -12,8 +12,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, Transformer
 from torch import Tensor
+
+from cl_methods.torchvision_compat import prepare_torchvision
+
+prepare_torchvision()
+
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, Transformer  # noqa: E402
 
 CAPACITY = 128
 """Tokens of a row: long rows share more, and attention costs L / 6 D of the matrix products, 4 % at a width of 512."""

@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
 from torch import Tensor, nn
 
 from cl_kernels.moe_adapter import dropout
@@ -18,6 +17,11 @@ from cl_methods.backbone import Backbone
 from cl_methods.components.self_attention import self_attention, takes_self_attention
 from cl_methods.micro_batches import Part, current_part
 from cl_methods.text_trees import reads_trees
+from cl_methods.torchvision_compat import prepare_torchvision
+
+prepare_torchvision()
+
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock  # noqa: E402
 
 _states: ContextVar[dict[int, tuple[int | None, bool, bool]]] = ContextVar("adapters", default={})  # noqa: B039  # never changed in place
 

@@ -10,12 +10,16 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
 from torch import Tensor
 
 from cl_methods.backbone import Backbone
 from cl_methods.components.adapters import block_parts, carries_adapters
 from cl_methods.text_trees import reads_trees
+from cl_methods.torchvision_compat import prepare_torchvision
+
+prepare_torchvision()
+
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock  # noqa: E402
 
 Compile = Literal["none", "blocks", "cuda_graphs"]
 _OWN = (ResidualAttentionBlock, CustomResidualAttentionBlock)
@@ -71,7 +75,7 @@ def compile_blocks(backbones: Iterable[Backbone], compile: Compile = "blocks", *
     parts = torch.compile(block_parts, dynamic=True, **options)
     chosen: list[tuple[Any, bool]] = []
     for backbone in backbones:
-        chosen += _chosen(backbone)
+        chosen += _chosen(backbone, compile)
     for block, adapted in chosen:
         if adapted:
             block.compiled_parts = parts
@@ -79,21 +83,22 @@ def compile_blocks(backbones: Iterable[Backbone], compile: Compile = "blocks", *
             block.forward = partial(_compiled_forward, whole, block)
 
 
-def _chosen(backbone: Backbone) -> list[tuple[Any, bool]]:
+def _chosen(backbone: Backbone, compile: Compile) -> list[tuple[Any, bool]]:
     """Blocks of both towers, each with whether it carries adapters."""
     found = []
     for tower, model in (("visual", backbone.model.visual), ("text", backbone.text_tower)):
         blocks = getattr(getattr(model, "transformer", None), "resblocks", None)
         if blocks is None or any(type(block) not in _OWN for block in blocks):
             raise ValueError(
-                f"compile: the {tower} tower of {backbone.name} is not made of open_clip's residual blocks; expected 'none'"
+                f"compile: got {compile!r}, but the {tower} tower of {backbone.name} is not made of open_clip's residual blocks; "
+                "expected 'none'"
             )
         for index, block in enumerate(blocks):
             adapted = carries_adapters(block)
             if "forward" in vars(block) and not adapted:
                 raise ValueError(
-                    f"compile: block {index} of the {tower} tower runs a forward of this method's own, which is not compiled; "
-                    "expected 'none'"
+                    f"compile: got {compile!r}, but block {index} of the {tower} tower runs a forward of this method's own, which "
+                    "is not compiled; expected 'none'"
                 )
             found.append((block, adapted))
     return found

@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +16,11 @@ from cl_methods.backbone import Backbone
 from cl_methods.components.adapters import residual_blocks
 from cl_methods.micro_batches import current_part
 from cl_methods.text_trees import reads_trees
+from cl_methods.torchvision_compat import prepare_torchvision
+
+prepare_torchvision()
+
+from open_clip.transformer import ResidualAttentionBlock  # noqa: E402
 
 _Injection = tuple[int | Tensor, Tensor | float | None]
 _injections: ContextVar[dict[int, _Injection]] = ContextVar("prompts", default={})  # noqa: B039  # never changed in place

@@ -6,9 +6,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from cl_methods.torchvision_compat import prepare_torchvision
+
+prepare_torchvision()
+
+from open_clip.transformer import ResidualAttentionBlock  # noqa: E402
 
 
 def self_attention(x: Tensor, attention: nn.MultiheadAttention, attn_mask: Tensor | None = None) -> Tensor:
