@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cl_methods.evaluation.latex import document
+from cl_methods.evaluation.latex import SHRUNK, document
 from cl_methods.evaluation.report import compare
 from cl_methods.evaluation.tables import TextTable
+from cl_methods.scenarios.mtil import ORDERS
 
 HOSTILE = r"""50% & more #1_a ^b ~c $x$ {d} \input{e} <f> |g| "h" [i] *j* ± – — … × λ é \\ \verb|k|"""
 TOKEN = re.compile(
@@ -22,7 +23,7 @@ TOKEN = re.compile(
 COMMANDS = {
     "centering": 0, "caption": 1, "toprule": 0, "midrule": 0, "bottomrule": 0, "textbf": 1, "pm": 0, "times": 0, "lambda": 0,
     "textbackslash": 1, "textasciitilde": 1, "textasciicircum": 1, "textless": 1, "textgreater": 1, "textbar": 1,
-    "textquotedbl": 1, "ldots": 1,
+    "textquotedbl": 1, "ldots": 1, "smallskip": 0, "rotatebox": 1,
 }  # fmt: skip
 MATHS = {r"\pm", r"\times", r"\lambda"}
 RULES = {r"\toprule", r"\midrule", r"\bottomrule"}
@@ -33,6 +34,7 @@ def read(text: str) -> list[tuple[str, list[int]]]:
     tables: list[tuple[str, list[int]]] = []
     stack: list[str] = []
     place, maths, cells, begun = 0, False, 0, False
+    text = text.replace(f"{SHRUNK}%\n", "{")
     while place < len(text):
         match = TOKEN.match(text, place)
         assert match, f"{text[place : place + 30]!r} is nothing that LaTeX takes here"
@@ -90,6 +92,19 @@ def hostile_table() -> TextTable:
     return TextTable(HOSTILE, columns, rows, breaks=(1,), emphasised=frozenset({(0, 1), (1, 2)}))
 
 
+def wide_table() -> TextTable:
+    """A method on all datasets of MTIL."""
+    rows = [["moe_adapters (method.experts=22)", *["100.0"] * 11], ["zero-shot", *["50.0"] * 11]]
+    return TextTable("Last per task", ["method", *ORDERS["I"]], rows)
+
+
+def test_the_names_of_many_columns_stand_upright() -> None:
+    text = document([wide_table(), hostile_table()])
+    assert [columns for columns, _ in read(text)] == ["l" + 11 * "r", "lrrr"]
+    assert text.count(r"\rotatebox{90}{") == 11
+    assert r"method & \rotatebox{90}{Aircraft} & " in text
+
+
 def test_hostile_names_are_read_as_text() -> None:
     assert read(document([hostile_table()], f"note: {HOSTILE}\nand more")) == [("lrrr", [4, 4, 4])]
 
@@ -138,12 +153,14 @@ def test_pdflatex_compiles_them(write_result, tmp_path: Path) -> None:
     (tmp_path / "hostile.tex").write_text(document([hostile_table()], HOSTILE))
     (tmp_path / "table.tex").write_text(written(write_result, tmp_path))
     (tmp_path / "paper.tex").write_text(
-        r"\documentclass{article}\usepackage{booktabs}\usepackage[T1]{fontenc}"
-        r"\begin{document}\input{table}\clearpage\input{hostile}\end{document}"
+        r"\documentclass{article}\usepackage{booktabs}\usepackage{graphicx}\usepackage[T1]{fontenc}"
+        r"\begin{document}\input{wide}\typeout{WIDE}\input{table}\clearpage\input{hostile}\end{document}"
     )
+    (tmp_path / "wide.tex").write_text(document([wide_table()]))
     command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "paper.tex"]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False, errors="replace"
     )
     assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout
     assert (tmp_path / "paper.pdf").stat().st_size > 10_000

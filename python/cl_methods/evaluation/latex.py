@@ -12,6 +12,10 @@ _SYMBOLS = {
     "λ": r"$\lambda$", "[": "{[}", "]": "{]}", "*": "{*}",
     **{symbol: f"\\{symbol}" for symbol in "&%$#_{}"},
 }  # fmt: skip
+SHRUNK = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{"
+"""Before a box: it is made smaller where it is wider than the text, and left as it is otherwise."""
+_LEVEL = 8
+"""Columns with names beside each other; those of more, as in a table with all datasets of MTIL, stand upright."""
 _LATIN = 0x17F
 """pdfLaTeX with the encoding T1 knows the letters up to here."""
 _TRANSLATION = str.maketrans(_SYMBOLS)
@@ -28,21 +32,23 @@ def latex(table: TextTable) -> str:
         r"\begin{table}",
         r"  \centering",
         rf"  \caption{{{escape(table.title)}}}",
+        r"  \smallskip",
+        f"  {SHRUNK}%",
         rf"  \begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
         r"    \toprule",
-        _line(table.columns),
+        _line(table.columns, level=len(table.columns) <= _LEVEL),
         r"    \midrule",
     ]
     for number, row in enumerate(table.rows):
         if number and number in table.breaks:
             lines.append(r"    \midrule")
         lines.append(_line(row, {column for line, column in table.emphasised if line == number}))
-    return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""])
+    return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}}", r"\end{table}", ""])
 
 
 def document(tables: Sequence[TextTable], notes: str = "") -> str:
     """Several tables to be read with ``\\input``; comments name the package they need, and carry the notes."""
-    head = [r"% needs \usepackage{booktabs} and \usepackage[T1]{fontenc}"]
+    head = [r"% needs \usepackage{booktabs}, \usepackage{graphicx} and \usepackage[T1]{fontenc}"]
     texts = "".join(text for table in tables for text in _texts(table))
     strange = sorted({character for character in texts if ord(character) > _LATIN})
     if strange:
@@ -59,6 +65,9 @@ def _texts(table: TextTable) -> Iterator[str]:
         yield from map(escape, cells)
 
 
-def _line(cells: Sequence[str], bold: Collection[int] = ()) -> str:
+def _line(cells: Sequence[str], bold: Collection[int] = (), *, level: bool = True) -> str:
     texts = [escape(cell) for cell in cells]
-    return "    " + " & ".join(rf"\textbf{{{text}}}" if n in bold else text for n, text in enumerate(texts)) + r" \\"
+    texts = [rf"\textbf{{{text}}}" if n in bold else text for n, text in enumerate(texts)]
+    if not level:
+        texts[1:] = [rf"\rotatebox{{90}}{{{text}}}" for text in texts[1:]]
+    return "    " + " & ".join(texts) + r" \\"
