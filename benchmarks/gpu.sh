@@ -29,7 +29,7 @@ limited() {  # limited SIGNAL NAME SECONDS COMMAND…: output to NAME.txt, a lin
         echo "$name: left out, no time" | tee -a "$OUTPUT/summary.txt" > "$OUTPUT/$name.txt"
         return
     fi
-    timeout --signal="$signal" --kill-after=10 "$seconds" "$@" > "$OUTPUT/$name.txt" 2>&1
+    timeout --signal="$signal" --kill-after=20 "$seconds" "$@" > "$OUTPUT/$name.txt" 2>&1
     status=$?
     case $status in
         0) status=passed ;;
@@ -61,8 +61,10 @@ step doctor 20 "$PYTHON" -m cl_kernels.doctor
 # Together, because nearly all of their time is Triton's compiler: nothing is timed here.
 export OMP_NUM_THREADS=2
 test_command=("$PYTHON" -m pytest -m gpu -p no:cacheprovider)
-for operation in gating moe_adapter distill_kl weight_average nn bench; do
-    beside "tests_$operation" 170 "${test_command[@]}" "tests/$operation"
+for file in $(grep -rlE "mark\.gpu" tests --include='test_*.py' | sort); do
+    name=${file#tests/}
+    name=${name%.py}
+    beside "tests_${name//\//_}" 170 "${test_command[@]}" "$file"
 done
 # Every new width and rank is a kernel of its own to compile, so a GPU sees fewer cases than a CPU.
 for operation in moe_adapter top_k_gating distill_kl feature_distill_kl average_; do

@@ -32,7 +32,8 @@ def top_k_gating(
         w_noise: (D, E) weight of the noise's standard deviation, or None.
         k: number of experts per row, 1 ≤ k ≤ E.
         noise: (B, E) standard normal, or None for the clean gate.
-        backend: see :func:`cl_kernels.backends`; chosen by device when None.
+        backend: see :func:`cl_kernels.backends`; chosen by device when None. Of more experts than its tiles hold, 128 or 32 in
+            float64, ``"triton"`` leaves the products and the sort to torch.
 
     Returns:
         ``gates`` (B, k) fp32 or fp64, rows sum to one; ``expert_ids`` (B, k) int64 by decreasing gate; ``usage`` (E,) int64, how
