@@ -57,6 +57,11 @@ def test_the_command_without_weights(tmp_path, capsys):
     assert found["totals"]["eager"]["waits"] == 3 * blocks  # one nonzero for each expert
     assert found["totals"]["adapted"]["waits"] == 0
     assert found["totals"]["eager"]["flops_forward"] == found["totals"]["adapted"]["flops_forward"]
+    others = [row["adapted"] for row in found["layers"] if row["mounted"] or row["name"].startswith("(")]
+    beside, whole = (sum(cost["flops_forward"] + cost["flops_backward"] for cost in costs) for costs in
+                     (others, [found["totals"]["adapted"]]))  # fmt: skip
+    assert found["own_share"] == {"flops": pytest.approx(1 - beside / whole, abs=1e-9), "seconds": None}
+    assert 0.7 < found["own_share"]["flops"] < 1
     printed = " ".join(capsys.readouterr().out.split())
     assert " ".join(found["headline"].split()) in printed
     assert "visual.transformer.resblocks.1" in printed
