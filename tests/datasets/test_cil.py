@@ -13,7 +13,7 @@ import yaml
 from miniatures import INCREMENTAL, ORIGINALS, spelt
 from PIL import Image
 from rich.console import Console
-from tiny_clip import build_backbone, transform
+from tiny_clip import build_backbone, tokenize_whole, transform
 
 from cl_methods.commands.configuration import parse
 from cl_methods.datasets.images import DataError
@@ -38,6 +38,7 @@ def from_file(image: Image.Image) -> torch.Tensor:
 def build(config, scenario, device=None):
     """The configured method over the tiny CLIP."""
     backbone = build_backbone()
+    backbone.tokenize = tokenize_whole
     backbone.train_transform = backbone.eval_transform = from_file
     return METHODS[config.method](backbone, config.effective_settings(), scenario.reference)
 
@@ -154,6 +155,7 @@ def test_zero_shot_is_measured_among_the_classes_of_every_stage(root, run, tmp_p
     result = run(tmp_path / "run", *arguments)
     published, names = protocol("CIFAR100"), classes("CIFAR100", "zscl").keys
     backbone, tasks = build_backbone(), scenario_of(root, "CIFAR100", steps=4).tasks
+    backbone.tokenize = tokenize_whole
     expected = []
     for learnt in range(1, 5):
         order = published.class_order[: 25 * learnt]

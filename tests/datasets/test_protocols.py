@@ -11,7 +11,7 @@ import pytest
 import torch
 from miniatures import INCREMENTAL, ORIGINALS, write_coop, write_image_folders, write_shards
 from PIL import Image
-from tiny_clip import CONTEXT, build_backbone, transform
+from tiny_clip import CONTEXT, build_backbone, tokenize_whole, transform
 from torch.nn import functional as F
 
 from cl_methods.backbone import Backbone
@@ -35,6 +35,7 @@ def reading_backbone() -> Backbone:
     generator = torch.Generator().manual_seed(0)
     images, texts = torch.randn(26 * 26, 64, generator=generator), torch.randn(CONTEXT, 64, generator=generator)
     backbone = build_backbone()
+    backbone.tokenize = tokenize_whole
     backbone.train_transform = backbone.eval_transform = from_file
 
     def read(pixels: torch.Tensor, *, normalise: bool = True) -> torch.Tensor:
