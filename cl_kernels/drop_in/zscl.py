@@ -109,12 +109,16 @@ class _TeacherGradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         t, s = ctx.saved_tensors
         T = ctx.temperature
-        log_p_s = (s / T).log_softmax(1)
-        p_t = (t / T).softmax(1)
-        rows = t.numel() // t.shape[1]
+        rows, dim = t.numel() // t.shape[1], 1
+        turned = t.dim() == 2 and t.stride(0) == 1 and s.stride(0) == 1
+        if turned:  # along the rows as they lie in memory: over dim 1 torch would copy them first
+            t, s, dim = t.t(), s.t(), 0
+        log_p_s = (s / T).log_softmax(dim)
+        p_t = (t / T).softmax(dim)
         # p_t (log p_s − Σ p_t log p_s), as of a softmax whose incoming gradient is log p_s
-        found = torch.ops.aten._softmax_backward_data(log_p_s, p_t, 1, p_t.dtype)
-        return found.mul_(grads[0] * (-T / rows)).to(t.dtype), None, None
+        found = torch.ops.aten._softmax_backward_data(log_p_s, p_t, dim, p_t.dtype)
+        found = found.mul_(grads[0] * (-T / rows)).to(t.dtype)
+        return found.t() if turned else found, None, None
 
 
 def _merge_we(original: FunctionType) -> Callable:
