@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from cl_kernels import drop_in
 Row = dict[str, Any]
 
 
-def texts(rounds: int) -> Row:
+def texts(rounds: int, clock: Callable[[], float]) -> Row:
     """The text tower of open_clip's ViT-B/16, 100 prompts of 9 tokens, forward and backward."""
     from cl_methods.torchvision_compat import prepare_torchvision
 
@@ -52,7 +54,7 @@ def texts(rounds: int) -> Row:
         with FlopCounterMode(display=False) as count:
             results.append(run(m))
         flops.append(count.get_total_flops())
-    seconds = best({"published": lambda: run(model), "patched": lambda: run(patched)}, rounds)
+    seconds = best({"published": lambda: run(model), "patched": lambda: run(patched)}, rounds, clock)
     return {
         "difference": float((results[0] - results[1]).abs().max() / results[0].abs().max()),
         "FLOPs, published / patched": flops[0] / flops[1],
@@ -70,6 +72,9 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="also time the block with attention and MLP")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file of the figures")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="for one thread on a machine that does other work"
+    )
     parser.add_argument("--threads", type=int, help="of torch; as many as it finds by default")
     parser.add_argument(
         "--skip-differences", action="store_true", help="of the blocks, which take ten steps of two towers"
@@ -77,7 +82,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    rows: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    clock = time.process_time if args.processor_time else time.perf_counter
+    rows: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__, "clock": clock.__name__}
 
     def add(name: str, row: Any) -> None:
         rows[name] = row
@@ -91,14 +97,14 @@ def main() -> None:
             module = load(root / FILES[variant], f"public_{variant}")
             if not args.skip_differences:
                 add(f"{variant}, differences", differences(module, variant))
-            add(f"{variant}, adapters", costs(module, variant, args.batch, args.rounds, whole=False))
+            add(f"{variant}, adapters", costs(module, variant, args.batch, args.rounds, False, clock))
             if args.whole:
-                add(f"{variant}, whole block", costs(module, variant, args.batch, args.rounds, whole=True))
+                add(f"{variant}, whole block", costs(module, variant, args.batch, args.rounds, True, clock))
     if args.zscl is not None:
-        for name, row in zscl(args.zscl, args.rounds):
+        for name, row in zscl(args.zscl, args.rounds, clock):
             add(f"zscl, {name}", row)
     if args.clip:
-        add("open_clip text", texts(args.rounds))
+        add("open_clip text", texts(args.rounds, clock))
     if not any((*roots.values(), args.zscl, args.clip)):
         parser.error("nothing to measure: name at least one checkout, or --clip")
 

@@ -138,7 +138,7 @@ class Nothing(nn.Module):
         return (zeros, None) if self.several else zeros
 
 
-def costs(module: ModuleType, variant: str, batch: int, rounds: int, whole: bool) -> Row:
+def costs(module: ModuleType, variant: str, batch: int, rounds: int, whole: bool, clock: Callable[[], float]) -> Row:
     """Time, operations and memory of a block, forward and backward, dropout as published.
 
     Unless ``whole``, attention and MLP give zeros, and what the block costs without adapters is taken off.
@@ -174,7 +174,7 @@ def costs(module: ModuleType, variant: str, batch: int, rounds: int, whole: bool
         with ExtraMemory(x.device) as extra:
             run()
         operations[name], memory[name] = count.operations, extra.bytes
-    seconds = best(steps, rounds)
+    seconds = best(steps, rounds, clock)
     row: Row = {"batch": batch, "experts": EXPERTS[variant], "seconds": seconds, "operations": operations}
     row["extra bytes"] = memory
     for name, figures in (("time", seconds), ("operations", operations), ("extra bytes", memory)):

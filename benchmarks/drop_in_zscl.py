@@ -35,7 +35,7 @@ def load_zscl(root: Path) -> ModuleType:
     return load(root / "mtil" / "src" / "models" / "helpers.py", "public_zscl.models")
 
 
-def zscl(root: Path, rounds: int) -> Iterator[tuple[str, Row]]:
+def zscl(root: Path, rounds: int, clock: Callable[[], float]) -> Iterator[tuple[str, Row]]:
     """Each function on a ViT-B/16 CLIP's shapes, and the distillation of 64 images against 1,000 and 15,840 captions."""
     helpers = load_zscl(root)
     names = ("distillation", "merge_we", "wise_we", "moving_avg", "l2_loss")
@@ -90,7 +90,7 @@ def zscl(root: Path, rounds: int) -> Iterator[tuple[str, Row]]:
             error = max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
             del results
             seconds = best(
-                {"published": lambda c=call: c(published), "patched": lambda c=call: c(vars(helpers))}, rounds
+                {"published": lambda c=call: c(published), "patched": lambda c=call: c(vars(helpers))}, rounds, clock
             )
             ratio = seconds["published"] / seconds["patched"]
             row = {
