@@ -10,6 +10,7 @@ again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,12 +20,11 @@ from cl_methods.commands.configuration import parse
 from cl_methods.forecast.hardware import find_hardware
 from cl_methods.forecast.prediction import Predictor
 from cl_methods.forecast.sizes import scenario_without_files
-from cl_methods.methods import METHODS
 
 METHOD_NAMES = ("zscl", "mulki", "moe_adapters", "clap4clip", "ranpac")
 MODELS = ("ViT-B-16-quickgelu", "ViT-L-14-quickgelu", "ViT-bigG-14")
 HARDWARE = ("a100", "h100", "rtx4090")
-PROCESSES = (1, 8, 64)
+PROCESSES = (1, 64, 8)
 PRECISIONS = ("fp32", "tf32", "bf16")
 LETTERS = {"arithmetic": "a", "memory": "m", "host": "h", "exchange": "x", "reading": "r"}
 WORKERS = 8
@@ -56,15 +56,12 @@ def predictions(method: str, model: str, known: dict[str, Any]) -> Iterable[dict
     """Every row of a method and a model that is not known yet."""
     config, _ = parse(["--method", method, "--scenario", "mtil", "--model", model, "--workers", str(WORKERS)], "")
     predictor = None
-    for processes in PROCESSES:
-        for name in HARDWARE:
-            for precision in PRECISIONS:
-                head = {"method": method, "model": model, "card": name, "gpus": processes, "products": precision}
-                if _key(head) in known:
-                    continue
-                predictor = predictor or Predictor(config, scenario_without_files(config))
-                found = predictor.predict(find_hardware(name), processes, precision=precision)
-                yield head | found.as_dict()
+    for processes, name, precision in itertools.product(PROCESSES, HARDWARE, PRECISIONS):
+        head = {"method": method, "model": model, "card": name, "gpus": processes, "products": precision}
+        if _key(head) in known:
+            continue
+        predictor = predictor or Predictor(config, scenario_without_files(config))
+        yield head | predictor.predict(find_hardware(name), processes, precision=precision, fits=True).as_dict()
 
 
 def _key(row: dict[str, Any]) -> str:
@@ -72,28 +69,19 @@ def _key(row: dict[str, Any]) -> str:
 
 
 def table(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Markdown: hours and limit, and the memory of each GPU."""
-    cells = [(card, gpus) for card in HARDWARE for gpus in PROCESSES]
+    """Markdown: hours, everything at once, and the limit."""
+    cells = [(card, gpus) for card in HARDWARE for gpus in sorted(PROCESSES)]
     lines = ["", f"{model}, hours in fp32", "", "| | " + " | ".join(f"{gpus} x {card}" for card, gpus in cells) + " |"]
     lines.append("|---|" + "---:|" * len(cells))
-    for what in (hours, memory):
-        for method in METHOD_NAMES:
-            found = [rows.get(f"{method} {model} {card} {gpus} fp32") for card, gpus in cells]
-            if any(found) and METHODS[method].trains:
-                lines.append(f"| {method} | " + " | ".join("" if row is None else what(row) for row in found) + " |")
+    for method in METHOD_NAMES:
+        found = [rows.get(f"{method} {model} {card} {gpus} fp32") for card, gpus in cells]
+        if any(found):
+            lines.append(f"| {method} | " + " | ".join("" if row is None else hours(row) for row in found) + " |")
     return lines
 
 
 def hours(row: dict[str, Any]) -> str:
-    return "–" if row["too_large"] else f"{row['hours']:.2g} {LETTERS[row['binds']]}"
-
-
-def memory(row: dict[str, Any]) -> str:
-    if row["memory"] is None:
-        return ""
-    cut = row["memory"]["micro_batches"]
-    parts = "" if cut is None else f" ({cut['images']}{'b' if cut['blocks'] else ''})"
-    return f"{row['memory']['with_context'] / 2**30:.1f}" + ("!" if row["too_large"] else parts)
+    return f"{row['hours']:.2g} {LETTERS[row['binds']]}"
 
 
 if __name__ == "__main__":

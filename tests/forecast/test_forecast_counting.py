@@ -117,6 +117,20 @@ def test_between_tasks_images_are_encoded_as_often_as_the_method_says() -> None:
     assert four.images == one.images / 4
 
 
+def test_tasks_that_are_not_counted_lie_between_those_that_are() -> None:
+    """FLOPs within 1 %: attention alone is not linear in the texts."""
+    config = replace(configured("zscl"), limit_tasks=5)
+    scenario = select_scenario(config)
+    every, some = (count_work(config, scenario, every_task=flag) for flag in (True, False))
+    assert [(stage.task, stage.steps, stage.new_steps) for stage in some.stages] == [
+        (stage.task, stage.steps, stage.new_steps) for stage in every.stages
+    ]
+    for one, other in zip(some.stages, every.stages, strict=True):
+        assert one.step.flops == pytest.approx(other.step.flops, rel=0.01)
+    assert some.evaluation.flops == every.evaluation.flops
+    assert some.between.images == every.between.images
+
+
 def test_the_stand_in_leaves_nothing_behind() -> None:
     with simulated.simulated_ranks(3) as noted:
         assert (ranks.count(), ranks.rank(), list(ranks.share(10))) == (3, 2, [6, 7, 8, 9])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +20,8 @@ from cl_methods.forecast.sizes import CAPTIONS, REFERENCE_IMAGES, scenario_witho
 from cl_methods.training.atomic import write_atomically
 from cl_methods.training.plan import readable_flops
 from cl_methods.training.sizes import format_size
+
+_WIDTH = 120
 
 DESCRIPTION = """Predict hours, memory and limits of a run on GPUs that are not at hand.
 
@@ -56,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     scenario = scenario_without_files(config, own.captions, own.reference_images)
     predictor = Predictor(config, scenario)
     found = [predictor.predict(hardware, count, precision=own.precision) for hardware in chosen for count in processes]
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
     console.print(_table(found, f"{config.method} on {config.scenario}, {config.model}, products in {own.precision}"))
     for line in _notes(found):
         console.print(line, soft_wrap=True, highlight=False)
@@ -90,34 +94,34 @@ def _with_network(hardware: Hardware, network: float | None) -> Hardware:
 
 
 def _table(found: Sequence[Prediction], title: str) -> Table:
-    table = Table(title=f"{title}: predicted, not measured")
+    table = Table(title=f"{title}: predicted, not measured", box=SIMPLE)
     columns = (
         "hardware",
         "GPUs",
-        "memory each",
-        "at a time",
-        "step",
-        "training",
-        "between",
-        "evaluation",
-        "hours",
+        "GiB each",
+        "images at once",
+        "s a step",
+        "h training",
+        "h evaluation",
+        "h in all",
         "limit",
     )
     for column in columns:
-        table.add_column(column, justify="left" if column in ("hardware", "limit") else "right")
+        table.add_column(
+            column, justify="left" if column in ("hardware", "limit") else "right", no_wrap=column == "hardware"
+        )
     for one in found:
-        whole = one.whole
+        training = one.training_hours + one.between.total / 3600
         table.add_row(
             one.hardware.name,
             str(one.processes),
-            "" if one.memory_bytes is None else format_size(one.memory_bytes),
+            "" if one.memory_bytes is None else f"{one.memory_bytes / 2**30:.1f}",
             _parts(one),
-            f"{1000 * one.step_seconds:,.0f} ms",
-            f"{one.training_hours:.3g}",
-            f"{one.between.total / 3600:.2g}",
+            f"{one.step_seconds:.3g}",
+            f"{training:.3g}",
             f"{one.evaluation.total / 3600:.2g}",
             f"{one.hours:.3g}",
-            "memory of the GPU: does not fit" if one.too_large else whole.binds,
+            "does not fit" if one.too_large else one.whole.binds,
         )
     return table
 
@@ -126,7 +130,7 @@ def _parts(one: Prediction) -> str:
     if one.too_large:
         return "–"
     cut = None if one.memory is None else one.memory.micro_batches
-    return "all" if cut is None else f"{cut.images} images{', by block' if cut.blocks else ''}"
+    return "all" if cut is None else f"{cut.images}{', by block' if cut.blocks else ''}"
 
 
 def _notes(found: Sequence[Prediction]) -> list[str]:

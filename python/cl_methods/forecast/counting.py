@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
 
 from cl_kernels.profile.static import comparable_attention
 from cl_methods.backbone import Backbone
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.evaluation.options import evaluated_images
 from cl_methods.forecast.simulated_ranks import simulated_ranks
-from cl_methods.forecast.sizes import shortened
-from cl_methods.forecast.steps import reference_size, step_work
+from cl_methods.forecast.steps import reference_size
+from cl_methods.forecast.tasks import PROBED, TaskWork, count_task
 from cl_methods.forecast.work import Work, WorkCount
-from cl_methods.methods.base import Method, Stage
+from cl_methods.methods.base import Method
 from cl_methods.methods.find import find_method
 from cl_methods.micro_batches import MicroBatches
 from cl_methods.scenarios.base import Scenario
@@ -30,8 +27,6 @@ from cl_methods.training.task import use_micro_batches
 from cl_methods.training.without_data import BlankImages, without_data
 
 _META = torch.device("meta")
-_PROBED = 1024
-"""Images of a task on which the hooks around it are counted; what they encode of every image grows with their number."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +80,7 @@ def count_work(
     processes: int = 1,
     parts: MicroBatches | None = None,
     *,
+    every_task: bool = True,
     lists: bool = True,
 ) -> RunWork:
     """Count one step of every stage, the hooks around every task, and the evaluation, in the last of ``processes``.
@@ -97,6 +93,8 @@ def count_work(
         scenario: its tasks; no image is read.
         processes: how many compute together.
         parts: micro-batches of the encoders; None: all at once.
+        every_task: False counts the first task, and of the others those with the fewest and the most tokens of class texts; the
+            rest lie between these two in proportion to theirs, exact but for attention, which grows with the square of a length.
         lists: optimisers of torch work on lists of tensors, as on a GPU; False: tensor by tensor, as on a CPU.
 
     Raises:
@@ -113,11 +111,19 @@ def count_work(
             use_micro_batches(method, parts)
             image = _image_work(backbone, config.evaluation.batch_size)
             found.evaluation = _evaluation(method, config, scenario, image, processes)
-            for index, task in enumerate(scenario.tasks[:1] if method.joint else scenario.tasks):
-                _count_task(method, index, task, found, image, lists)
+            tasks = scenario.tasks[:1] if method.joint else scenario.tasks
+            tokens = [method.training_texts(task).numel() for task in tasks]
+            counted: dict[int, TaskWork] = {}
+            for index in range(len(tasks)) if every_task else _representatives(tokens):
+                counted[index] = count_task(method, len(counted), tasks[index], processes, lists)
         except (NotImplementedError, RuntimeError, TypeError) as error:
             line = (str(error).splitlines() or [""])[0]
             raise ValueError(f"{config.method}: a step cannot be counted without data ({line[:200]})") from error
+        for index, task in enumerate(tasks):
+            work = counted[index] if index in counted else _between(counted, tokens, index)
+            found.trainable = max(found.trainable, work.trainable)
+            found.between += work.around + image * (work.encodings * (len(task.train) / processes - PROBED))
+            found.stages += _planned(method, task, work)
     return found
 
 
@@ -128,63 +134,31 @@ def _counted() -> Iterator[None]:
         yield
 
 
-def _count_task(method: Method, index: int, task: Task, found: RunWork, image: Work, lists: bool) -> None:
-    blank = shortened(task, _PROBED)
+def _representatives(tokens: Sequence[int]) -> list[int]:
+    """The first task, and of the others those with the fewest and the most tokens."""
+    others = sorted(range(1, len(tokens)), key=lambda index: tokens[index])
+    return sorted({0, *others[:1], *others[-1:]})
 
-    def hook(call: Callable[[], Any]) -> None:
-        found.between += _hook(call, len(task.train), image, found.processes)
 
-    hook(lambda: method.before_task(index, blank))
+def _between(counted: Mapping[int, TaskWork], tokens: Sequence[int], index: int) -> TaskWork:
+    """What a task costs that was not counted, from the two later ones that were."""
+    low, high = sorted((other for other in counted if other), key=lambda other: tokens[other])
+    share = (tokens[index] - tokens[low]) / max(1, tokens[high] - tokens[low])
+    return counted[low].mixed(counted[high], share)
+
+
+def _planned(method: Method, task: Task, work: TaskWork) -> Iterator[StageWork]:
+    """The stages of a task with as many steps as its real size makes."""
     if method.closed_form:
-        steps, size = method.steps(task), method.config.batch_size
-        step, saved = step_work(method, blank, size, 0, None, found.processes)
-        found.stages.append(StageWork(task.name, "pass", steps, 0, step, step, saved))
-        return  # the head's solution needs the labels
-    for stage, planned in zip(method.stages(blank), method.stages(task), strict=True):
-        method.stage = stage
-        hook(lambda stage=stage: method.before_stage(stage))  # type: ignore[misc]
-        found.stages.append(_stage(method, blank, planned, found, lists))
-    method.stage = None
-    hook(lambda: method.after_task(index, blank))
-
-
-def _stage(method: Method, task: Task, planned: Stage, found: RunWork, lists: bool) -> StageWork:
-    """The present stage of a task; ``planned``: with as many steps as the task's real size makes."""
-    optimizer = method.optimizer()
-    if lists and isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):
-        for group in optimizer.param_groups:
-            group["foreach"] = True
-    found.trainable = max(found.trainable, sum(value.numel() for _, value in method.trainable()))
+        (step,) = work.steps
+        yield StageWork(task.name, "pass", method.steps(task), 0, step.new, step.old, step.saved)
+        return
     reference = method.reference_source(task) if method.uses_reference else None
-
-    def step(number: int) -> tuple[Work, int]:
-        return step_work(method, task, planned.batch_size, number, optimizer, found.processes)
-
-    step(0)  # optimisers make their state, averages begin
-    new, saved = step(1)
-    old, new_steps = new, 0
-    if reference is not None:
-        old, saved = step(1)  # the same reference images, seen before
-        if new.flops != old.flops:
-            new_steps = min(planned.steps, -(-len(reference) // reference_size(method, planned.batch_size)))
-    return StageWork(task.name, planned.name, planned.steps, new_steps, new, old, saved)
-
-
-def _hook(hook: Callable[[], Any], images: int, image: Work, processes: int) -> Work:
-    """What a hook does with a task of ``images`` images, from what it does with a few; images are encoded in shares."""
-    counting, encoded = WorkCount(), 0
-    plain = Backbone.encode_images
-
-    def encode(self: Backbone, batch: Tensor, **options: Any) -> Tensor:
-        nonlocal encoded
-        encoded += len(batch)
-        return plain(self, batch, **options)
-
-    with counting, mock.patch.object(Backbone, "encode_images", encode):
-        hook()
-    times = encoded // _PROBED
-    counted = Work(counting.calls, images=times * _PROBED)
-    return counted + image * (times * (images / processes - _PROBED))
+    for planned, step in zip(method.stages(task), work.steps, strict=True):
+        new = 0
+        if reference is not None and step.new.flops != step.old.flops:
+            new = min(planned.steps, -(-len(reference) // reference_size(method, planned.batch_size)))
+        yield StageWork(task.name, planned.name, planned.steps, new, step.new, step.old, step.saved)
 
 
 def _image_work(backbone: Backbone, batch_size: int) -> Work:

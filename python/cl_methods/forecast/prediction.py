@@ -127,7 +127,13 @@ class Predictor:
         self._wholes: dict[int, MemoryPlan] = {}
 
     def predict(
-        self, hardware: Hardware, processes: int = 1, *, precision: str = "fp32", reached: Reached | None = None
+        self,
+        hardware: Hardware,
+        processes: int = 1,
+        *,
+        precision: str = "fp32",
+        reached: Reached | None = None,
+        fits: bool = False,
     ) -> Prediction:
         """What the run would take on so many GPUs.
 
@@ -138,12 +144,13 @@ class Predictor:
             processes: one per GPU.
             precision: of matrix products.
             reached: shares of the peaks; assumptions for GPUs by default.
+            fits: batches go through the encoders at once, and nobody asks whether the GPU has the memory.
 
         Raises:
             ValueError: the model is unknown, a setting is wrong, or the hardware has no such precision.
         """
         hardware.peak(precision)
-        memory, too_large = self.plan(hardware.memory, processes)
+        memory, too_large = (None, None) if fits else self.plan(hardware.memory, processes)
         parts = None if memory is None or too_large else memory.micro_batches
         work = self.work(processes, parts)
         options: dict[str, Any] = {"precision": precision, "workers": self.config.workers, "reached": reached}
@@ -155,7 +162,7 @@ class Predictor:
         """:func:`~cl_methods.forecast.counting.count_work` of one of the processes."""
         key = processes, parts
         if key not in self._works:
-            self._works[key] = count_work(self.config, self.scenario, processes, parts)
+            self._works[key] = count_work(self.config, self.scenario, processes, parts, every_task=False)
         return self._works[key]
 
     def plan(self, memory: int, processes: int = 1) -> tuple[MemoryPlan | None, str | None]:
