@@ -131,6 +131,13 @@ def test_tasks_that_are_not_counted_lie_between_those_that_are() -> None:
     assert some.between.images == every.between.images
 
 
+def test_a_teacher_that_stays_meets_new_images_in_every_task() -> None:
+    config = replace(configured("zscl", batch_size=4, reference_batch_size=4), limit_tasks=2)
+    first, second = count_work(config, select_scenario(config)).stages
+    assert first.first.flops - first.step.flops == second.first.flops - second.step.flops > 0
+    assert second.new_steps == second.steps
+
+
 def test_the_stand_in_leaves_nothing_behind() -> None:
     with simulated.simulated_ranks(3) as noted:
         assert (ranks.count(), ranks.rank(), list(ranks.share(10))) == (3, 2, [6, 7, 8, 9])

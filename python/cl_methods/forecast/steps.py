@@ -23,6 +23,7 @@ def step_work(
     number: int,
     optimizer: torch.optim.Optimizer | None,
     processes: int,
+    place: int = 0,
 ) -> tuple[Work, int]:
     """One step, or one batch of a method in closed form, in the last of several processes; and the bytes kept for backward.
 
@@ -30,14 +31,15 @@ def step_work(
         method: on the device ``meta``, after ``before_stage``.
         task: that is learnt.
         size: images of the whole batch.
-        number: of the step; each has reference images of its own.
+        number: of the step.
         optimizer: of the stage; None for a method in closed form.
         processes: that compute together.
+        place: batch of the reference set that the step has.
     """
     model = method.backbone.model
     with simulated_ranks(processes) as exchanges:
         with WorkCount() as gathering:
-            batch, read = _batch(method, task, size, number)
+            batch, read = _batch(method, task, size, number, place)
         trained = [value for _, value in method.trainable()]
         shown = [value for value in (batch.images, batch.reference_images) if value is not None]
         counting = WorkCount([*model.parameters(), *model.buffers(), *trained, *shown])
@@ -62,7 +64,7 @@ def _do_step(
         method.after_step(number)
 
 
-def _batch(method: Method, task: Task, size: int, number: int) -> tuple[Batch, int]:
+def _batch(method: Method, task: Task, size: int, number: int, place: int) -> tuple[Batch, int]:
     """A batch put together from the shares of all processes, and how many images this one reads."""
     shape = method.backbone.eval_transform(torch.zeros(0)).shape
     source = task.train if method.closed_form else method.training_images(task)
@@ -82,7 +84,7 @@ def _batch(method: Method, task: Task, size: int, number: int) -> tuple[Batch, i
         torch.empty(size, dtype=torch.int64, device=_META),
         number,
         None if reference is None else pixels(shown),
-        None if reference is None else torch.arange(shown * number, shown * (number + 1)) % len(reference),
+        None if reference is None else torch.arange(shown * place, shown * (place + 1)) % len(reference),
         task,
         torch.arange(size) % len(source),
     )

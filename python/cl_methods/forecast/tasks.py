@@ -81,21 +81,22 @@ def count_task(method: Method, index: int, task: Task, processes: int, lists: bo
     for stage in method.stages(blank):
         method.stage = stage
         _hook(found, lambda stage=stage: method.before_stage(stage))  # type: ignore[misc]
-        found.steps.append(_stage(method, blank, stage.batch_size, processes, lists))
+        found.steps.append(_stage(method, blank, stage.batch_size, processes, lists, index))
         found.trainable = max(found.trainable, sum(value.numel() for _, value in method.trainable()))
     method.stage = None
     _hook(found, lambda: method.after_task(index, blank))
     return found
 
 
-def _stage(method: Method, task: Task, size: int, processes: int, lists: bool) -> StepPair:
+def _stage(method: Method, task: Task, size: int, processes: int, lists: bool, index: int) -> StepPair:
     optimizer = method.optimizer()
     if lists and isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):
         for group in optimizer.param_groups:
             group["foreach"] = True
 
     def step(number: int) -> tuple[Work, int]:
-        return step_work(method, task, size, number, optimizer, processes)
+        # reference images that no other task has shown to a teacher that may still know them
+        return step_work(method, task, size, number, optimizer, processes, 2 * index + number)
 
     step(0)  # optimisers make their state, averages begin
     new, saved = step(1)
