@@ -129,6 +129,7 @@ def main(folder: Path, launcher: str, method: str, faults: list[str]) -> None:
         exits, sentence = expected(fault, launcher)
         assert statuses == exits, where
         assert len(re.findall(r"clk run: error: |" + STOPPED, text)) == 1, where
+        assert "TCPStore" not in text, where
         assert re.search(sentence, text), where
         assert "Traceback" not in text or launcher == "torchrun", where  # which shows its own
         assert "cl_methods/training/run.py" not in text, where

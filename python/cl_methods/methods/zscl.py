@@ -341,8 +341,8 @@ class ZSCL(FineTune):
             stored = {name[len(part) + 1 :]: value for name, value in extra.items() if name.startswith(part + ".")}
             if stored and stored.keys() != weights.keys():
                 raise RuntimeError(f"state: {part} weights do not fit; was before_task called with this configuration?")
-            for name, value in stored.items():
-                weights[name].copy_(value)
+            if stored:
+                assign(list(weights.items()), stored)
         if self._average is not None:
             self._average.snapshots = int(extra.get("snapshots", 0))
         if self.config.distils and self.config.teacher != "zero_shot" and self._start:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -16,7 +17,7 @@ from cl_methods import ranks
 
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for another: while the first one writes a checkpoint, or reads an archive for the first time."""
-_FAILED = "first failure"
+_FAILED, _PARTED = "first failure", "parted"
 _SECONDS_FOR_LAST_WORDS = 5
 
 
@@ -58,7 +59,11 @@ def processes() -> Iterator[None]:
         ranks.everyone(True)  # nobody leaves while others still exchange
         dist.destroy_process_group()
     except Exception as error:  # noqa: BLE001  # of every kind the others have to know
-        _fail(dist.PrefixStore("failures", own), number, error)
+        failures = dist.PrefixStore("failures", own)
+        try:
+            _fail(failures, number, error)
+        finally:
+            _part(failures, number, world)
     finally:
         ranks.joined(False)
 
@@ -70,8 +75,14 @@ def _fail(store: dist.Store, number: int, error: Exception) -> None:
         SystemExit: another process has said or will say what happened.
     """
     consequence = ranks.broke_off(error)
-    if consequence and _last_words(store):
+    said = _last_words(store) if consequence else None
+    if said:
         _leave()
+    if consequence and said is None:
+        raise ranks.OtherRankError(
+            "the first process of the run has ended, and all of them do (its own sentence says why, unless it was killed). What "
+            f"was written is whole: the same command with --resume continues, with any number of processes ({error})"
+        ) from error
     if not _claim(store, f"rank {number}: {error}"):
         _leave()
     if consequence:
@@ -82,10 +93,29 @@ def _fail(store: dist.Store, number: int, error: Exception) -> None:
     raise error
 
 
-def _last_words(store: dist.Store) -> bool:
-    """Whether somebody has left a sentence, or does so within some seconds; a store that is gone cannot tell."""
+def _part(store: dist.Store, number: int, world: int) -> None:
+    """Say that this process has read what it needs from the store; the first one, in which that lives, waits for the others.
+
+    It hangs up before, for they notice only then. The store of ``torchrun`` lives in that, and needs nobody to wait.
+    """
+    waits = number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    deadline = time.monotonic() + _SECONDS_FOR_LAST_WORDS
+    if waits and not torch.cuda.is_available():  # NCCL would wait for the others
+        with suppress(RuntimeError, ValueError):
+            dist.destroy_process_group()
+    with suppress(RuntimeError):  # the store is gone
+        gone = store.add(_PARTED, 1)
+        while waits and gone < world and time.monotonic() < deadline:
+            time.sleep(0.02)
+            gone = store.add(_PARTED, 0)
+
+
+def _last_words(store: dist.Store) -> bool | None:
+    """Whether somebody has left a sentence, or does so within some seconds; None if the store is gone with its process."""
     try:
         store.wait([_FAILED], timedelta(seconds=_SECONDS_FOR_LAST_WORDS))
+    except dist.DistNetworkError:
+        return None
     except RuntimeError:
         return False
     return True
