@@ -164,7 +164,7 @@ def test_methods_with_a_memory_are_measured_only(run, tiny, tmp_path: Path) -> N
     boards, _ = arrange([{**one, "path": "x"} for one in (result, measured)])
     assert [board.baseline for board in boards] == ["zero-shot", "at the start"]
     assert f"going on from {tmp_path / 'first'} (" in boards[1].title
-    assert [row[0] for row in summary_table(boards[1]).rows] == ["chance", "at the start", "replay"]
+    assert [row[0] for row in summary_table(boards[1]).rows] == ["chance", "at the start"]
 
 
 def test_what_cannot_be_gone_on_from(run, small: tuple[str, ...], tmp_path: Path) -> None:

@@ -48,6 +48,11 @@ class Group:
         """False for joint training."""
         return self.results[0].get("continual", True)
 
+    @property
+    def learnt(self) -> bool:
+        """Whether there was training, rather than one measurement."""
+        return self.method != "zero_shot" and not _measured_only(self.results[0])
+
     def values(self, metric: str) -> np.ndarray:
         """(seeds,) of one of :data:`METRICS`; empty if it is not defined, or was not when the runs were made."""
         return np.array([result[metric] for result in self.results if result.get(metric) is not None], dtype=float)
@@ -112,8 +117,8 @@ class Board:
         return "zero-shot" if self.conditions.get("start") is None else "at the start"
 
     def compared(self) -> list[Group]:
-        """The groups without zero-shot runs, whose row every board has anyway."""
-        return [group for group in self.groups if group.method != "zero_shot"]
+        """The groups without runs that learnt nothing (zero-shot, or measured only), whose row every board has anyway."""
+        return [group for group in self.groups if group.learnt]
 
 
 @dataclass(frozen=True)
@@ -309,6 +314,10 @@ def _start(result: dict[str, Any]) -> str | None:
     return f"{started.get('source')} ({str(started.get('fingerprint'))[:8]})"
 
 
+def _measured_only(result: dict[str, Any]) -> bool:
+    return bool(result["config"].get("evaluation", {}).get("only"))
+
+
 def _limit(result: dict[str, Any]) -> int | None:
     """Images that tasks were evaluated on at most; None where these were all."""
     evaluated = result.get("evaluated", {})
@@ -325,7 +334,7 @@ def _board_key(result: dict[str, Any]) -> tuple[Any, ...]:
 def _flat_settings(result: dict[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in result["config"].get("method", {}).items() if key != "name"}
     limit = result["config"].get("limit_iterations")
-    measured = {"measured only": True} if result["config"].get("evaluation", {}).get("only") else {}
+    measured = {"measured only": True} if _measured_only(result) else {}
     return {**settings, **measured, **({} if limit is None else {"limit_iterations": limit})}
 
 

@@ -166,7 +166,7 @@ class Run:
             self.config.scenario,
             len(sessions) or len(tasks),
             steps,
-            closed_form=self.method.closed_form,
+            closed_form=self.method.closed_form and trains,
         )
         restored = self._restore(steps)
         latest = restored.checkpoint
@@ -235,7 +235,7 @@ class Run:
     def _evaluate(self, learnt: int) -> None:
         """Measure one row of the matrix and write it down; 0 tasks learnt is the zero-shot row."""
         tasks = self.scenario.tasks
-        first = "zero-shot" if not self.learnt_before else "before the first task"
+        first = "zero-shot" if not self.learnt_before else "at the start"
         after = first if learnt == 0 else "joint" if self.method.joint else f"after {tasks[learnt - 1].name}"
         if self.method.joint and learnt:
             learnt = len(tasks)
