@@ -24,6 +24,7 @@ from cl_methods.training.memory_trace import Rehearsal
 from cl_methods.training.optimizer_state import (
     OptimizerState,
     check_optimizer,
+    load_library,
     state_bytes,
     takes_eight_bits,
     update_bytes,
@@ -81,9 +82,10 @@ def plan_memory(
 
     Raises:
         MemoryBudgetError: nothing fits with a reserve of 8 %; the message says what would.
-        ValueError: the method's optimiser cannot keep its state as ``levers`` say.
+        ValueError: the method's optimiser cannot keep its state as ``levers`` say, or a package is missing.
     """
     levers = Levers() if levers is None else levers
+    load_library(levers.optimizer_state)
     first = None if budget is None else _parts(_SIZES[0])
     planner = _Planner(Rehearsal(method, settings, backbone, tasks, reference, first, processes), backbone, budget)
     check_optimizer(planner.rehearsal.optimizer, levers.optimizer_state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -34,6 +35,17 @@ def require_library(kind: OptimizerState) -> None:
             "optimizer_state: 8bit takes its optimiser from the package torchao, which is not installed; "
             "pip install 'cl-kernels[8bit]' (or torchao), or expected fp32 or host"
         )
+
+
+def load_library(kind: OptimizerState) -> None:
+    """Import the package behind a kind of state, so that the memory it takes can be seen.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    require_library(kind)
+    if kind == "8bit":
+        import_module("torchao.optim")
 
 
 def with_state(optimizer: torch.optim.Optimizer, kind: OptimizerState) -> torch.optim.Optimizer:
