@@ -31,6 +31,6 @@ def test_two_processes_exchange_what_was_counted(method: str) -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=300)
     real = [Counter({int(size): n for size, n in part.items()}) for part in json.loads(done.stdout.splitlines()[-1])]
     config, _ = parse(options, "")
-    counted = count_work(config, select_scenario(config), 2).stages[0].step
+    counted = count_work(config, select_scenario(config), 2).stages[0].first
     assert counted.summed + counted.gathered
     assert real == [counted.summed, counted.gathered]
