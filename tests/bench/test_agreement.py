@@ -51,3 +51,18 @@ def test_a_missing_gradient_is_named() -> None:
     loss, wanted = gradients(torch.float32, 1.0)
     with pytest.raises(CheckError, match="1 gradients exist on one side only, such as bias"):
         compare("case", (loss, {"weight": wanted["weight"]}), (loss, wanted))
+
+
+@pytest.mark.parametrize(("own", "same"), [(1.9e-4, True), (2.1e-4, False), (float("nan"), False)])
+def test_rounding_is_measured_against_float64(own: float, same: bool) -> None:
+    """Two that are further apart than 1e-5, on both sides of what is true: ours may be off twice as far as the other."""
+    truth, found, wanted = (gradients(torch.float64, 0.1), *(gradients(torch.float32, 0.1) for _ in range(2)))
+    found[1]["bias"] *= 1 + own
+    wanted[1]["bias"] *= 1 - 1e-4
+    with pytest.raises(CheckError, match="expected at most 1e-05"):
+        compare("case", found, wanted)
+    if same:
+        assert compare("case", found, wanted, lambda: truth)["gradients"] == pytest.approx(own, rel=0.01)
+    else:
+        with pytest.raises(CheckError, match=r"gradients? differ by .*, expected at most 2e-0"):
+            compare("case", found, wanted, lambda: truth)

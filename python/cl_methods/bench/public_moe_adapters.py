@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions.normal import Normal
 from torch.nn import functional as F
 
+from cl_methods.bench.agreement import in_double
 from cl_methods.bench.own_step import COUNTED, OwnStep
 from cl_methods.components.adapters import BlockAdapters, residual_blocks
 from cl_methods.seeding import seed_everything, step_seed
@@ -63,15 +65,16 @@ class Mixture(nn.Module):
             module(rows) for module, rows in zip(self.experts, x[samples].split(sizes, dim=0), strict=True) if len(rows)
         ]
         rows = torch.cat(parts, 0).flatten(1) * weights
-        empty = torch.zeros(len(x), rows.shape[1], requires_grad=True, device=x.device)
-        return empty.index_add(0, samples, rows.float()).view_as(x)
+        empty = torch.zeros(len(x), rows.shape[1], requires_grad=True, dtype=rows.dtype, device=x.device)
+        return empty.index_add(0, samples, rows).view_as(x)
 
     def _gates(self, token: Tensor) -> Tensor:
         clean = token @ self.router
         logits = clean
         if self.noisy:
             spread = F.softplus(token @ self.noise) + 1e-2
-            logits = clean + torch.randn_like(clean) * spread
+            noise = torch.randn_like(clean, dtype=torch.float32)  # the same draws in float64
+            logits = clean + noise * spread
         top, chosen = logits.topk(min(self.top_k + 1, logits.shape[1]), dim=1)
         kept = top[:, : self.top_k].softmax(1)
         gates = torch.zeros_like(logits, requires_grad=True).scatter(1, chosen[:, : self.top_k], kept)
@@ -152,6 +155,16 @@ class PublicMoEAdapters:
                     found[f"{place}.{name}"] = gradient.clone()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach(), found
+
+    def exact_gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """As :meth:`gradients`, computed in float64."""
+        batch = self.batch
+        self.batch = replace(batch, images=batch.images.double())
+        try:
+            with in_double(self.model, self.mixtures):
+                return self.gradients()
+        finally:
+            self.batch = batch
 
     def run(self) -> None:
         """The whole step."""

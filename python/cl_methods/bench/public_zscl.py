@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_methods.bench.agreement import in_double
 from cl_methods.bench.own_step import OwnStep
 
 
@@ -72,6 +74,18 @@ class PublicZSCL:
         found = {name: value.grad.detach().clone() for name, value in self.named if value.grad is not None}
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach(), found
+
+    def exact_gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """As :meth:`gradients`, computed in float64."""
+        batch, start = self.batch, self.start
+        assert batch.reference_images is not None
+        self.batch = replace(batch, images=batch.images.double(), reference_images=batch.reference_images.double())
+        self.start = {name: value.double() for name, value in start.items()}
+        try:
+            with in_double(self.model, self.teacher):
+                return self.gradients()
+        finally:
+            self.batch, self.start = batch, start
 
     def run(self) -> None:
         """The whole step."""
