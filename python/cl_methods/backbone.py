@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_methods import ranks
 from cl_methods.micro_batches import Encoder, MicroBatches, Part, encode_in_parts
+from cl_methods.sharding import ShardedModel
 from cl_methods.torchvision_compat import prepare_torchvision
 from cl_methods.weights import WeightsOrigin, file_sha256, fingerprint
 
@@ -23,9 +24,6 @@ from open_clip.transformer import text_global_pool  # noqa: E402
 
 from cl_methods.components.self_attention import fuse_attention  # noqa: E402
 from cl_methods.text_trees import TextTrees, plant, takes_trees  # noqa: E402
-
-if TYPE_CHECKING:
-    from cl_methods.sharding import ShardedModel
 
 Transform = Callable[[Any], Tensor]
 Precision = Literal["fp32", "bf16"]

@@ -4,6 +4,8 @@
 then. What works element by element on weights (averages, consolidation, the optimiser) works on :func:`local` rows and exchanges
 nothing; what needs a whole model, an evaluation or a teacher, gets a copy (:func:`gathered`). Without :func:`shard` everything here
 hands back what it was given.
+
+Backbones and methods are taken as they come (``Any``): both of them know this module.
 """
 
 from __future__ import annotations
@@ -11,16 +13,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cl_methods import ranks
-
-if TYPE_CHECKING:
-    from cl_methods.backbone import Backbone
-    from cl_methods.methods.base import Method
 
 
 class ShardedModel:
@@ -31,7 +29,7 @@ class ShardedModel:
         encode_texts: the backbone's text encoder, (N, L) -> (N, d), around which the model's parts are gathered.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Any) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -64,7 +62,7 @@ class ShardedModel:
         return plain.train(self.model.training)
 
 
-def shard(backbone: Backbone) -> None:
+def shard(backbone: Any) -> None:
     """Cut the weights of ``backbone`` by rows, one part for each process; where there is one process, nothing happens.
 
     From then on all processes encode together, and the same number of times. Copies that were made before stay whole.
@@ -129,7 +127,7 @@ def whole_state(state: Any) -> Any:
     return value.cpu() if ranks.first() else value.new_empty(0)
 
 
-def load_method_state(method: Method, state: Mapping[str, Tensor]) -> None:
+def load_method_state(method: Any, state: Mapping[str, Tensor]) -> None:
     """``method.load_state_dict`` of whole tensors, whose rows go where the method holds sharded ones.
 
     Raises:
@@ -184,7 +182,7 @@ def _blocks(tower: Any) -> tuple[nn.Module, ...]:
     return tuple(getattr(getattr(tower, "transformer", None), "resblocks", ()))
 
 
-def _embeddings(backbone: Backbone) -> tuple[nn.Module, ...]:
+def _embeddings(backbone: Any) -> tuple[nn.Module, ...]:
     """The table of token embeddings, a quarter of a ViT-B/16, which images have no use for."""
     table = getattr(backbone.text_tower, "token_embedding", None)
     return (table,) if isinstance(table, nn.Module) else ()
