@@ -22,7 +22,7 @@ prepare_torchvision()
 
 from open_clip.transformer import text_global_pool  # noqa: E402
 
-from cl_methods.components.self_attention import fuse_attention  # noqa: E402
+from cl_methods.self_attention import fuse_attention  # noqa: E402
 from cl_methods.text_trees import TextTrees, plant, takes_trees  # noqa: E402
 
 Transform = Callable[[Any], Tensor]
@@ -36,7 +36,7 @@ class Backbone:
     """An open_clip model and what belongs to it.
 
     Where gradients are recorded, its residual blocks attend with the fewest operations
-    (:func:`~cl_methods.components.self_attention.fuse_attention`).
+    (:func:`~cl_methods.self_attention.fuse_attention`).
 
     Attributes:
         model: the open_clip model, its state-dict names unchanged.

@@ -21,8 +21,8 @@ from cl_methods.bench.public_moe_adapters import PublicMoEAdapters
 from cl_methods.bench.public_zscl import PublicZSCL, copy_weights
 from cl_methods.bench.rows import OURS, Row
 from cl_methods.bench.world import CAPTIONS, CPU, World, fresh, mini_world, open_clip_world
-from cl_methods.components.self_attention import separate_attention
 from cl_methods.methods import METHODS
+from cl_methods.self_attention import separate_attention
 
 PUBLIC = "public procedure"
 PUBLISHED_BATCH = 64

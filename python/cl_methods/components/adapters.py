@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from cl_kernels.moe_adapter import dropout
 from cl_kernels.nn import AdapterExperts
 from cl_methods.backbone import Backbone
-from cl_methods.components.self_attention import self_attention, takes_self_attention
 from cl_methods.micro_batches import Part, current_part
+from cl_methods.self_attention import self_attention, takes_self_attention
 from cl_methods.text_trees import reads_trees
 from cl_methods.torchvision_compat import prepare_torchvision
 
