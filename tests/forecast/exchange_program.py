@@ -18,7 +18,6 @@ import torch.distributed as dist
 from cl_methods import ranks
 from cl_methods.commands.configuration import parse
 from cl_methods.ranks import tensors
-from cl_methods.training import gradients
 from cl_methods.training.building import build_method, select_scenario
 from cl_methods.training.distributed import processes
 from cl_methods.training.task import TaskTraining
@@ -46,7 +45,7 @@ class Noting:
 def main() -> None:
     with processes():
         noted = Noting()
-        tensors.dist = gradients.dist = noted  # type: ignore[assignment]
+        tensors.dist = noted  # type: ignore[assignment]
         config, _ = parse(sys.argv[1:], "")
         scenario = select_scenario(config)
         method = build_method(config, scenario, torch.device("cpu"))

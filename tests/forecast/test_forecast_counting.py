@@ -10,12 +10,12 @@ import torch
 from cl_kernels.profile.static import comparable_attention
 from cl_methods import ranks
 from cl_methods.commands.configuration import parse
-from cl_methods.forecast import simulated_ranks as simulated
 from cl_methods.forecast.counting import RunWork, count_work
 from cl_methods.forecast.sizes import scenario_without_files
 from cl_methods.forecast.work import Work, WorkCount
 from cl_methods.methods import METHODS
 from cl_methods.micro_batches import MicroBatches
+from cl_methods.ranks.simulated import simulated
 from cl_methods.training.building import build_method, select_scenario
 from cl_methods.training.config import RunConfig
 from cl_methods.training.data import TrainingSteps, training_batches
@@ -139,14 +139,15 @@ def test_a_teacher_that_stays_meets_new_images_in_every_task() -> None:
 
 
 def test_the_stand_in_leaves_nothing_behind() -> None:
-    with simulated.simulated_ranks(3) as noted:
+    with simulated(3) as noted:
         assert (ranks.count(), ranks.rank(), list(ranks.share(10))) == (3, 2, [6, 7, 8, 9])
         assert ranks.gather_rows(torch.zeros(4, 2), 10).shape == (10, 2)
-        with pytest.raises(RuntimeError, match="counted by one process alone"), simulated.simulated_ranks(2):
-            pass
+        config = configured("finetune")
+        with pytest.raises(RuntimeError, match="counted by one process alone"):
+            count_work(config, select_scenario(config))
     assert noted.gathered == {3 * 4 * 2 * 4: 1}
     assert ranks.count() == 1
-    with pytest.raises(ValueError, match="processes: expected a number >= 1, got 0"), simulated.simulated_ranks(0):
+    with pytest.raises(ValueError, match="processes: expected a number >= 1, got 0"), simulated(0):
         pass
 
 

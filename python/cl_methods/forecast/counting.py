@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 from cl_kernels.profile.static import comparable_attention
+from cl_methods import ranks
 from cl_methods.backbone import Backbone
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.evaluation.options import evaluated_images
-from cl_methods.forecast.simulated_ranks import simulated_ranks
 from cl_methods.forecast.steps import reference_size
 from cl_methods.forecast.tasks import PROBED, TaskWork, count_task
 from cl_methods.forecast.work import Work, WorkCount
@@ -99,13 +99,16 @@ def count_work(
 
     Raises:
         ValueError: the model is unknown, the method's settings are wrong, or the method needs data to be counted.
+        RuntimeError: several processes would count the same.
     """
+    if ranks.joined_count() > 1:
+        raise RuntimeError("processes are counted by one process alone; start the command without torchrun")
     backbone = blank_backbone(config.model, config.pretrained)
     reference = None
     if scenario.reference is not None:
         reference = Reference(BlankImages(len(scenario.reference.images), 1), scenario.reference.captions)
     found = RunWork(processes)
-    with _counted(), simulated_ranks(1):
+    with _counted():
         method = find_method(config.method)(backbone, short_fits(config.effective_settings()), reference)
         try:
             use_micro_batches(method, parts)

@@ -11,12 +11,12 @@ import torch
 from cl_methods.backbone import Backbone
 from cl_methods.forecast.counting import RunWork, count_work
 from cl_methods.forecast.hardware import Hardware
-from cl_methods.forecast.simulated_ranks import simulated_ranks
 from cl_methods.forecast.time_model import Reached, Seconds, seconds
 from cl_methods.forecast.work import Work
 from cl_methods.methods.find import find_method
 from cl_methods.micro_batches import MicroBatches
 from cl_methods.open_clip_loading import shapes_of_open_clip
+from cl_methods.ranks.simulated import simulated
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
 from cl_methods.training.counting import short_fits
@@ -195,7 +195,7 @@ class Predictor:
     def _rehearse(self, budget: int | None, processes: int) -> MemoryPlan:
         config, scenario = self.config, self.scenario
         settings = short_fits(config.effective_settings())
-        with simulated_ranks(processes):
+        with simulated(processes):
             return plan_memory(
                 find_method(config.method), settings, _shapes(config), scenario.tasks, scenario.reference, budget
             )

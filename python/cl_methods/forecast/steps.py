@@ -8,9 +8,9 @@ from torch import Tensor
 import cl_kernels as clk
 from cl_methods import ranks
 from cl_methods.datasets.task import Task
-from cl_methods.forecast.simulated_ranks import simulated_ranks
 from cl_methods.forecast.work import Work, WorkCount
 from cl_methods.methods.base import Batch, Method
+from cl_methods.ranks.simulated import simulated
 from cl_methods.training.gradients import average_gradients
 
 _META = torch.device("meta")
@@ -37,7 +37,7 @@ def step_work(
         place: batch of the reference set that the step has.
     """
     model = method.backbone.model
-    with simulated_ranks(processes) as exchanges:
+    with simulated(processes) as exchanges:
         with WorkCount() as gathering:
             batch, read = _batch(method, task, size, number, place)
         trained = [value for _, value in method.trainable()]

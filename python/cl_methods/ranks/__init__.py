@@ -25,7 +25,7 @@ from cl_methods.ranks.group import (
     rank,
     share,
 )
-from cl_methods.ranks.tensors import anyone, everyone, gather_rows, gather_values, sum_
+from cl_methods.ranks.tensors import anyone, everyone, gather_rows, gather_values, start_sum, sum_
 
 __all__ = [
     "OtherRankError",
@@ -45,5 +45,6 @@ __all__ = [
     "joined_count",
     "rank",
     "share",
+    "start_sum",
     "sum_",
 ]

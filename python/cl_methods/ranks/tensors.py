@@ -80,6 +80,19 @@ def sum_(tensors: Sequence[Tensor]) -> None:
             one.detach().copy_(total.view(one.shape))
 
 
+def start_sum(tensor: Tensor) -> Any:
+    """Begin to replace ``tensor`` by its sum over all processes, in place.
+
+    Args:
+        tensor: any shape, contiguous, the same in every process; nobody may touch it before ``wait()`` of the result returns.
+
+    Raises:
+        OtherRankError: a process is gone; ``wait()`` inside :func:`exchange` says so too.
+    """
+    with exchange():
+        return dist.all_reduce(tensor, async_op=True)
+
+
 def everyone(value: bool) -> bool:
     """Whether ``value`` is true in every process; all go on from here together."""
     return all(gather_values(value))

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from cl_methods import ranks
@@ -37,8 +36,7 @@ def average_gradients(parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
     flying: deque[tuple[list[Tensor], Tensor, Any]] = deque()
     for bucket in _buckets(gradients):
         flat = torch.cat([one.reshape(-1) for one in bucket])
-        with ranks.exchange():
-            flying.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        flying.append((bucket, flat, ranks.start_sum(flat)))
         if len(flying) == 2:
             _land(*flying.popleft())
     while flying:

@@ -18,9 +18,9 @@ from cl_methods.backbone import Backbone, Precision
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Method
 from cl_methods.micro_batches import MicroBatches, leaving_out_middle_parts
+from cl_methods.ranks.simulated import simulated
 from cl_methods.training.gradients import BUCKET_BYTES
 from cl_methods.training.memory_live import LiveMemory, TooLongError
-from cl_methods.training.memory_ranks import one_of
 from cl_methods.training.memory_stand_ins import IMAGES, blank_transform, stand_ins_for
 from cl_methods.training.task import use_micro_batches
 from cl_methods.training.without_data import BlankImages
@@ -191,7 +191,7 @@ class Rehearsal:
             warnings.catch_warnings(),
             torch.random.fork_rng(),
             stay,
-            one_of(self.processes),
+            simulated(self.processes),
             leaving_out_middle_parts(),
             self.memory,
         ):

@@ -1,19 +1,17 @@
-"""One process that computes its share of a step as if there were others, and notes what it would exchange with them."""
+"""One process that computes its share as if there were others, and notes what it would exchange with them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
 from torch import Tensor
 
-from cl_methods import ranks
 from cl_methods.ranks import group, tensors
-from cl_methods.training import gradients
 
 
 class Exchanges:
@@ -59,21 +57,28 @@ class Exchanges:
 
 
 @contextmanager
-def simulated_ranks(processes: int) -> Iterator[Exchanges]:
-    """Inside, this process is the last of ``processes``; with one nothing changes. Holds for the whole process.
+def simulated(processes: int) -> Iterator[Exchanges]:
+    """Inside, this process is the last of ``processes``, whether or not they are there; with 1 nothing changes.
+
+    Work that is done :func:`~cl_methods.ranks.alone` is alone here too; whoever is alone already is not, inside. Holds for the
+    whole process, not for a thread.
 
     Raises:
         ValueError: ``processes`` is less than 1.
-        RuntimeError: there are other processes already.
     """
     if processes < 1:
         raise ValueError(f"processes: expected a number >= 1, got {processes}")
-    if ranks.joined_count() > 1:
-        raise RuntimeError("processes are counted by one process alone; start the command without torchrun")
     noted = Exchanges(processes)
-    with ExitStack() as stack:
-        if processes > 1:
-            for module in (group, tensors, gradients):
-                stack.enter_context(mock.patch.object(module, "dist", noted))
-            stack.enter_context(mock.patch.object(group, "_joined", True))
+    if processes == 1:
         yield noted
+        return
+    token = group._alone.set(False)
+    try:
+        with (
+            mock.patch.object(group, "dist", noted),
+            mock.patch.object(tensors, "dist", noted),
+            mock.patch.object(group, "_joined", True),
+        ):
+            yield noted
+    finally:
+        group._alone.reset(token)
