@@ -159,6 +159,19 @@ def test_the_plan_of_several_processes_is_that_of_one_share() -> None:
     assert 0.45 * needed[0] < needed[1] < 0.7 * needed[0]
 
 
+@pytest.mark.parametrize("method", ["moe_adapters", "diki", "mulki"])
+def test_a_process_is_planned_that_reads_no_image_between_tasks(method: str) -> None:
+    """Detectors, statistics and prototypes are learnt batch by batch, and a rehearsal has fewer batches than processes."""
+    tasks, reference = given()
+    settings = settings_of(method)
+    one, many = (
+        Rehearsal(METHODS[method], settings, build_backbone(), tasks, reference, None, processes)
+        for processes in (1, 8)
+    )
+    assert (one.model, one.gradients, one.optimiser) == (many.model, many.gradients, many.optimiser)
+    assert many.step(None) - many.gradients < one.step(None)
+
+
 def test_settings_of_earlier_runs_and_where_things_lie_do_not_hinder_resuming() -> None:
     now = RunConfig("finetune", METHODS["finetune"].default_config("mini")).as_dict()
     earlier = {key: value for key, value in now.items() if key not in ("precision", "optimizer_state", "offload")}

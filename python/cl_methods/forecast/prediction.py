@@ -16,7 +16,6 @@ from cl_methods.forecast.work import Work
 from cl_methods.methods.find import find_method
 from cl_methods.micro_batches import MicroBatches
 from cl_methods.open_clip_loading import shapes_of_open_clip
-from cl_methods.ranks.simulated import simulated
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
 from cl_methods.training.counting import short_fits
@@ -195,10 +194,9 @@ class Predictor:
     def _rehearse(self, budget: int | None, processes: int) -> MemoryPlan:
         config, scenario = self.config, self.scenario
         settings = short_fits(config.effective_settings())
-        with simulated(processes):
-            return plan_memory(
-                find_method(config.method), settings, _shapes(config), scenario.tasks, scenario.reference, budget
-            )
+        tasks, reference = scenario.tasks, scenario.reference
+        method = find_method(config.method)
+        return plan_memory(method, settings, _shapes(config), tasks, reference, budget, processes=processes)
 
 
 def _shapes(config: RunConfig) -> Backbone:

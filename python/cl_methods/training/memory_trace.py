@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from cl_methods import ranks
 from cl_methods.backbone import Backbone, Precision
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Method
@@ -78,7 +79,8 @@ class Rehearsal:
             else Reference(BlankImages(min(IMAGES, len(reference.images)), 1), reference.captions[:_CAPTIONS])
         )
         build: Callable[[], Method] = lambda: method(self._shapes(backbone, parts), settings, blank)  # noqa: E731
-        with self._rehearsing():
+        # Of so few images another process may hold all; in whole batches each needs what it needs with many.
+        with self._rehearsing(), ranks.alone():
             self.method = build()
             if len(stand_ins) > 1:
                 try:
