@@ -19,6 +19,7 @@ from cl_methods.evaluation.options import competing_tasks, evaluated_images
 from cl_methods.methods import METHODS, Method
 from cl_methods.methods.base import Batch
 from cl_methods.scenarios.base import Scenario
+from cl_methods.training import building
 from cl_methods.training import run as run_module
 from cl_methods.training.building import build_method, select_scenario
 from cl_methods.training.config import RunConfig
@@ -211,7 +212,7 @@ def test_a_method_that_trains_the_image_tower_cannot_call_it_frozen(scenario: Sc
             raise AssertionError("the check comes before the first step")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "find_method", lambda name: Wrong)
+        patch.setattr(building, "find_method", lambda name: Wrong)
         with pytest.raises(ValueError, match=r"frozen_images: wrong says .* but it trains visual\."):
             run(config("finetune"), tmp_path / "run")
 

@@ -55,12 +55,8 @@ def finetuning() -> _Planner:
 def on_a_gpu() -> _Planner:
     """Figures of a GPU that is not here, for ZSCL."""
     tasks, reference = given()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("cl_methods.training.memory._process_bytes", lambda backbone: 0)
-        rehearsal = Rehearsal(METHODS["zscl"], settings_of("zscl"), build_backbone(), tasks, reference, None)
-        planner = _Planner(rehearsal, build_backbone(), 1)
-    planner.host_apart = True
-    return planner
+    rehearsal = Rehearsal(METHODS["zscl"], settings_of("zscl"), build_backbone(), tasks, reference, None)
+    return _Planner(rehearsal, build_backbone(), 1, on_gpu=True)
 
 
 def test_a_rehearsal_in_16_bits_counts_what_a_real_step_needs() -> None:

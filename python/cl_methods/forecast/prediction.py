@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,22 +180,22 @@ class Predictor:
         if processes not in self._wholes:
             self._wholes[processes] = self._rehearse(None, processes)
         whole = self._wholes[processes]
-        alone = dataclasses.replace(whole, process=0)  # what the planning process holds; a GPU holds tensors alone
         available = min(memory, self.config.memory_bytes or memory) - CONTEXT
-        if alone.peak <= (1 - _RESERVE) * available:
-            return alone, None
+        if whole.peak <= (1 - _RESERVE) * available:
+            return whole, None
         try:
-            budget = available + int(whole.process / (1 - _RESERVE))  # so that tensors alone have what a GPU offers
-            return dataclasses.replace(self._rehearse(budget, processes), process=0), None
+            return self._rehearse(available, processes), None
         except MemoryBudgetError as error:
-            return alone, str(error)
+            return whole, str(error)
 
     def _rehearse(self, budget: int | None, processes: int) -> MemoryPlan:
         config, scenario = self.config, self.scenario
         settings = short_fits(config.effective_settings())
         tasks, reference = scenario.tasks, scenario.reference
         method = find_method(config.method)
-        return plan_memory(method, settings, _shapes(config), tasks, reference, budget, processes=processes)
+        return plan_memory(
+            method, settings, _shapes(config), tasks, reference, budget, processes=processes, on_gpu=True
+        )
 
 
 def _shapes(config: RunConfig) -> Backbone:

@@ -64,6 +64,7 @@ def plan_memory(
     *,
     levers: Levers | None = None,
     processes: int = 1,
+    on_gpu: bool | None = None,
 ) -> MemoryPlan:
     """The fastest way to train within ``budget``: all at once, else in the largest parts that fit, else block by block.
 
@@ -79,6 +80,7 @@ def plan_memory(
         budget: bytes; None: predict the peak of everything at once.
         levers: what else saves memory; a plan uses what it is given, and proposes the rest where nothing fits. None: nothing.
         processes: how many share the encoding of a batch.
+        on_gpu: whether tensors lie in a memory of their own; None: as the backbone does.
 
     Raises:
         MemoryBudgetError: nothing fits with a reserve of 8 %; the message says what would.
@@ -87,7 +89,8 @@ def plan_memory(
     levers = Levers() if levers is None else levers
     load_library(levers.optimizer_state)
     first = None if budget is None else _parts(_SIZES[0])
-    planner = _Planner(Rehearsal(method, settings, backbone, tasks, reference, first, processes), backbone, budget)
+    rehearsal = Rehearsal(method, settings, backbone, tasks, reference, first, processes)
+    planner = _Planner(rehearsal, backbone, budget, on_gpu)
     check_optimizer(planner.rehearsal.optimizer, levers.optimizer_state)
     whole = planner.plan(None, levers)
     if budget is None or planner.fits(whole):
@@ -108,9 +111,12 @@ def plan_memory(
 class _Planner:
     """Plans of one rehearsal, of which every step is taken once."""
 
-    def __init__(self, rehearsal: Rehearsal, backbone: Backbone, budget: int | None) -> None:
+    def __init__(
+        self, rehearsal: Rehearsal, backbone: Backbone, budget: int | None, on_gpu: bool | None = None
+    ) -> None:
         self.rehearsal, self.budget = rehearsal, budget
-        self.process, self.host_apart = _process_bytes(backbone), backbone.device.type != "cpu"
+        self.host_apart = backbone.device.type != "cpu" if on_gpu is None else on_gpu
+        self.process = 0 if on_gpu else _process_bytes(backbone)
         self._peaks: dict[tuple[MicroBatches | None, Precision], int] = {}
 
     def plan(self, parts: MicroBatches | None, levers: Levers) -> MemoryPlan:
