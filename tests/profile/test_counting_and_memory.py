@@ -35,13 +35,15 @@ def test_peak_memory_is_that_since_the_start():
 
 
 @linux
-@pytest.mark.parametrize("mebibytes", [1, 40])
-def test_extra_memory_sees_what_was_needed_for_a_moment(mebibytes):
+@pytest.mark.parametrize(
+    ("mebibytes", "slack"), [(1, 0.5), (40, 4.5)]
+)  # large ones may begin and end in huge pages of 2 MiB
+def test_extra_memory_sees_what_was_needed_for_a_moment(mebibytes, slack):
     torch.ones(mebibytes, MIB // 4).sum()  # whatever a first call sets up, and memory that the allocator might keep
     with ExtraMemory(CPU) as extra:
         torch.ones(mebibytes, MIB // 4).sum()
     assert extra.bytes is not None
-    assert abs(extra.bytes - mebibytes * MIB) < MIB / 2
+    assert abs(extra.bytes - mebibytes * MIB) < slack * MIB
 
 
 def test_a_failure_inside_is_not_hidden():
