@@ -37,17 +37,7 @@ def real_step(settings: RunConfig) -> int:
     stage = method.stages(task)[0]
     method.stage = stage
     method.before_stage(stage)
-    steps = TrainingSteps(
-        [task],
-        method.reference_source(task) if method.uses_reference else None,
-        task_index=0,
-        seed=0,
-        batch_size=stage.batch_size,
-        reference_batch_size=getattr(method.config, "reference_batch_size", stage.batch_size),
-        train_transform=method.backbone.train_transform,
-        eval_transform=method.backbone.eval_transform,
-        images=[method.training_images(task)],
-    )
+    steps = TrainingSteps.of_stage(method, scenario.tasks, 0, stage, seed=0)
     batch = next(training_batches(steps, start_step=0, iterations=1, device=torch.device("cpu")))
     with (
         clk.use_backend("reference"),

@@ -178,20 +178,9 @@ def _stages_without_values(method: Method, world: World) -> Iterator[tuple[str, 
 
 
 def _batch(method: Method, tasks: tuple[Task, ...], index: int, stage: Stage, number: int) -> Batch:
-    task, backbone = tasks[index], method.backbone
-    steps = TrainingSteps(
-        tasks if method.joint else [task],
-        method.reference_source(task) if method.uses_reference else None,
-        task_index=index,
-        seed=0,
-        batch_size=stage.batch_size,
-        reference_batch_size=getattr(method.config, "reference_batch_size", stage.batch_size),
-        train_transform=backbone.train_transform,
-        eval_transform=backbone.eval_transform,
-        images=None if method.joint else [method.training_images(task)],
-        stage=number,
-    )
-    return next(iter(training_batches(steps, start_step=COUNTED, iterations=COUNTED, device=backbone.device)))
+    steps = TrainingSteps.of_stage(method, tasks, index, stage, seed=0, number=number)
+    device = method.backbone.device
+    return next(iter(training_batches(steps, start_step=COUNTED, iterations=COUNTED, device=device)))
 
 
 def _closed_form_batch(method: Method, task: Task, index: int) -> Batch:

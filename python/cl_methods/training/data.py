@@ -14,7 +14,7 @@ from cl_methods.datasets.copying import on_device
 from cl_methods.datasets.images import DataError, ImageSource, Subset
 from cl_methods.datasets.loading import Items, Transform, evaluation_batches, open_cache, read_share
 from cl_methods.datasets.task import Task
-from cl_methods.methods.base import Batch
+from cl_methods.methods.base import Batch, Method, Stage
 from cl_methods.seeding import derive_seed, seed_host
 
 
@@ -86,6 +86,46 @@ class TrainingSteps(Dataset):
         self.train_transform, self.eval_transform = train_transform, eval_transform
         self.share = ranks.share(batch_size)  # decided here: worker processes know nothing of the others
         self.reference_share = ranks.share(reference_batch_size)
+
+    @classmethod
+    def of_stage(
+        cls,
+        method: Method,
+        tasks: Sequence[Task],
+        index: int,
+        stage: Stage,
+        *,
+        seed: int,
+        number: int = 0,
+        first_step: int = 0,
+        learnt_before: int = 0,
+    ) -> TrainingSteps:
+        """What ``method`` reads in a stage of task ``tasks[index]``, with the sources, sizes and transforms that it asks for.
+
+        Args:
+            method: after ``before_task``.
+            tasks: the whole sequence.
+            index: of the task that is learnt.
+            stage: of that task.
+            seed: of the run.
+            number: of the stage within the task.
+            first_step: of the stage within the task.
+            learnt_before: tasks that the method learnt in earlier runs, which its random numbers go on from.
+        """
+        task, backbone = tasks[index], method.backbone
+        return cls(
+            tasks if method.joint else [task],
+            method.reference_source(task) if method.uses_reference else None,
+            task_index=learnt_before + index,
+            seed=seed,
+            batch_size=stage.batch_size,
+            reference_batch_size=getattr(method.config, "reference_batch_size", stage.batch_size),
+            train_transform=backbone.train_transform,
+            eval_transform=backbone.eval_transform,
+            images=None if method.joint else [method.training_images(task)],
+            stage=number,
+            first_step=first_step,
+        )
 
     def __getitem__(self, step: int) -> dict[str, Tensor] | DataError:
         """Images, labels and reference images of one step, or the error that reading them gave."""

@@ -146,19 +146,16 @@ class TaskTraining:
         return optimizer
 
     def _steps(self, number: int, stage: Stage, first_step: int, optimizer: torch.optim.Optimizer) -> None:
-        method, config = self.method, self.method.config
-        steps = TrainingSteps(
-            self.tasks if method.joint else [self.task],
-            method.reference_source(self.task) if method.uses_reference else None,
-            task_index=self.number,
+        method = self.method
+        steps = TrainingSteps.of_stage(
+            method,
+            self.tasks,
+            self.index,
+            stage,
             seed=self.seed,
-            batch_size=stage.batch_size,
-            reference_batch_size=getattr(config, "reference_batch_size", stage.batch_size),
-            train_transform=method.backbone.train_transform,
-            eval_transform=method.backbone.eval_transform,
-            images=None if method.joint else [method.training_images(self.task)],
-            stage=number,
+            number=number,
             first_step=first_step,
+            learnt_before=self.learnt_before,
         )
         start_step = max(self.done, first_step)
         batches = training_batches(
