@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import cl_kernels as clk
+from cl_methods.datasets.images import Subset
+from cl_methods.datasets.task import Reference
 from cl_methods.evaluation.options import EvaluationOptions
 from cl_methods.methods import METHODS
 from cl_methods.methods.finetune import FineTune
+from cl_methods.scenarios.base import Scenario
 from cl_methods.training import counting
 from cl_methods.training.building import build_method, select_scenario
 from cl_methods.training.config import RunConfig
@@ -56,6 +60,59 @@ def test_a_step_without_data_counts_what_a_real_one_does(name: str) -> None:
     assert costs.uncounted is None
     assert costs.stages[0].first == real_step(settings)
     assert costs.stages[0].steps == 2
+
+
+def real_tasks(settings: RunConfig, scenario: Scenario) -> list[int]:
+    """FLOPs of all steps of every task of a run."""
+    method = build_method(settings, scenario, torch.device("cpu"))
+    found = []
+    for index, task in enumerate(scenario.tasks):
+        method.before_task(index, task)
+        (stage,) = method.stages(task)
+        method.stage = stage
+        method.before_stage(stage)
+        optimizer = method.optimizer()
+        steps = TrainingSteps.of_stage(method, scenario.tasks, index, stage, seed=settings.seed)
+        total = 0
+        for batch in training_batches(steps, start_step=0, iterations=stage.iterations, device=torch.device("cpu")):
+            optimizer.zero_grad(set_to_none=True)
+            with (
+                clk.use_backend("reference"),
+                sdpa_kernel(SDPBackend.MATH),
+                FlopCounterMode(display=False) as counter,
+            ):
+                method.loss(batch)["loss"].backward()
+                method.before_step(batch)
+            total += int(counter.get_total_flops())
+            optimizer.step()
+            method.after_step(batch.step)
+        method.after_task(index, task)
+        found.append(total)
+    return found
+
+
+@pytest.mark.parametrize("name", ["zscl", "snd", pytest.param("lwf", marks=pytest.mark.slow)])
+def test_teachers_encode_what_no_task_or_only_earlier_ones_have_shown(name: str) -> None:
+    """Two steps of 4 among 11 reference images in each of two tasks: some of the second task's have been met in the first.
+
+    ZSCL's teacher stays, SnD has one that stays and one of each task, and LwF's is of each task, with the task's own images.
+    """
+    default = METHODS[name].default_config("mini")
+    changes = {"reference_batch_size": 4} if hasattr(default, "reference_batch_size") else {}
+    small = dataclasses.replace(default, batch_size=4, **changes)
+    settings = RunConfig(name, small, limit_tasks=2, limit_iterations=1, device="cpu")
+    scenario = select_scenario(settings)
+    assert scenario.reference is not None
+    few = Reference(Subset(scenario.reference.images, torch.arange(11)), scenario.reference.captions[:4])
+    tasks = tuple(dataclasses.replace(task, train=Subset(task.train, torch.arange(6))) for task in scenario.tasks)
+    scenario = dataclasses.replace(scenario, tasks=tasks, reference=few)
+    stages = count_run(settings, scenario).stages
+    assert [stage.flops for stage in stages] == real_tasks(settings, scenario)
+    met = [(stage.new_images, stage.old_images) for stage in stages]
+    if name != "lwf":
+        assert met[0] == (8, 0)
+        assert met[1][0] == 3
+        assert met[1][1] == 5
 
 
 def test_a_plan_says_what_a_run_writes_and_encodes(tmp_path: Path) -> None:

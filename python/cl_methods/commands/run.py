@@ -15,8 +15,9 @@ from cl_methods import ranks
 from cl_methods.backbone import planned_weights
 from cl_methods.commands.configuration import Invocation, parse
 from cl_methods.commands.series import expand, parse_series
-from cl_methods.evaluation.report import compare, write_run_report
+from cl_methods.evaluation.report import compare, print_run_report, write_run_report
 from cl_methods.methods.find import find_method
+from cl_methods.training.atomic import writing
 from cl_methods.training.building import check_distributed, select_scenario
 from cl_methods.training.checkpoints import RunDirectory
 from cl_methods.training.config import RunConfig
@@ -83,7 +84,9 @@ def _run(config: RunConfig, invocation: Invocation, output: Path) -> int:
     stopping = StopOnSignal(speaks=ranks.count() == 1)
     with progress_for() if ranks.first() else RunProgress() as reporter, stopping:
         run = Run(config, output, resume=invocation.resume, overwrite=invocation.overwrite, progress=reporter)
-        run.directory.write_text("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+        writable = run.directory.held()
+        if writable:
+            run.directory.write_text("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
         stopping.run = run
         try:
             result = run.execute()
@@ -94,12 +97,20 @@ def _run(config: RunConfig, invocation: Invocation, output: Path) -> int:
         if stopping.received is not None:
             reporter.note("stopped at the end of the run, which is complete")
         stopping.run = None  # everything is written; the report can be made again
-    ranks.from_first(lambda: _report(result, output))
+    ranks.from_first(lambda: _report(result, output, writable))
     return 0 if stopping.received is None else 128 + stopping.received  # a series ends here too
 
 
-def _report(result: dict[str, Any], output: Path) -> None:
-    write_run_report(result, output, Console())
+def _report(result: dict[str, Any], output: Path, writable: bool) -> None:
+    console = Console()
+    if writable:
+        with writing(output):
+            write_run_report(result, output, console)
+        return
+    print_run_report(result, output, console)
+    console.print(
+        f"{output} may only be read: nothing in it has been written", soft_wrap=True, highlight=False, markup=False
+    )
 
 
 def _default_output(config: RunConfig, invocation: Invocation) -> Path:

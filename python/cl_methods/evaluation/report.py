@@ -36,20 +36,11 @@ td.best { font-weight: 700; } img { max-width: 100%; height: auto; margin: .6rem
 
 
 def write_run_report(result: dict[str, Any], output: Path, console: Console) -> None:
-    """Print the accuracy matrix and the summary of one run; write ``report.md``, ``accuracy.png`` and ``matrix.png``.
+    """:func:`print_run_report`; write ``report.md``, ``accuracy.png`` and ``matrix.png``.
 
     Tables for every label space that was measured; the figures are of the first.
     """
-    boards, _ = arrange([{**result, "path": str(output)}])
-    tables = []
-    for board in boards:
-        incremental = class_incremental_table(board)
-        tables += [matrix_table(board.groups[0].results[0], board.title), summary_table(board)]
-        tables += [incremental] if incremental is not None else []
-    first = boards[0]
-    tables += [cost_table(first)] if first.compared() else []
-    for table in tables:
-        _print(table, console)
+    first, tables = print_run_report(result, output, console)
     text = "\n".join(table.markdown() for table in tables)
     figures.save(figures.accuracy_over_time(first), output / "accuracy.png")
     figures.save(figures.matrix(first), output / "matrix.png")
@@ -61,6 +52,25 @@ def write_run_report(result: dict[str, Any], output: Path, console: Console) -> 
         highlight=False,
         markup=False,
     )
+
+
+def print_run_report(result: dict[str, Any], output: Path, console: Console) -> tuple[Board, list[TextTable]]:
+    """Print the accuracy matrix and the summary of one run, for every label space that was measured.
+
+    Returns:
+        The board of the first label space, and all tables.
+    """
+    boards, _ = arrange([{**result, "path": str(output)}])
+    tables = []
+    for board in boards:
+        incremental = class_incremental_table(board)
+        tables += [matrix_table(board.groups[0].results[0], board.title), summary_table(board)]
+        tables += [incremental] if incremental is not None else []
+    first = boards[0]
+    tables += [cost_table(first)] if first.compared() else []
+    for table in tables:
+        _print(table, console)
+    return first, tables
 
 
 def compare(paths: Sequence[Path], output: Path, console: Console) -> list[Board]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -16,8 +17,18 @@ TEMPORARY = ".incomplete-"
 """Beginning of the names of what is being written; whatever bears it may be deleted."""
 
 
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What the system answers where this process may read and not write."""
+
+
 class WriteError(OSError):
-    """Something could not be written. The message names it and the reason; what was there before is untouched."""
+    """Something could not be written. The message names it and the reason; what was there before is untouched.
+
+    Attributes:
+        read_only: because this process may not write there, rather than for want of room or of the folder.
+    """
+
+    read_only = False
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -52,9 +63,11 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-        raise WriteError(
-            f"{path} cannot be written ({reason}); make room or restore the folder, then go on with --resume"
-        ) from error
+        read_only = isinstance(error, OSError) and error.errno in _READ_ONLY
+        remedy = "make the folder writable" if read_only else "make room or restore the folder"
+        failure = WriteError(f"{path} cannot be written ({reason}); {remedy}, then go on with --resume")
+        failure.read_only = read_only
+        raise failure from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from cl_methods import ranks
-from cl_methods.training.atomic import TEMPORARY, remove_folder, write_atomically, writing
+from cl_methods.training.atomic import TEMPORARY, WriteError, remove_folder, write_atomically, writing
 from cl_methods.training.checkpoint_folder import (
     Checkpoint,
     DamagedError,
@@ -116,22 +116,40 @@ class RunDirectory:
     def prepare(self, *, resume: bool = False, overwrite: bool = False) -> bool:
         """Make the directory ready for a run, and keep other processes from it until :meth:`release`.
 
+        A complete run that is to be resumed may lie where this process cannot write: there is nothing left to do in it.
+
         Returns:
             Whether an earlier run is there to be resumed.
 
         Raises:
             RunDirectoryError: see :meth:`check`; or another process is at work in the directory.
-            WriteError: it cannot be made.
+            WriteError: it cannot be made, or not be written to.
         """
-        self.check(resume=resume, overwrite=overwrite)
+        earlier = self.check(resume=resume, overwrite=overwrite)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        self._lock.take()
+        try:
+            self._lock.take()
+        except WriteError as error:
+            if resume and earlier and error.read_only and self._is_complete():
+                return True
+            raise
         try:
             return self._prepare(resume=resume, overwrite=overwrite)
         except BaseException:
             self._lock.release()
             raise
+
+    @ranks.by_first
+    def held(self) -> bool:
+        """Whether the run may write here: between :meth:`prepare` and :meth:`release`, unless it is complete and read-only."""
+        return self._lock.held
+
+    def _is_complete(self) -> bool:
+        try:
+            return read_json(self.path / "result.json") is not None
+        except DamagedError:
+            return False
 
     def release(self) -> None:
         """Let other processes use the directory; nothing happens in a process that does not hold it."""
@@ -165,6 +183,12 @@ class RunDirectory:
     def write_text(self, name: str, text: str) -> None:
         """The same for any text."""
         write_atomically(self.path / name, text)
+
+    @ranks.by_first
+    def forget(self, name: str) -> None:
+        """Delete ``name`` if it is there."""
+        with writing(self.path / name):
+            (self.path / name).unlink(missing_ok=True)
 
     @ranks.by_first
     def read_json(self, name: str) -> Any:

@@ -10,12 +10,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cl_methods.backbone import Backbone, load_backbone
+from cl_methods.datasets.images import ImageSource
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Method, Stage
 from cl_methods.methods.find import find_method
 from cl_methods.open_clip_loading import untrained_open_clip
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
+from cl_methods.training.reference_draws import ReferenceDraws
 from cl_methods.training.without_data import BlankImages, without_data
 
 _META = torch.device("meta")
@@ -30,21 +32,29 @@ class StageCosts:
         task, stage: their names.
         steps: optimiser steps, or batches of the one pass.
         first: FLOPs of a step whose reference images no frozen model has seen yet.
+        again: of one whose images earlier tasks have shown, but not this one: some teachers remember them, some are new themselves.
         step: FLOPs of every other step.
-        new_steps: steps of the first kind; they happen once in a run.
+        images: reference images of a step; 0 without.
+        new_images, old_images: of all steps, those met for the first time in the run, and in the task.
     """
 
     task: str
     stage: str
     steps: int
     first: int
+    again: int
     step: int
-    new_steps: int = 0
+    images: int = 0
+    new_images: int = 0
+    old_images: int = 0
 
     @property
     def flops(self) -> int:
-        """Of all steps."""
-        return self.new_steps * self.first + (self.steps - self.new_steps) * self.step
+        """Of all steps. What a teacher does grows with the images that it has not seen."""
+        if not self.images:
+            return self.steps * self.step
+        new, again = (self.first - self.step) * self.new_images, (self.again - self.step) * self.old_images
+        return self.steps * self.step + (new + again) // self.images
 
 
 @dataclass
@@ -105,7 +115,7 @@ def count_run(config: RunConfig, scenario: Scenario) -> RunCosts:
         )
         method._classifiers = {}
         try:
-            _train(method, scenario.tasks if config.learns(method) else (), costs)
+            _train(method, scenario.tasks if config.learns(method) else (), costs, ReferenceDraws(config.seed))
         except Exception as error:  # noqa: BLE001  # a method may need data for anything; the plan says which number it lacks
             line = (str(error).splitlines() or [""])[0]
             costs.uncounted = f"{type(error).__name__}: {line[:200]}"
@@ -127,64 +137,95 @@ def blank_backbone(model: str, pretrained: str | None = None) -> Backbone:
     return Backbone(network, tokenize, *[lambda _: torch.empty(shape, device=_META)] * 2, name=model, device=_META)
 
 
-def _train(method: Method, tasks: tuple[Task, ...], costs: RunCosts) -> None:
+def _train(method: Method, tasks: tuple[Task, ...], costs: RunCosts, draws: ReferenceDraws) -> None:
     if not tasks:
         return
     blank = [dataclasses.replace(task, **_blank_images(task)) for task in tasks]
     for index, task in enumerate(blank[:1] if method.joint else blank):
         method.before_task(index, task)
         if method.closed_form:
-            steps, batch = method.steps(tasks[index]), _batch(method, task, method.config.batch_size, 0)
+            steps, batch = method.steps(tasks[index]), _batch(method, task, method.config.batch_size, 0, 0)
             cost = _flops(lambda batch=batch: method.learn(batch))
-            costs.stages.append(StageCosts(task.name, "pass", steps, cost, cost))
+            costs.stages.append(StageCosts(task.name, "pass", steps, cost, cost, cost))
             continue  # the head's solution needs the labels
+        draws.begin_task()
+        first_step = 0
         for stage, planned in zip(method.stages(task), method.stages(tasks[index]), strict=True):
-            costs.stages.append(_stage(method, task, stage, planned, costs))
+            found = dataclasses.replace(_stage(method, index, task, stage, costs), steps=planned.steps)
+            source = method.reference_source(tasks[index]) if found.images else None
+            if source is not None:
+                new, old = draws.draw(len(source), found.images, index, first_step, planned.steps)
+                found = dataclasses.replace(found, new_images=new, old_images=old)
+            costs.stages.append(found)
+            first_step += planned.steps
         method.stage = None
         method.after_task(index, task)
     costs.state = _bytes(method.state_dict())
 
 
-def _stage(method: Method, task: Task, stage: Stage, planned: Stage, costs: RunCosts) -> StageCosts:
+def _stage(method: Method, index: int, task: Task, stage: Stage, costs: RunCosts) -> StageCosts:
+    """One step with images of each kind; how often there are such is the caller's."""
     method.stage = stage
     method.before_stage(stage)
     optimizer = method.optimizer()
     trainable = [value for _, value in method.trainable()]
     costs.trainable = max(costs.trainable, sum(value.numel() for value in trainable))
-    found = []
-    for step in range(2):
-        batch = _batch(method, task, stage.batch_size, step)
 
-        def train(batch: Batch = batch) -> None:
+    def train(step: int, place: int) -> int:
+        batch = _batch(method, task, stage.batch_size, step, place)
+
+        def do() -> None:
             optimizer.zero_grad(set_to_none=True)
             method.loss(batch)["loss"].backward()
             method.before_step(batch)
 
-        found.append(_flops(train))
+        found = _flops(do)
         optimizer.step()
         method.after_step(step)
+        return found
+
+    again = train(0, index - 1) if index and _stays(method, method.reference_source(task)) else 0
+    first = train(0, index)
+    step = train(1, index)
     moments = (value for state in optimizer.state.values() for value in state.values())
     costs.optimizer = max(costs.optimizer, sum(_size(value) for value in moments if isinstance(value, torch.Tensor)))
-    reference = method.reference_source(task) if method.uses_reference else None
-    size = getattr(method.config, "reference_batch_size", stage.batch_size)
-    new = 0 if reference is None or found[0] == found[1] else min(planned.steps, -(-len(reference) // size))
-    return StageCosts(task.name, stage.name, planned.steps, found[0], found[1], new)
+    shown = _reference_size(method, task, stage.batch_size)
+    return StageCosts(task.name, stage.name, 0, first, again or first, step, shown)
 
 
-def _batch(method: Method, task: Task, count: int, step: int) -> Batch:
+def _reference_size(method: Method, task: Task, count: int) -> int:
+    """Reference images of a step; 0 without."""
+    if not method.uses_reference or method.reference_source(task) is None:
+        return 0
+    return int(getattr(method.config, "reference_batch_size", count))
+
+
+def _batch(method: Method, task: Task, count: int, step: int, place: int) -> Batch:
+    """A batch of ``count`` images; ``place`` counts batches of reference images that have none in common, if there are enough."""
     shape = method.backbone.eval_transform(torch.zeros(0)).shape
     source = task.train if method.closed_form else method.training_images(task)
     reference = method.reference_source(task) if method.uses_reference else None
-    size = getattr(method.config, "reference_batch_size", count)
+    size = _reference_size(method, task, count)
     return Batch(
         torch.empty(count, *shape, device=_META),
         torch.empty(count, dtype=torch.int64, device=_META),
         step,
         None if reference is None else torch.empty(size, *shape, device=_META),
-        None if reference is None else torch.arange(size) % len(reference),
+        None if reference is None else _places(method, reference, size, place),
         task,
         torch.arange(count) % len(source),
     )
+
+
+def _places(method: Method, reference: ImageSource, size: int, place: int) -> torch.Tensor:
+    """Positions of reference images; of a set that stays they are names and nothing else, and may lie beyond its end."""
+    rows = torch.arange(size) + place * size
+    return rows if _stays(method, reference) else rows % len(reference)
+
+
+def _stays(method: Method, reference: ImageSource | None) -> bool:
+    """Whether the reference images are the same in every task."""
+    return method.reference is not None and reference is method.reference.images
 
 
 def _blank_images(task: Task) -> dict[str, Any]:

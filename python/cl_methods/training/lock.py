@@ -40,6 +40,11 @@ class RunLock:
         self.path = path
         self._descriptor: int | None = None
 
+    @property
+    def held(self) -> bool:
+        """Whether this process has it."""
+        return self._descriptor is not None
+
     def take(self) -> None:
         """Hold the lock until :meth:`release` or the end of the process.
 

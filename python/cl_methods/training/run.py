@@ -135,8 +135,6 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Do what is left to do and write ``result.json``."""
-        if ranks.first():
-            (self.directory.path / "diverged.json").unlink(missing_ok=True)
         try:
             return self._execute()
         except RuntimeError as error:
@@ -158,6 +156,7 @@ class Run:
         if finished is not None:
             self.reporter.note(f"{self.directory.path} is complete; nothing left to do")
             return finished
+        self.directory.forget("diverged.json")
         tasks, trains = self.scenario.tasks, self.config.learns(self.method)
         sessions = ([0] if self.method.joint else list(range(len(tasks)))) if trains else []
         steps = [self.method.steps(tasks[index]) for index in sessions]
