@@ -2,8 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
+
+
+def check_finite(config: Any) -> None:
+    """Check that no number of ``config``, alone or in a tuple or mapping, is infinite or NaN.
+
+    A comparison such as ``value < 0`` is false for NaN, and a training run with it only fails steps later.
+
+    Raises:
+        ValueError: one is.
+    """
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in inside):
+            raise ValueError(f"{entry.name}: expected finite numbers, got {value}")
+
+
+def check_at_least(config: Any, least: float, *names: str) -> None:
+    """Check that the named fields of ``config`` are at least ``least``.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ValueError(f"{name}: expected a number >= {least}, got {getattr(config, name)}")
 
 
 def check_fraction(config: Any, *names: str) -> None:

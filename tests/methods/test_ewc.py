@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_clip import build_backbone, transform
 from torch.nn import functional as F
-from trained import SHORT, Batches, check_resuming, learn, train, weights
+from trained import SHORT, Batches, learn, train, weights
 
 from cl_methods.components.fisher import fisher_diagonal
 from cl_methods.components.weights import consolidation_value, fold_consolidation_gradient
@@ -139,10 +139,6 @@ def test_fisher_information_adds_up(decay: float, tasks: list[Task], batches: Ba
     second = fisher_diagonal(method.backbone, method.trainable(), tasks[1].train, texts, samples=24, labels="true")
     for name, value in method.fisher.items():
         torch.testing.assert_close(value, decay * first[name] + second[name], rtol=1e-3, atol=1e-6)
-
-
-def test_resuming_in_the_middle_of_a_task(tasks: list[Task], batches: Batches) -> None:
-    check_resuming(build, tasks, batches)
 
 
 def test_a_foreign_state_is_refused(tasks: list[Task], batches: Batches) -> None:

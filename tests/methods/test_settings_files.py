@@ -59,7 +59,7 @@ def test_default_settings_run(name: str, protocol: str, tasks: list[Task], refer
     assert all(0 <= value <= 100 for entry in row for value in (entry.accuracy, entry.calibration_error))
 
 
-SMALL: dict[str, Any] = {"width": 40, "rank": 20, "batch_size": 6, "memory": 12, "fisher_samples": 4}
+SMALL: dict[str, Any] = {"width": 40, "rank": 20, "batch_size": 6, "memory": 12, "fisher_samples": 4, "texts": 20}
 
 
 def shortened(settings: Any) -> Any:

@@ -215,9 +215,9 @@ def test_only_the_first_step_of_the_first_task_agrees_with_its_teacher(
     [
         ({"distance": "cosine"}, "distance: expected one of squared, norm, got 'cosine'"),
         ({"reference_batch_size": 0}, "reference_batch_size: expected a number of images >= 1, got 0"),
-        ({"previous_weight": -1.0}, "previous_weight: expected a finite number >= 0, got -1"),
-        ({"sharpness": float("inf")}, "sharpness: expected a finite number >= 0, got inf"),
-        ({"threshold": float("nan")}, "threshold: expected a finite number >= 0, got nan"),
+        ({"previous_weight": -1.0}, "previous_weight: expected a number >= 0, got -1"),
+        ({"sharpness": float("inf")}, "sharpness: expected finite numbers, got inf"),
+        ({"threshold": float("nan")}, "threshold: expected finite numbers, got nan"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str, reference: Reference) -> None:

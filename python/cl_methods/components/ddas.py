@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from cl_methods import ranks
 from cl_methods.backbone import Backbone
-from cl_methods.checks import check_field
+from cl_methods.checks import check_at_least, check_field, check_finite
 from cl_methods.components.frozen_features import Extractor, alexnet_features, backbone_features
 from cl_methods.components.image_batch import ImageBatch
 from cl_methods.components.source_features import source_features
@@ -62,11 +62,13 @@ class DDASConfig:
     scope: Literal["sample", "batch"] = "sample"
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_field(self, "features", ("alexnet", "backbone"))
         check_field(self, "scope", ("sample", "batch"))
         for name in ("code", "iterations", "generic_iterations", "batch_size", "lr", "decay_epochs", "threshold"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+        check_at_least(self, 0, "depth", "weight_decay")
 
 
 class AutoEncoder(nn.Module):

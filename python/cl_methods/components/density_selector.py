@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_methods.backbone import Backbone
-from cl_methods.checks import check_field
+from cl_methods.checks import check_at_least, check_field, check_finite
 from cl_methods.components.densities import Density, Gaussian, KernelDensity, LowRankGaussian
 from cl_methods.components.frozen_features import Extractor, backbone_features
 from cl_methods.components.image_batch import PLAIN, ImageBatch
@@ -48,6 +48,7 @@ class DensityConfig:
     scope: Literal["sample", "batch"] = "sample"
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_field(self, "features", ("statistics", "embedding"))
         check_field(self, "density", ("gaussian", "low_rank", "kernel"))
         check_field(self, "scope", ("sample", "batch"))
@@ -56,8 +57,7 @@ class DensityConfig:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
         if not 0 <= self.shrinkage < 1:
             raise ValueError(f"shrinkage: expected 0 <= value < 1, got {self.shrinkage}")
-        if not self.bandwidth >= 0:
-            raise ValueError(f"bandwidth: expected a number >= 0, got {self.bandwidth}")
+        check_at_least(self, 0, "depth", "bandwidth")
 
 
 def with_held_out(train: ImageSource, held_out: ImageSource | None) -> tuple[ImageSource, ImageSource]:
@@ -101,6 +101,9 @@ class DensitySelector(nn.Module):
     Args:
         backbone: frozen; plain while :meth:`decide` runs.
         config: settings.
+
+    Raises:
+        ValueError: a rank that is not below the width of the features.
     """
 
     shift: Tensor
@@ -113,8 +116,15 @@ class DensitySelector(nn.Module):
         self.extractor = (
             backbone_features(backbone, config.depth)
             if config.features == "statistics"
-            else Extractor(lambda images: backbone.encode_images(images).float(), standardise=True)
+            else Extractor(
+                lambda images: backbone.encode_images(images).float(),
+                standardise=True,
+                width=getattr(backbone.model.visual, "output_dim", None),
+            )
         )
+        width = self.extractor.width
+        if config.density == "low_rank" and width is not None and config.rank >= width:
+            raise ValueError(f"rank: expected less than the width of the features, {width}, got {config.rank}")
         self.generic: Density | None = None
         self.tasks = nn.ModuleList()
         self.register_buffer("shift", torch.zeros(0))

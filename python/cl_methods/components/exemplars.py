@@ -134,10 +134,18 @@ class ExemplarMemory:
                 f"before_task: task number {index} follows {index} learnt ones, the memory knows {len(self.tasks)} tasks "
                 f"and holds images of {len(self.indices)}; call load_state_dict and recall first"
             )
-        classes = sum(len(known.class_names) for known in (*self.tasks, task))
+        self.check_room([*self.tasks, task])
+
+    def check_room(self, tasks: Sequence[Task]) -> None:
+        """Check that every class of ``tasks`` can have an image.
+
+        Raises:
+            ValueError: the budget is smaller than the number of classes.
+        """
+        classes = sum(len(task.class_names) for task in tasks)
         if self.budget < classes:
             raise ValueError(
-                f"memory: expected at least one image for each of the {classes} classes up to task {task.name}, got "
+                f"memory: expected at least one image for each of the {classes} classes up to task {tasks[-1].name}, got "
                 f"{self.budget}"
             )
 

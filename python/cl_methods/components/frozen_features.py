@@ -20,10 +20,12 @@ class Extractor:
     Attributes:
         features: the function.
         standardise: whether features need shift and scale before a sigmoid.
+        width: D, where it is known before an image has been seen.
     """
 
     features: Callable[[Tensor], Tensor]
     standardise: bool
+    width: int | None = None
 
 
 def alexnet_features(weights: str, device: torch.device) -> Extractor:
@@ -76,4 +78,4 @@ def backbone_features(backbone: Backbone, depth: int) -> Extractor:
         patches = x[:, 1:]
         return torch.cat([patches.mean(dim=1), patches.std(dim=1)], dim=1)
 
-    return Extractor(features, standardise=True)
+    return Extractor(features, standardise=True, width=2 * visual.conv1.out_channels)

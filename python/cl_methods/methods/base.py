@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import torch
@@ -132,6 +133,17 @@ class Method(Scoring, ABC):
             ValueError: the file holds a setting that does not exist or has a wrong value.
         """
         return build_settings(cls.Config, scenario_settings(cls.name, scenario))
+
+    def check_tasks(self, tasks: Sequence[Task]) -> None:
+        """Check, before a run begins, that the settings go with the sequence ``tasks``; an override calls the base class's.
+
+        Raises:
+            ValueError: a rate is set for a task that does not exist, and whose name is nearly that of one.
+        """
+        rates, names = getattr(self.config, "task_lr", {}), {task.name for task in tasks}
+        for name in rates.keys() - names:
+            for meant in get_close_matches(name, names - rates.keys(), n=1, cutoff=0.75):
+                raise ValueError(f"task_lr: no task is called {name!r}; did you mean {meant}?")
 
     def before_task(self, index: int, task: Task) -> None:
         """Prepare for training on ``task``, the ``index``-th (0-based) of the sequence."""

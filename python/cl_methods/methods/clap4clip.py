@@ -66,6 +66,11 @@ class CLAP4CLIP(Method):
         self._task: Task | None = None
         self._scale = backbone.logit_scale.detach().float()
 
+    def check_tasks(self, tasks: Sequence[Task]) -> None:
+        """The memory has to hold an image of every class of the sequence."""
+        super().check_tasks(tasks)
+        self.memory.check_room(tasks)
+
     def recall(self, tasks: Sequence[Task]) -> None:
         """The tasks whose indices the memory holds."""
         super().recall(tasks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cl_methods.checks import check_field
+from cl_methods.checks import check_at_least, check_field
 from cl_methods.methods.config import TrainConfig
 
 Prior = Literal["standard_normal", "data_driven", "language_aware"]
@@ -81,14 +81,7 @@ class ClapConfig(TrainConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a number >= 1, got {value}")
-        for name in (
-            "evaluation_samples",
-            "kl_weight",
-            "past_task_weight",
-            "fine_tuning_iterations",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        check_at_least(self, 0, "evaluation_samples", "kl_weight", "past_task_weight", "fine_tuning_iterations")
         for name in ("attention_dropout", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 <= value < 1, got {getattr(self, name)}")
@@ -98,5 +91,11 @@ class ClapConfig(TrainConfig):
             raise ValueError(f"fine_tuning_lr_factor: expected a number > 0, got {self.fine_tuning_lr_factor}")
         if self.prior == "data_driven" and not self.visual_attention:
             raise ValueError("prior: 'data_driven' is made by the visual attention; set visual_attention to true")
+        if self.prior != "standard_normal" and not self.kl_weight:
+            raise ValueError(
+                f"prior: {self.prior!r} has no effect without the divergence from it; set kl_weight above 0"
+            )
+        if self.keep != "uncertain" and self.selection in ("random", "herding"):
+            raise ValueError(f"keep: {self.keep!r} asks for an uncertainty, and selection is {self.selection!r}")
         if self.selection == "variance" and self.samples < 2:
             raise ValueError(f"selection: the variance of draws needs samples >= 2, got {self.samples}")

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from cl_kernels.nn import BetaWeights, WeightAverager
 from cl_methods.backbone import Backbone
+from cl_methods.checks import check_at_least
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts, Method
 from cl_methods.methods.config import TrainConfig
@@ -28,7 +29,7 @@ class CLIPoodConfig(TrainConfig):
     """
 
     lr: float = 5e-6
-    iterations: int = 10_000
+    iterations: int = 5000
     batch_size: int = 36
     warmup: int = 0
     label_smoothing: float = 0.0
@@ -38,8 +39,7 @@ class CLIPoodConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.margin < 0:
-            raise ValueError(f"margin: expected a number >= 0, got {self.margin}")
+        check_at_least(self, 0, "margin")
         if not self.beta > 0:
             raise ValueError(f"beta: expected a number > 0, got {self.beta}")
 

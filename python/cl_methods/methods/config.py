@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cl_methods.checks import check_at_least, check_finite
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -32,6 +34,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("lr", "iterations", "batch_size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
@@ -44,8 +47,7 @@ class TrainConfig:
             raise ValueError(f"warmup: expected a number of steps >= 0, got {self.warmup}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing: expected 0 <= value < 1, got {self.label_smoothing}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay: expected a number >= 0, got {self.weight_decay}")
+        check_at_least(self, 0, "weight_decay")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from cl_methods.backbone import Backbone
-from cl_methods.checks import check_field
+from cl_methods.checks import check_at_least, check_field, check_fraction
 from cl_methods.components.fisher import fisher_diagonal
 from cl_methods.components.weights import consolidation_value, fold_consolidation_gradient, snapshot
 from cl_methods.datasets.task import Reference, Task
@@ -38,10 +38,8 @@ class EWCConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_field(self, "fisher_labels", ("sampled", "true"))
-        if self.strength < 0:
-            raise ValueError(f"strength: expected a number >= 0, got {self.strength}")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay: expected 0 <= value <= 1, got {self.decay}")
+        check_at_least(self, 0, "strength")
+        check_fraction(self, "decay")
         if self.fisher_samples < 1:
             raise ValueError(f"fisher_samples: expected a number of images >= 1, got {self.fisher_samples}")
 

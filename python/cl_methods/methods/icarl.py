@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import cl_kernels as clk
 from cl_methods.backbone import Backbone
-from cl_methods.checks import check_field
+from cl_methods.checks import check_at_least, check_field
 from cl_methods.components.exemplars import Selection, encode_source, herded
 from cl_methods.components.reference_features import FrozenFeatures
 from cl_methods.datasets.images import Subset
@@ -44,8 +44,7 @@ class ICaRLConfig(MemoryConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_field(self, "classifier", ("exemplar_means", "texts"))
-        if self.distillation_weight < 0:
-            raise ValueError(f"distillation_weight: expected a number >= 0, got {self.distillation_weight}")
+        check_at_least(self, 0, "distillation_weight")
         if not self.temperature > 0:
             raise ValueError(f"temperature: expected a number > 0, got {self.temperature}")
 

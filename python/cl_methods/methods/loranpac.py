@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_methods.checks import check_at_least
 from cl_methods.methods.base import Facts
 from cl_methods.methods.random_features import RandomFeatureConfig, RandomFeatureMethod
 
@@ -31,9 +32,7 @@ class LoRanPACConfig(RandomFeatureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "block"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
+        check_at_least(self, 1, "rank", "block")
         if not 0 <= self.truncated < 1:
             raise ValueError(f"truncated: expected 0 <= value < 1, got {self.truncated}")
 

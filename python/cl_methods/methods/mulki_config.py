@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from cl_methods.checks import check_field, check_fraction
+from cl_methods.checks import check_at_least, check_field, check_fraction
 from cl_methods.components.dual_teachers import Distance
 from cl_methods.components.teacher_weights import WEIGHTINGS, Weighting
 from cl_methods.methods.config import TrainConfig
@@ -91,19 +90,15 @@ class MulKIConfig(TrainConfig):
         check_field(self, "teacher_view", ("batch", "evaluation"))
         check_field(self, "teacher_weighting", WEIGHTINGS)
         check_fraction(self, "prototype_momentum", "inter_task_share")
-        weights = (
-            "alignment_weight",
-            "feature_weight",
-            "relation_weight",
-            "relation_columns",
-            "threshold",
-            "sharpness",
-        )
-        for name in weights:
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)}")
+        check_at_least(self, 0, "alignment_weight", "feature_weight", "relation_weight", "relation_columns")
+        check_at_least(self, 0, "threshold", "sharpness")
         for name in ("temperature", "weighting_temperature"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name}: expected a finite number > 0, got {getattr(self, name)}")
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+        if self.relation_weight > 0 and not self.relates:
+            raise ValueError(
+                f"relation_weight: {self.relation_weight} of no relation; switch one on (prototype_text_relation needs a "
+                "text tower that trains), or set relation_weight to 0"
+            )
         if self.average_every < 0:
             raise ValueError(f"average_every: expected a number of steps >= 1, or 0 for none, got {self.average_every}")

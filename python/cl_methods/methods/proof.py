@@ -103,6 +103,11 @@ class PROOF(Method):
         self._features: Tensor | None = None
         self._compared: tuple[Tensor, Shared] | None = None
 
+    def check_tasks(self, tasks: Sequence[Task]) -> None:
+        """The memory has to hold an image of every class of the sequence."""
+        super().check_tasks(tasks)
+        self.memory.check_room(tasks)
+
     def recall(self, tasks: Sequence[Task]) -> None:
         """The tasks whose indices the memory holds."""
         super().recall(tasks)

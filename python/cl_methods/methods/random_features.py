@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_methods.backbone import Backbone
+from cl_methods.checks import check_at_least, check_finite
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Method
 
@@ -30,9 +31,8 @@ class RandomFeatureConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("width", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
+        check_finite(self)
+        check_at_least(self, 1, "width", "batch_size")
 
 
 class RandomFeatureMethod(Method):

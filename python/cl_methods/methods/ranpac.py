@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_methods.checks import check_fraction
+from cl_methods.datasets.task import Task
 from cl_methods.methods.base import Facts
 from cl_methods.methods.random_features import RandomFeatureConfig, RandomFeatureMethod
 
 _CHUNK = 4096
+_EXPONENT = 37  # a ridge is stored in float32
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,14 @@ class RanPACConfig(RandomFeatureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fraction(self, "held_out")
-        if not self.ridge_exponents[0] <= self.ridge_exponents[1]:
-            raise ValueError(f"ridge_exponents: expected a smallest and a largest one, got {self.ridge_exponents}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out: expected 0 < value < 1, got {self.held_out}")
+        smallest, largest = self.ridge_exponents
+        if not -_EXPONENT <= smallest <= largest <= _EXPONENT:
+            raise ValueError(
+                f"ridge_exponents: expected a smallest and a largest one from -{_EXPONENT} to {_EXPONENT}, got "
+                f"{self.ridge_exponents}"
+            )
 
 
 class RanPAC(RandomFeatureMethod):
@@ -59,6 +65,12 @@ class RanPAC(RandomFeatureMethod):
     Config: ClassVar[type[RandomFeatureConfig]] = RanPACConfig
     config: RanPACConfig
     stores: ClassVar[tuple[str, ...]] = ("gram", "prototypes", "ridge")
+
+    def check_tasks(self, tasks: Sequence[Task]) -> None:
+        """Every task needs images on both sides of ``held_out``."""
+        super().check_tasks(tasks)
+        for task in tasks:
+            fitted_images(len(task.train), self.config.held_out)
 
     def fit(self, features: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
         """Add the task to G and Q, choose λ, solve. See :meth:`RandomFeatureMethod.fit`."""
@@ -121,11 +133,7 @@ def choose_ridge(
     Raises:
         ValueError: ``held_out`` leaves no row to fit or to choose by.
     """
-    count = int(len(features) * (1 - held_out))
-    if not 0 < count < len(features):
-        raise ValueError(
-            f"held_out: {held_out} of {len(features)} images leaves {count} to fit the head to; need both parts"
-        )
+    count = fitted_images(len(features), held_out)
     rest = lift(features[count:])
     if count <= rest.shape[1]:
         rows = lift(features[:count])
@@ -137,6 +145,18 @@ def choose_ridge(
     left, right, wanted = left.double() @ vectors, vectors.T @ right.double(), targets[count:].double()
     errors = torch.stack([(left @ (right / (values + ridge)[:, None]) - wanted).square().mean() for ridge in ridges])
     return ridges[int(errors.nan_to_num(nan=torch.inf).argmin())]
+
+
+def fitted_images(images: int, held_out: float) -> int:
+    """How many of a task's ``images`` the head is fitted to when a share of them chooses the ridge.
+
+    Raises:
+        ValueError: one of the two parts is empty.
+    """
+    count = int(images * (1 - held_out))
+    if not 0 < count < images:
+        raise ValueError(f"held_out: {held_out} of {images} images leaves {count} to fit the head to; need both parts")
+    return count
 
 
 def solve_ridge(gram: Tensor, prototypes: Tensor, ridge: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_methods.backbone import Backbone, prompt
-from cl_methods.checks import check_field
+from cl_methods.checks import check_at_least, check_field
 from cl_methods.components.exemplars import ExemplarMemory, Exemplars, Selection, herded
 from cl_methods.datasets.images import ImageSource
 from cl_methods.datasets.task import Reference, Task
@@ -40,8 +40,7 @@ class MemoryConfig(TrainConfig):
         for name in ("memory", "reference_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number of images >= 1, got {getattr(self, name)}")
-        if self.replay_weight < 0:
-            raise ValueError(f"replay_weight: expected a number >= 0, got {self.replay_weight}")
+        check_at_least(self, 0, "replay_weight")
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,11 @@ class Replay(FineTune):
         self.memory = ExemplarMemory(config.memory)
         self._exemplars: Exemplars | None = None
         self._sizes: list[int] = []
+
+    def check_tasks(self, tasks: Sequence[Task]) -> None:
+        """The memory has to hold an image of every class of the sequence."""
+        super().check_tasks(tasks)
+        self.memory.check_room(tasks)
 
     def recall(self, tasks: Sequence[Task]) -> None:
         """The tasks whose indices the memory holds."""

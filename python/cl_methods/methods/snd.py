@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_methods.backbone import Backbone
-from cl_methods.checks import check_field
+from cl_methods.checks import check_at_least, check_field
 from cl_methods.components.dual_teachers import Distance, DualTeachers, discrepancy_gate, feature_distances
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts
@@ -49,9 +48,7 @@ class SnDConfig(TrainConfig):
         check_field(self, "distance", ("squared", "norm"))
         if self.reference_batch_size < 1:
             raise ValueError(f"reference_batch_size: expected a number of images >= 1, got {self.reference_batch_size}")
-        for name in ("previous_weight", "pretrained_weight", "threshold", "sharpness"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)}")
+        check_at_least(self, 0, "previous_weight", "pretrained_weight", "threshold", "sharpness")
 
 
 class SnD(FineTune):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
-from cl_methods.checks import check_field, check_fraction
+from cl_methods.checks import check_at_least, check_field, check_fraction
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.settings import scenario_settings
 
@@ -159,7 +159,6 @@ class ZSCLConfig(TrainConfig):
         for name in ("reference_batch_size", "average_every", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        if self.consolidation < 0:
-            raise ValueError(f"consolidation: expected a number >= 0, got {self.consolidation}")
+        check_at_least(self, 0, "consolidation", "distillation_weight")
         if self.wise_merge != "none" and self.ensemble != "none":
             raise ValueError("wise_merge: the ensemble replaces the merged weights; set ensemble to 'none'")

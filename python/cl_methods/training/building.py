@@ -38,11 +38,15 @@ def build_method(config: RunConfig, scenario: Scenario, device: torch.device) ->
     """The configured method over its backbone, built with seeded random numbers.
 
     Raises:
-        ValueError: the method needs reference data and the scenario has none, or the model cannot be loaded.
+        ValueError: the method needs reference data and the scenario has none, its settings do not go with the tasks, or the model
+            cannot be loaded.
     """
     seed_everything(derive_seed(config.seed, "build"))
     backbone = load_backbone(config.model, config.pretrained, device=device)
-    return find_method(config.method)(backbone, config.effective_settings(), scenario.reference)
+    method = find_method(config.method)(backbone, config.effective_settings(), scenario.reference)
+    if config.learns(method):
+        method.check_tasks(scenario.tasks)
+    return method
 
 
 def check_distributed(config: RunConfig) -> None:
