@@ -22,9 +22,9 @@ from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import METHODS, Batch
 from cl_methods.open_clip_loading import untrained_open_clip
 from cl_methods.seeding import seed_everything
-from cl_methods.training.levers import Levers, use_levers
-from cl_methods.training.memory import give_back_freed_memory, plan_memory
-from cl_methods.training.optimizer_state import with_state
+from cl_methods.training.memory.levers import Levers, use_levers
+from cl_methods.training.memory.optimizer_state import with_state
+from cl_methods.training.memory.planner import give_back_freed_memory, plan_memory
 from cl_methods.training.sizes import format_size, parse_size
 
 

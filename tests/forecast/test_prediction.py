@@ -43,7 +43,7 @@ def test_hours_are_those_of_all_steps_hooks_and_rows(predictor: Predictor) -> No
 def test_memory_decides_how_batches_are_cut_and_what_is_refused(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cl_methods.training.memory._SIZES", (4,))  # few ways to rehearse
+    monkeypatch.setattr("cl_methods.training.memory.planner._SIZES", (4,))  # few ways to rehearse
     roomy = predictor.predict(card(8e9))
     assert roomy.memory is not None
     assert roomy.memory.micro_batches is None

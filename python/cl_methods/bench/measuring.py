@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_iter
 
 from cl_kernels.profile import ExtraMemory
 from cl_methods.bench.rows import Samples
-from cl_methods.training.memory_live import LiveMemory
+from cl_methods.training.memory.live import LiveMemory
 
 Work = Callable[[], object]
 

@@ -153,7 +153,7 @@ def _print_plan(config: RunConfig, output: Path) -> None:
     device = choose_device(config.device)
     console.print(plan.time_sentence(product_speed(device), str(device)), soft_wrap=True, highlight=False)
     if config.plans_memory:
-        from cl_methods.training.memory import plan_run  # which takes a second to load
+        from cl_methods.training.memory.planner import plan_run  # which takes a second to load
 
         memory = plan_run(config, scenario, choose_device(config.device))
         for line in memory.lines() if memory is not None else ():

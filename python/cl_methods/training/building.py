@@ -19,7 +19,7 @@ from cl_methods.sharding import shard
 from cl_methods.training.config import RunConfig
 
 if TYPE_CHECKING:
-    from cl_methods.training.memory import MemoryPlan
+    from cl_methods.training.memory.planner import MemoryPlan
 
 
 def select_scenario(config: RunConfig) -> Scenario:
@@ -85,7 +85,7 @@ def plan_run_memory(
     """
     if not config.plans_memory:
         return None
-    from cl_methods.training.memory import give_back_freed_memory, plan_run  # which take a second to load
+    from cl_methods.training.memory.planner import give_back_freed_memory, plan_run  # which take a second to load
 
     if device.type == "cpu" and config.memory_budget is not None:
         give_back_freed_memory()

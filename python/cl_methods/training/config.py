@@ -13,8 +13,8 @@ from cl_methods.evaluation.accuracy import EvaluationOptions
 from cl_methods.methods.base import Method
 from cl_methods.scenarios import ScenarioOptions
 from cl_methods.training.checkpoints import CheckpointOptions
-from cl_methods.training.levers import Levers
-from cl_methods.training.optimizer_state import require_library
+from cl_methods.training.memory.levers import Levers
+from cl_methods.training.memory.optimizer_state import require_library
 from cl_methods.training.sizes import parse_size
 
 WITHOUT_EFFECT = (

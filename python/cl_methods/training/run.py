@@ -26,7 +26,7 @@ from cl_methods.training.environment import choose_device
 from cl_methods.training.failures import explain
 from cl_methods.training.identity import check_same_run, describe_run
 from cl_methods.training.learning import Learning
-from cl_methods.training.levers import use_levers
+from cl_methods.training.memory.levers import use_levers
 from cl_methods.training.progress import RunProgress
 from cl_methods.training.restoring import Restored, restore
 from cl_methods.training.result import run_result

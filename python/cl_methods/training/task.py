@@ -17,7 +17,7 @@ from cl_methods.seeding import derive_seed, seed_everything
 from cl_methods.sharding import load_method_state, load_optimizer_state
 from cl_methods.training.data import TrainingSteps, one_pass, training_batches
 from cl_methods.training.loop import StepReport, learn_from_batches, train_on_batches
-from cl_methods.training.optimizer_state import OptimizerState, with_state
+from cl_methods.training.memory.optimizer_state import OptimizerState, with_state
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TaskTraining:
         seed: of the run.
         workers: data-loading processes.
         continuation: to continue in the middle of the task; ``method`` is then in the state before the task.
-        optimizer_state: where the optimiser's state lies, see :mod:`cl_methods.training.optimizer_state`.
+        optimizer_state: where the optimiser's state lies, see :mod:`cl_methods.training.memory.optimizer_state`.
         on_start: called when the trainable parameters of the first stage to be done are known.
         on_step: called after each step.
         learnt_before: tasks that ``method`` has learnt in another run; hooks and random numbers count them.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from cl_methods.backbone import Precision
 from cl_methods.methods.base import Method
-from cl_methods.training.optimizer_state import OptimizerState
+from cl_methods.training.memory.optimizer_state import OptimizerState
 
 Offload = Literal["none", "averages"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "methods"))
+sys.path.append(str(Path(__file__).parents[2] / "methods"))
 from test_settings_files import shortened
 from tiny_clip import build_backbone, noise_images
 
@@ -20,9 +20,9 @@ from cl_methods.cli import main
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import METHODS, Batch
 from cl_methods.micro_batches import MicroBatches
-from cl_methods.training.memory import MemoryBudgetError, MemoryPlan, plan_memory
-from cl_methods.training.memory_live import LiveMemory
-from cl_methods.training.memory_trace import Rehearsal
+from cl_methods.training.memory.live import LiveMemory
+from cl_methods.training.memory.planner import MemoryBudgetError, MemoryPlan, plan_memory
+from cl_methods.training.memory.rehearsal import Rehearsal
 from cl_methods.training.sizes import format_size, parse_size
 
 KEPT = ("zscl", "mulki", "moe_adapters")
@@ -148,8 +148,8 @@ def test_real_tensors_are_left_alone() -> None:
 
 def test_the_fastest_plan_that_fits_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """From all at once over parts to blocks, as the budget shrinks; below the smallest, a sentence with what would do."""
-    monkeypatch.setattr("cl_methods.training.memory._process_bytes", lambda backbone: 0)
-    monkeypatch.setattr("cl_methods.training.memory._SIZES", (8, 1))
+    monkeypatch.setattr("cl_methods.training.memory.planner._process_bytes", lambda backbone: 0)
+    monkeypatch.setattr("cl_methods.training.memory.planner._SIZES", (8, 1))
     tasks, reference = given()
     settings = dataclasses.replace(settings_of("snd"), batch_size=48)
 

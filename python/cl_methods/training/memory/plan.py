@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cl_methods.micro_batches import MicroBatches
-from cl_methods.training.levers import Levers
+from cl_methods.training.memory.levers import Levers
 from cl_methods.training.sizes import format_size
 
 

@@ -21,11 +21,11 @@ from cl_methods.scenarios import ScenarioOptions
 from cl_methods.scenarios import load as load_scenario
 from cl_methods.seeding import seed_everything
 from cl_methods.training.config import RunConfig, differences
-from cl_methods.training.levers import Levers, use_levers
 from cl_methods.training.loop import StepReport
-from cl_methods.training.memory import MemoryBudgetError, _Planner, plan_memory
-from cl_methods.training.memory_trace import Rehearsal
-from cl_methods.training.optimizer_state import check_optimizer, state_bytes
+from cl_methods.training.memory.levers import Levers, use_levers
+from cl_methods.training.memory.optimizer_state import check_optimizer, state_bytes
+from cl_methods.training.memory.planner import MemoryBudgetError, _Planner, plan_memory
+from cl_methods.training.memory.rehearsal import Rehearsal
 from cl_methods.training.progress import RunProgress
 from cl_methods.training.run import Run, StoppedError, build_method
 from cl_methods.training.sizes import format_size
@@ -34,13 +34,13 @@ from cl_methods.training.task import TaskTraining
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cl_methods.training.optimizer_state._PIECE", 1 << 12)
+    monkeypatch.setattr("cl_methods.training.memory.optimizer_state._PIECE", 1 << 12)
 
 
 @pytest.fixture
 def without_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cl_methods.training.memory._process_bytes", lambda backbone: 0)
-    monkeypatch.setattr("cl_methods.training.memory._SIZES", (1,))
+    monkeypatch.setattr("cl_methods.training.memory.planner._process_bytes", lambda backbone: 0)
+    monkeypatch.setattr("cl_methods.training.memory.planner._SIZES", (1,))
 
 
 def finetuning() -> _Planner:
@@ -193,7 +193,7 @@ def test_other_values_are_refused(option: str, value: str, message: str) -> None
 def test_8_bits_without_the_package_are_refused_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cl_methods.training.optimizer_state.find_spec", lambda name: None)
+    monkeypatch.setattr("cl_methods.training.memory.optimizer_state.find_spec", lambda name: None)
     assert main(["run", "--method", "finetune", "--optimizer-state", "8bit", "--output", str(tmp_path / "run")]) != 0
     assert "the package torchao, which is not installed" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()

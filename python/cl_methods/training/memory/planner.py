@@ -18,10 +18,8 @@ from cl_methods.micro_batches import MicroBatches
 from cl_methods.open_clip_loading import shapes_of_open_clip
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
-from cl_methods.training.levers import Levers
-from cl_methods.training.memory_plan import MemoryPlan
-from cl_methods.training.memory_trace import Rehearsal
-from cl_methods.training.optimizer_state import (
+from cl_methods.training.memory.levers import Levers
+from cl_methods.training.memory.optimizer_state import (
     OptimizerState,
     check_optimizer,
     load_library,
@@ -29,6 +27,8 @@ from cl_methods.training.optimizer_state import (
     takes_eight_bits,
     update_bytes,
 )
+from cl_methods.training.memory.plan import MemoryPlan
+from cl_methods.training.memory.rehearsal import Rehearsal
 from cl_methods.training.sizes import format_size
 
 _SIZES = (64, 32, 16, 8, 4, 2, 1)
@@ -68,8 +68,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """The fastest way to train within ``budget``: all at once, else in the largest parts that fit, else block by block.
 
-    Every way is rehearsed on tensors without data (:class:`~cl_methods.training.memory_trace.Rehearsal`), so the figures are those
-    of the method's own code with its settings.
+    Every way is rehearsed on tensors without data (:class:`~cl_methods.training.memory.rehearsal.Rehearsal`), so the figures are
+    those of the method's own code with its settings.
 
     Args:
         method: its class; it takes optimiser steps.

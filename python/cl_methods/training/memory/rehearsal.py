@@ -21,8 +21,8 @@ from cl_methods.methods.base import Batch, Method
 from cl_methods.micro_batches import MicroBatches, leaving_out_middle_parts
 from cl_methods.ranks.simulated import simulated
 from cl_methods.training.gradients import BUCKET_BYTES
-from cl_methods.training.memory_live import LiveMemory, TooLongError
-from cl_methods.training.memory_stand_ins import IMAGES, blank_transform, stand_ins_for
+from cl_methods.training.memory.live import LiveMemory, TooLongError
+from cl_methods.training.memory.stand_ins import IMAGES, blank_transform, stand_ins_for
 from cl_methods.training.task import use_micro_batches
 from cl_methods.training.without_data import BlankImages
 

@@ -1,0 +1,1 @@
+"""Training within a budget of memory: what saves memory, how much a step takes, and the plan that makes both meet."""
