@@ -22,8 +22,8 @@ from cl_methods.datasets.binary import read_cifar_pickle
 from cl_methods.datasets.images import DataError, FileImages
 from cl_methods.datasets.sources import TarImages
 from cl_methods.training.checkpoints import RunDirectory, TrainingProgress
+from cl_methods.training.checkpoints.restoring import restore
 from cl_methods.training.export import read_adapter
-from cl_methods.training.restoring import restore
 from cl_methods.weights import read_weights
 
 ROWS = {

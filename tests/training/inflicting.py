@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from cl_methods.commands import run as run_command
-from cl_methods.training import atomic
 from cl_methods.training import run as run_module
-from cl_methods.training.checkpoints import RunDirectory
+from cl_methods.training.checkpoints import RunDirectory, atomic
 from cl_methods.training.progress import PlainProgress
 
 WITHOUT_TRAINING = ["sigterm", "sigint", "kill", "two signals", "no room"]

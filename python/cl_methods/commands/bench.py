@@ -17,7 +17,7 @@ from cl_methods.bench import history, suites
 from cl_methods.bench.page import write_page
 from cl_methods.bench.record import Record, new_record
 from cl_methods.bench.tables import record_table
-from cl_methods.training.checkpoints import write_atomically
+from cl_methods.training.checkpoints.atomic import write_atomically
 from cl_methods.training.environment import choose_device
 
 DESCRIPTION = """Measure a suite beside its peers, and keep a history.

@@ -17,7 +17,7 @@ from cl_methods.commands.configuration import parse
 from cl_methods.forecast.hardware import PRECISIONS, Hardware, find_hardware, known_hardware
 from cl_methods.forecast.prediction import Prediction, Predictor
 from cl_methods.forecast.sizes import CAPTIONS, REFERENCE_IMAGES, scenario_without_files
-from cl_methods.training.atomic import write_atomically
+from cl_methods.training.checkpoints.atomic import write_atomically
 from cl_methods.training.plan import readable_flops
 from cl_methods.training.sizes import format_size
 

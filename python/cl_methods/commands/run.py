@@ -17,9 +17,9 @@ from cl_methods.commands.configuration import Invocation, parse
 from cl_methods.commands.series import expand, parse_series
 from cl_methods.evaluation.report import compare, print_run_report, write_run_report
 from cl_methods.methods.find import find_method
-from cl_methods.training.atomic import writing
 from cl_methods.training.building import check_distributed, select_scenario
 from cl_methods.training.checkpoints import RunDirectory
+from cl_methods.training.checkpoints.atomic import writing
 from cl_methods.training.config import RunConfig
 from cl_methods.training.distributed import processes
 from cl_methods.training.environment import choose_device

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cl_methods import ranks
 from cl_methods.sharding import is_sharded, local
-from cl_methods.training.atomic import WriteError
 from cl_methods.training.checkpoints import RunDirectory
+from cl_methods.training.checkpoints.atomic import WriteError
 from cl_methods.training.loop import NonFiniteLossError
 
 

@@ -15,11 +15,11 @@ from cl_methods.methods import Method
 from cl_methods.sharding import whole_state
 from cl_methods.training.building import check_frozen_images
 from cl_methods.training.checkpoints import RunDirectory, TrainingProgress
+from cl_methods.training.checkpoints.restoring import Restored
 from cl_methods.training.config import RunConfig
 from cl_methods.training.failures import require_finite
 from cl_methods.training.loop import StepReport
 from cl_methods.training.progress import RunProgress
-from cl_methods.training.restoring import Restored
 from cl_methods.training.rows import Rows
 from cl_methods.training.signals import StoppedError
 from cl_methods.training.task import Continuation, TaskTraining

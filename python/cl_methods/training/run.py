@@ -21,6 +21,7 @@ from cl_methods.training.building import (
     shard_backbone,
 )
 from cl_methods.training.checkpoints import DamagedError, RunDirectory, TrainingProgress
+from cl_methods.training.checkpoints.restoring import Restored, restore
 from cl_methods.training.config import RunConfig
 from cl_methods.training.environment import choose_device
 from cl_methods.training.failures import explain
@@ -28,7 +29,6 @@ from cl_methods.training.identity import check_same_run, describe_run
 from cl_methods.training.learning import Learning
 from cl_methods.training.memory.levers import use_levers
 from cl_methods.training.progress import RunProgress
-from cl_methods.training.restoring import Restored, restore
 from cl_methods.training.result import run_result
 from cl_methods.training.rows import Rows
 from cl_methods.training.signals import StoppedError

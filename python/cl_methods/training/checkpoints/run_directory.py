@@ -12,8 +12,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from cl_methods import ranks
-from cl_methods.training.atomic import TEMPORARY, WriteError, remove_folder, write_atomically, writing
-from cl_methods.training.checkpoint_folder import (
+from cl_methods.training.checkpoints.atomic import TEMPORARY, WriteError, remove_folder, write_atomically, writing
+from cl_methods.training.checkpoints.folder import (
     Checkpoint,
     DamagedError,
     RunDirectoryError,
@@ -21,17 +21,7 @@ from cl_methods.training.checkpoint_folder import (
     read_json,
     write_checkpoint,
 )
-from cl_methods.training.lock import LOCK, RunLock
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointOptions",
-    "DamagedError",
-    "RunDirectory",
-    "RunDirectoryError",
-    "TrainingProgress",
-    "write_atomically",
-]
+from cl_methods.training.checkpoints.lock import LOCK, RunLock
 
 _NAME = re.compile(r"task(\d+)(?:-step(\d+))?$")
 _IN_A_TASK = 2

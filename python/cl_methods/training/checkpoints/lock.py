@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cl_methods.training.atomic import WriteError, writing
-from cl_methods.training.checkpoint_folder import RunDirectoryError
+from cl_methods.training.checkpoints.atomic import WriteError, writing
+from cl_methods.training.checkpoints.folder import RunDirectoryError
 
 LOCK = "run.lock"
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cl_methods.training.checkpoint_folder import Checkpoint, DamagedError, TrainingProgress
-from cl_methods.training.checkpoints import RunDirectory
+from cl_methods.training.checkpoints.folder import Checkpoint, DamagedError, TrainingProgress
+from cl_methods.training.checkpoints.run_directory import RunDirectory
 from cl_methods.training.rows import Rows
 
 

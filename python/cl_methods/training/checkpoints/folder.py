@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cl_methods.training.atomic import new_folder, sha256
+from cl_methods.training.checkpoints.atomic import new_folder, sha256
 
 MODEL, STATE, ROWS, SUMS = "model.safetensors", "state.pt", "rows.json", "SHA256SUMS"
 

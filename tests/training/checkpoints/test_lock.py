@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cl_methods.training.checkpoints import RunDirectory, RunDirectoryError
-from cl_methods.training.lock import LOCK, RunLock
+from cl_methods.training.checkpoints.lock import LOCK, RunLock
 
 
 def start_holder(path: Path) -> tuple[int, int]:
