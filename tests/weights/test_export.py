@@ -25,7 +25,7 @@ from cl_methods.training import building
 from cl_methods.training import run as run_module
 from cl_methods.training.checkpoints import RunDirectoryError
 from cl_methods.training.export import load_adapter
-from cl_methods.training.export_run import _scored_by_clip_alone
+from cl_methods.training.export.sources import _scored_by_clip_alone
 from cl_methods.training.progress import RunProgress
 from cl_methods.weights import moe_adapters4cl, read_weights
 

@@ -25,7 +25,7 @@ from cl_methods.seeding import derive_seed
 from cl_methods.training import building
 from cl_methods.training import run as run_module
 from cl_methods.training.checkpoints import RunDirectoryError
-from cl_methods.training.learnt import ExportError
+from cl_methods.training.export.learnt import ExportError
 from cl_methods.training.progress import RunProgress
 
 SHORT = ("--limit-iterations", "2")

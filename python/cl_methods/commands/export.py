@@ -13,8 +13,8 @@ from rich.console import Console
 from cl_methods.backbone import MINI_WEIGHTS
 from cl_methods.methods.find import find_method
 from cl_methods.training.export import NewFolder
-from cl_methods.training.export_run import export_file, export_public, export_run
-from cl_methods.training.learnt import ADAPTER_CONFIG, read_adapter
+from cl_methods.training.export.learnt import ADAPTER_CONFIG, read_adapter
+from cl_methods.training.export.sources import export_file, export_public, export_run
 
 DESCRIPTION = """Write trained weights as files that others load.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cl_methods.backbone import MINI_WEIGHTS
 from cl_methods.methods.base import Method
 from cl_methods.methods.find import named_in_data
-from cl_methods.training.learnt import (
+from cl_methods.training.export.learnt import (
     ADAPTER,
     ADAPTER_CONFIG,
     MODEL,

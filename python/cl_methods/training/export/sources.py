@@ -1,4 +1,4 @@
-"""Exporting a run, an adapter file, or a checkpoint of public code: which files of :mod:`cl_methods.training.export` it becomes."""
+"""Exporting a run, an adapter file, or a checkpoint of public code: which of the files that :mod:`.files` writes it becomes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cl_methods.methods.find import named_in_data
 from cl_methods.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig
 from cl_methods.methods.settings import build_settings
 from cl_methods.open_clip_loading import loaded_from
-from cl_methods.training.export import clip_part, write_adapter, write_model
-from cl_methods.training.learnt import Adapter, ExportError, read_learnt
+from cl_methods.training.export.files import clip_part, write_adapter, write_model
+from cl_methods.training.export.learnt import Adapter, ExportError, read_learnt
 from cl_methods.weights import WeightsFile, activation, moe_adapters4cl, read_weights
 
 _SCORING = (

@@ -20,7 +20,7 @@ from cl_methods.methods.find import named_in_data
 from cl_methods.methods.settings import build_settings
 from cl_methods.seeding import derive_seed, seed_everything
 from cl_methods.torchvision_compat import prepare_torchvision
-from cl_methods.training.learnt import (
+from cl_methods.training.export.learnt import (
     ADAPTER,
     ADAPTER_CONFIG,
     FORMAT,
@@ -35,19 +35,6 @@ from cl_methods.weights import activation
 prepare_torchvision()
 
 import open_clip  # noqa: E402
-
-__all__ = [
-    "ADAPTER",
-    "ADAPTER_CONFIG",
-    "FORMAT",
-    "Adapter",
-    "ExportError",
-    "NewFolder",
-    "load_adapter",
-    "read_adapter",
-    "write_adapter",
-    "write_model",
-]
 
 
 def write_model(folder: Path, backbone: Backbone, state: Mapping[str, Tensor], source: str) -> list[str]:
