@@ -38,7 +38,7 @@ from cl_methods.forecast.work import Work
 from cl_methods.methods import METHODS
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
-from cl_methods.training.without_data import BlankImages
+from cl_methods.training.planning.without_data import BlankImages
 
 ROUNDS, IMAGES = 3, 128
 """Timed rounds; images of a task."""

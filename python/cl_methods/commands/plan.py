@@ -18,7 +18,7 @@ from cl_methods.forecast.hardware import PRECISIONS, Hardware, find_hardware, kn
 from cl_methods.forecast.prediction import Prediction, Predictor
 from cl_methods.forecast.sizes import CAPTIONS, REFERENCE_IMAGES, scenario_without_files
 from cl_methods.training.checkpoints.atomic import write_atomically
-from cl_methods.training.plan import readable_flops
+from cl_methods.training.planning.plan import readable_flops
 from cl_methods.training.sizes import format_size
 
 _WIDTH = 120

@@ -23,12 +23,12 @@ from cl_methods.training.checkpoints.atomic import writing
 from cl_methods.training.config import RunConfig
 from cl_methods.training.distributed import processes
 from cl_methods.training.environment import choose_device
-from cl_methods.training.plan import make_plan, readable_flops
+from cl_methods.training.planning.plan import make_plan, readable_flops
+from cl_methods.training.planning.time_bound import product_speed
 from cl_methods.training.progress import RunProgress, progress_for
 from cl_methods.training.run import Run
 from cl_methods.training.signals import StopOnSignal, StoppedError
 from cl_methods.training.starting_point import StartingPoint, start_sentence
-from cl_methods.training.time_bound import product_speed
 
 DESCRIPTION = """Train a method on a sequence of tasks, evaluating all tasks after each.
 

@@ -21,10 +21,10 @@ from cl_methods.methods.find import find_method
 from cl_methods.micro_batches import MicroBatches
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
-from cl_methods.training.counting import blank_backbone, short_fits
+from cl_methods.training.planning.counting import blank_backbone, short_fits
+from cl_methods.training.planning.without_data import BlankImages, without_data
 from cl_methods.training.run import rows_after_learning
 from cl_methods.training.task import use_micro_batches
-from cl_methods.training.without_data import BlankImages, without_data
 
 _META = torch.device("meta")
 

@@ -17,8 +17,8 @@ from cl_methods.micro_batches import MicroBatches
 from cl_methods.open_clip_loading import shapes_of_open_clip
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
-from cl_methods.training.counting import short_fits
 from cl_methods.training.memory.planner import _RESERVE, MemoryBudgetError, MemoryPlan, plan_memory
+from cl_methods.training.planning.counting import short_fits
 
 CONTEXT = 600 << 20
 """Bytes that CUDA and its libraries hold besides tensors; assumed."""

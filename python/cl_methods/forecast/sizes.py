@@ -10,7 +10,7 @@ from cl_methods.scenarios.base import Scenario
 from cl_methods.scenarios.mtil import chosen_datasets
 from cl_methods.training.building import select_scenario
 from cl_methods.training.config import RunConfig
-from cl_methods.training.without_data import BlankImages
+from cl_methods.training.planning.without_data import BlankImages
 
 CAPTIONS = 15_840
 """Of the Conceptual Captions validation set, which the published ZSCL distils against."""

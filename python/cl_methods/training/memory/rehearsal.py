@@ -23,8 +23,8 @@ from cl_methods.ranks.simulated import simulated
 from cl_methods.training.gradients import BUCKET_BYTES
 from cl_methods.training.memory.live import LiveMemory, TooLongError
 from cl_methods.training.memory.stand_ins import IMAGES, blank_transform, stand_ins_for
+from cl_methods.training.planning.without_data import BlankImages
 from cl_methods.training.task import use_micro_batches
-from cl_methods.training.without_data import BlankImages
 
 _CAPTIONS = 2048
 """Reference texts that are rehearsed."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cl_methods.backbone import Backbone
 from cl_methods.datasets.task import Task
-from cl_methods.training.without_data import BlankImages
+from cl_methods.training.planning.without_data import BlankImages
 
 IMAGES = 8
 """Images of a task that are rehearsed; what a method keeps of every image is counted for these alone."""

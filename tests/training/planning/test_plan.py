@@ -18,14 +18,14 @@ from cl_methods.evaluation.options import EvaluationOptions
 from cl_methods.methods import METHODS
 from cl_methods.methods.finetune import FineTune
 from cl_methods.scenarios.base import Scenario
-from cl_methods.training import counting
 from cl_methods.training.building import build_method, select_scenario
 from cl_methods.training.config import RunConfig
-from cl_methods.training.counting import blank_backbone, count_run
 from cl_methods.training.data import TrainingSteps, training_batches
-from cl_methods.training.plan import make_plan, readable_flops
+from cl_methods.training.planning import counting
+from cl_methods.training.planning.counting import blank_backbone, count_run
+from cl_methods.training.planning.plan import make_plan, readable_flops
+from cl_methods.training.planning.time_bound import product_speed, readable_duration
 from cl_methods.training.run import run
-from cl_methods.training.time_bound import product_speed, readable_duration
 
 
 def config(name: str, **changes: Any) -> RunConfig:

@@ -17,8 +17,8 @@ from cl_methods.methods.find import find_method
 from cl_methods.open_clip_loading import untrained_open_clip
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
-from cl_methods.training.reference_draws import ReferenceDraws
-from cl_methods.training.without_data import BlankImages, without_data
+from cl_methods.training.planning.reference_draws import ReferenceDraws
+from cl_methods.training.planning.without_data import BlankImages, without_data
 
 _META = torch.device("meta")
 _SHORT = {"iterations": 1, "generic_iterations": 1, "fisher_samples": 2}

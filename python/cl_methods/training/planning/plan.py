@@ -9,8 +9,8 @@ from cl_methods.methods.find import find_method
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.building import rows_after_learning
 from cl_methods.training.config import RunConfig
-from cl_methods.training.counting import RunCosts, count_run
-from cl_methods.training.time_bound import readable_duration
+from cl_methods.training.planning.counting import RunCosts, count_run
+from cl_methods.training.planning.time_bound import readable_duration
 
 
 @dataclass(frozen=True)
