@@ -13,7 +13,9 @@ import pytest
 import torch
 
 # Folders of tests are packages where module names repeat (test_cpu.py …); their helpers have names of their own (*_cases.py).
-sys.path[:0] = sorted({str(path.parent) for path in Path(__file__).parent.glob("*/*_cases.py")})
+# tiny/ holds no tests, but what those of many folders share: a CLIP of a few thousand weights, tasks for it, training over it.
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE / "tiny"), *sorted({str(path.parent) for path in HERE.glob("*/*_cases.py")})]
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import the miniatures, and the tiny CLIP of the methods' tests."""
+"""Lets the tests of this folder import the miniatures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "methods")]
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

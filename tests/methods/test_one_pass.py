@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_settings_files import shortened
-from test_training_steps import TRAINED
+from shortened import TRAINED, shortened
 from tiny_clip import build_backbone
 from torch import Tensor
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_settings_files import shortened
+from shortened import shortened
 from tiny_clip import build_backbone
 from torch import Tensor
 from trained import state

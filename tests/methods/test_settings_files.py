@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import pytest
 import torch
+from shortened import shortened
 from tiny_clip import build_backbone
 
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.evaluation.accuracy import EvaluationOptions, LabelSpace, measure_row
 from cl_methods.methods import METHODS
 from cl_methods.methods.settings import FILES, build_settings, scenario_settings
-from cl_methods.training.config import RunConfig
 from cl_methods.training.task import TaskTraining
 
 PROTOCOLS: dict[str, LabelSpace] = {"mtil": "task", "mtil_few_shot": "task", "cil": "seen"}
@@ -57,17 +54,3 @@ def test_default_settings_run(name: str, protocol: str, tasks: list[Task], refer
     row = measure_row(method, tasks, len(tasks), EvaluationOptions(label_space=PROTOCOLS[protocol]))
     assert len(row) == 2
     assert all(0 <= value <= 100 for entry in row for value in (entry.accuracy, entry.calibration_error))
-
-
-SMALL: dict[str, Any] = {"width": 40, "rank": 20, "batch_size": 6, "memory": 12, "fisher_samples": 4, "texts": 20}
-
-
-def shortened(settings: Any) -> Any:
-    """Two steps a task, small memories and widths; the detector on the backbone's features instead of AlexNet's."""
-    settings = RunConfig("any", settings, limit_iterations=1).effective_settings()
-    names = {entry.name for entry in dataclasses.fields(settings)}
-    settings = dataclasses.replace(settings, **{name: value for name, value in SMALL.items() if name in names})
-    if getattr(settings, "detection", None) == "ddas":
-        short = {"features": "backbone", "iterations": 2, "generic_iterations": 2, "augment": False}
-        settings = dataclasses.replace(settings, ddas=dataclasses.replace(settings.ddas, **short))
-    return settings

@@ -6,15 +6,13 @@ import itertools
 
 import pytest
 import torch
-from test_settings_files import shortened
+from shortened import TRAINED, shortened
 from tiny_clip import build_backbone
 
 from cl_kernels.profile import HostWaits
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import METHODS, Batch, Method
 from cl_methods.training.task import TaskTraining
-
-TRAINED = [name for name, method in METHODS.items() if method.trains and not method.closed_form]
 
 
 class Watched:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[2] / "methods"))
-from test_settings_files import shortened
+from shortened import shortened
 from tiny_clip import build_backbone, noise_images
 
 from cl_methods.backbone import Precision
