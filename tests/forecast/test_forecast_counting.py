@@ -19,6 +19,7 @@ from cl_methods.ranks.simulated import simulated
 from cl_methods.training.building import build_method, select_scenario
 from cl_methods.training.config import RunConfig
 from cl_methods.training.data import TrainingSteps, training_batches
+from cl_methods.training.planning.counting import count_run
 
 
 def configured(method: str, **changes: object) -> RunConfig:
@@ -120,11 +121,24 @@ def test_tasks_that_are_not_counted_lie_between_those_that_are() -> None:
     assert some.between.images == every.between.images
 
 
-def test_a_teacher_that_stays_meets_new_images_in_every_task() -> None:
-    config = replace(configured("zscl", batch_size=4, reference_batch_size=4), limit_tasks=2)
-    first, second = count_work(config, select_scenario(config)).stages
-    assert first.first.flops - first.step.flops == second.first.flops - second.step.flops > 0
-    assert second.new_steps == second.steps
+@pytest.mark.parametrize("method", [pytest.param("zscl", marks=pytest.mark.slow), "snd"])
+def test_teachers_meet_new_images_in_every_task_as_the_plan_of_a_run_has_them(method: str) -> None:
+    """ZSCL's teacher stays, one of SnD's two does not: what it meets again is new to it."""
+    config = replace(configured(method, batch_size=4, reference_batch_size=4), limit_tasks=2)
+    scenario = select_scenario(config)
+    first, second = count_work(config, scenario).stages
+    planned = count_run(config, scenario).stages
+    assert [stage.total.flops for stage in (first, second)] == pytest.approx(
+        [stage.flops for stage in planned], rel=0.005
+    )
+    assert (first.new_steps, first.again_steps) == (first.steps, 0)
+    assert second.new_steps + second.again_steps == second.steps
+    assert 0 < second.new_steps < second.steps
+    teacher, forgetful = (stage.first.flops - stage.step.flops for stage in (first, second))
+    assert teacher > 0
+    assert (forgetful, second.again.flops - second.step.flops) == (
+        (teacher, 0) if method == "zscl" else (2 * teacher, teacher)
+    )
 
 
 def test_the_stand_in_leaves_nothing_behind() -> None:

@@ -22,6 +22,7 @@ from cl_methods.micro_batches import MicroBatches
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
 from cl_methods.training.planning.counting import blank_backbone, short_fits
+from cl_methods.training.planning.reference_draws import ReferenceDraws
 from cl_methods.training.planning.without_data import BlankImages, without_data
 from cl_methods.training.run import rows_after_learning
 from cl_methods.training.task import use_micro_batches
@@ -36,23 +37,27 @@ class StageWork:
     Attributes:
         task, stage: their names.
         steps: optimiser steps, or batches of the one pass.
-        new_steps: those whose reference images no frozen model has seen.
-        first, step: work of a step of the first kind, and of the others, without averages that are taken every so many steps.
+        new_steps: those whose reference images no frozen model has seen; steps with some such count in part.
+        again_steps: those whose reference images earlier tasks have shown, and this one has not.
+        first, again, step: work of a step of the two kinds, and of the others, without averages that are taken every so many steps.
         saved: bytes that a step keeps for its backward pass, without weights and pixels.
     """
 
     task: str
     stage: str
     steps: int
-    new_steps: int
+    new_steps: float
+    again_steps: float
     first: Work
+    again: Work
     step: Work
     saved: int
 
     @property
     def total(self) -> Work:
         """Of all steps."""
-        return self.first * self.new_steps + self.step * (self.steps - self.new_steps)
+        rest = self.steps - self.new_steps - self.again_steps
+        return self.first * self.new_steps + self.again * self.again_steps + self.step * rest
 
 
 @dataclass
@@ -122,11 +127,12 @@ def count_work(
         except (NotImplementedError, RuntimeError, TypeError) as error:
             line = (str(error).splitlines() or [""])[0]
             raise ValueError(f"{config.method}: a step cannot be counted without data ({line[:200]})") from error
+        draws = ReferenceDraws(config.seed)
         for index, task in enumerate(tasks):
             work = counted[index] if index in counted else _between(counted, tokens, index)
             found.trainable = max(found.trainable, work.trainable)
             found.between += work.around + image * (work.encodings * (len(task.train) / processes - PROBED))
-            found.stages += _planned(method, task, work)
+            found.stages += _planned(method, index, task, work, draws)
     return found
 
 
@@ -150,18 +156,24 @@ def _between(counted: Mapping[int, TaskWork], tokens: Sequence[int], index: int)
     return counted[low].mixed(counted[high], share)
 
 
-def _planned(method: Method, task: Task, work: TaskWork) -> Iterator[StageWork]:
-    """The stages of a task with as many steps as its real size makes."""
+def _planned(method: Method, index: int, task: Task, work: TaskWork, draws: ReferenceDraws) -> Iterator[StageWork]:
+    """The stages of a task with as many steps as its real size makes, and as many new reference images as these draw."""
     if method.closed_form:
         (step,) = work.steps
-        yield StageWork(task.name, "pass", method.steps(task), 0, step.new, step.old, step.saved)
+        yield StageWork(task.name, "pass", method.steps(task), 0, 0, step.new, step.again, step.old, step.saved)
         return
     reference = method.reference_source(task) if method.uses_reference else None
+    first_step = 0
+    draws.begin_task()
     for planned, step in zip(method.stages(task), work.steps, strict=True):
-        new = 0
+        new = again = 0.0
         if reference is not None and step.new.flops != step.old.flops:
-            new = min(planned.steps, -(-len(reference) // reference_size(method, planned.batch_size)))
-        yield StageWork(task.name, planned.name, planned.steps, new, step.new, step.old, step.saved)
+            size = reference_size(method, planned.batch_size)
+            met = draws.draw(len(reference), size, index, first_step, planned.steps)
+            new, again = (images / size for images in met)
+        kinds = (step.new, step.again, step.old)
+        yield StageWork(task.name, planned.name, planned.steps, new, again, *kinds, step.saved)
+        first_step += planned.steps
 
 
 def _image_work(backbone: Backbone, batch_size: int) -> Work:

@@ -22,15 +22,16 @@ PROBED = 1024
 
 
 @dataclass(frozen=True)
-class StepPair:
-    """Two steps of a stage.
+class StepKinds:
+    """Steps of a stage that differ by who has seen their reference images; the same without any.
 
     Attributes:
-        new, old: whose reference images no frozen model has seen, and whose one has; the same without any.
+        new, again, old: no frozen model has; those of earlier tasks have, of which some stay; all have.
         saved: bytes that a step keeps for its backward pass.
     """
 
     new: Work
+    again: Work
     old: Work
     saved: int
 
@@ -46,7 +47,7 @@ class TaskWork:
         trainable: parameters that the optimiser changes, at most.
     """
 
-    steps: list[StepPair] = field(default_factory=list)
+    steps: list[StepKinds] = field(default_factory=list)
     around: Work = field(default_factory=Work)
     encodings: int = 0
     trainable: int = 0
@@ -55,7 +56,12 @@ class TaskWork:
         """``share`` of ``other``, the rest of this one."""
         own = 1 - share
         pairs = [
-            StepPair(a.new * own + b.new * share, a.old * own + b.old * share, round(a.saved * own + b.saved * share))
+            StepKinds(
+                a.new * own + b.new * share,
+                a.again * own + b.again * share,
+                a.old * own + b.old * share,
+                round(a.saved * own + b.saved * share),
+            )
             for a, b in zip(self.steps, other.steps, strict=True)
         ]
         around = self.around * own + other.around * share
@@ -76,7 +82,7 @@ def count_task(method: Method, index: int, task: Task, processes: int, lists: bo
     _hook(found, lambda: method.before_task(index, blank))
     if method.closed_form:
         work, saved = step_work(method, blank, method.config.batch_size, 0, None, processes)
-        found.steps.append(StepPair(work, work, saved))
+        found.steps.append(StepKinds(work, work, work, saved))
         return found  # the head's solution needs the labels
     for stage in method.stages(blank):
         method.stage = stage
@@ -88,22 +94,25 @@ def count_task(method: Method, index: int, task: Task, processes: int, lists: bo
     return found
 
 
-def _stage(method: Method, task: Task, size: int, processes: int, lists: bool, index: int) -> StepPair:
+def _stage(method: Method, task: Task, size: int, processes: int, lists: bool, index: int) -> StepKinds:
     optimizer = method.optimizer()
     if lists and isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):
         for group in optimizer.param_groups:
             group["foreach"] = True
 
-    def step(number: int) -> tuple[Work, int]:
+    def step(number: int, task_index: int = index) -> tuple[Work, int]:
         # reference images that no other task has shown to a teacher that may still know them
-        return step_work(method, task, size, number, optimizer, processes, 2 * index + number)
+        with torch.random.fork_rng(devices=[]):  # nor other texts than the other steps draw
+            torch.manual_seed(0)
+            return step_work(method, task, size, number, optimizer, processes, 2 * task_index + number)
 
     step(0)  # optimisers make their state, averages begin
+    again, _ = step(1, index - 1) if index else (None, 0)
     new, saved = step(1)
     if not method.uses_reference or method.reference_source(task) is None:
-        return StepPair(new, new, saved)
+        return StepKinds(new, new, new, saved)
     old, saved = step(1)  # the same reference images, seen before
-    return StepPair(new, old, saved)
+    return StepKinds(new, again or new, old, saved)
 
 
 def _hook(found: TaskWork, hook: Callable[[], Any]) -> None:

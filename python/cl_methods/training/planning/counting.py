@@ -179,7 +179,11 @@ def _stage(method: Method, index: int, task: Task, stage: Stage, costs: RunCosts
             method.loss(batch)["loss"].backward()
             method.before_step(batch)
 
-        found = _flops(do)
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # texts that a step draws are the same in all, so that steps can be compared
+            torch.manual_seed(0)
+            found = _flops(do)
         optimizer.step()
         method.after_step(step)
         return found
