@@ -13,6 +13,7 @@ from cl_methods.text import printable
 COMMANDS = {
     "run": "train and evaluate a method over a whole task sequence",
     "plan": "hours, memory and limits of a run on GPUs that are not at hand: predicted",
+    "evaluate": "a run's checkpoints in other label spaces and scopes, or on other data",
     "compare": "one table, figures and an HTML page over several runs",
     "export": "trained weights as files that open_clip, this package or public code loads",
     "data": "which datasets are there, and what is missing where",

@@ -53,22 +53,37 @@ class Invocation:
     dry_run: bool = False
 
 
-def parse(arguments: Sequence[str], description: str, prog: str = "clk run") -> tuple[RunConfig, Invocation]:
+def parse(
+    arguments: Sequence[str],
+    description: str,
+    prog: str = "clk run",
+    *,
+    file: Mapping[str, Any] | None = None,
+    file_name: Path | None = None,
+) -> tuple[RunConfig, Invocation]:
     """Read ``clk run``'s arguments, or those of another verb that takes the same.
 
     Defaults depend on method and scenario, so these and ``--config`` are looked up first: naming another method than the
     file does drops the file's method settings. Then the file is validated, then tyro reads the whole line.
 
+    Args:
+        arguments: after the verb.
+        description: for ``--help``.
+        prog: the verb.
+        file: settings that hold where the arguments give no others, in place of ``--config``.
+        file_name: where they stand, for messages.
+
     Raises:
         ConfigurationError: unknown or wrong settings in the file, or an unknown method or scenario.
         SystemExit: tyro's: status 2 after a wrong option, 0 after ``--help``.
     """
-    path = _peek(arguments, "--config")
-    file = read_yaml(Path(path)) if path is not None else {}
+    path = option_given(arguments, "--config") if file is None else str(file_name)
+    if file is None:
+        file = read_yaml(Path(path)) if path is not None else {}
     from_file = file.get("method", {})
     from_file = {"name": from_file} if isinstance(from_file, str) else dict(from_file)
-    method = _peek(arguments, "--method")
-    weights = _peek(arguments, "--weights") or file.get("weights")
+    method = option_given(arguments, "--method")
+    weights = option_given(arguments, "--weights") or file.get("weights")
     start: dict[str, Any] = {}
     if weights is not None:
         start = decided_by(Path(weights), method or from_file.get("name"))
@@ -81,18 +96,18 @@ def parse(arguments: Sequence[str], description: str, prog: str = "clk run") -> 
         _method_type(method, path)
     else:
         _method_type(method)
-    scenario = _known("scenario", _peek(arguments, "--scenario") or file.get("scenario", "mini"), SCENARIOS)
+    scenario = _known("scenario", option_given(arguments, "--scenario") or file.get("scenario", "mini"), SCENARIOS)
     if from_file.pop("name", method) != method:
         from_file = {}
     given = {**start, **file, "method": from_file}
     if start:
         given |= {"weights": start["weights"]}
-    model = _peek(arguments, "--model")
+    model = option_given(arguments, "--model")
     if start and start["weights"] is None and model is not None:
         raise ConfigurationError(f"model: {weights} brings its own; leave out --model {model}")
     if model is not None and model != file.get("model"):
         given |= {"model": model, "pretrained": None}  # other weights than the default model's; --pretrained names them
-    shots = _peek(arguments, "--data.shots")
+    shots = option_given(arguments, "--data.shots")
     if shots is not None:  # few-shot runs have settings of their own
         given |= {"data": {**(file.get("data") or {}), "shots": None if shots == "None" else shots}}
     default = validated(method, scenario, given)
@@ -206,8 +221,8 @@ def _command_type(settings_type: type, method: str) -> type:
     return made
 
 
-def _peek(arguments: Sequence[str], option: str) -> str | None:
-    """The last value given to ``option``, as ``--x value`` or ``--x=value``."""
+def option_given(arguments: Sequence[str], option: str) -> str | None:
+    """The last value given to ``option``, as ``--x value`` or ``--x=value``, before the whole line is read."""
     found = None
     for position, argument in enumerate(arguments):
         if argument == option and position + 1 < len(arguments):

@@ -35,19 +35,24 @@ td.best { font-weight: 700; } img { max-width: 100%; height: auto; margin: .6rem
 """
 
 
-def write_run_report(result: dict[str, Any], output: Path, console: Console) -> None:
+def write_run_report(result: dict[str, Any], output: Path, console: Console, *, name: Path | None = None) -> None:
     """:func:`print_run_report`; write ``report.md``, ``accuracy.png`` and ``matrix.png``.
 
     Tables for every label space that was measured; the figures are of the first.
+
+    Args:
+        result: content of ``result.json``.
+        output: where to write.
+        console: where to print.
+        name: what ``output`` is going to be called; None for what it is called.
     """
-    first, tables = print_run_report(result, output, console)
-    text = "\n".join(table.markdown() for table in tables)
+    first, tables = print_run_report(result, name or output, console)
     figures.save(figures.accuracy_over_time(first), output / "accuracy.png")
     figures.save(figures.matrix(first), output / "matrix.png")
-    pictures = "![accuracy per task over time](accuracy.png)\n\n![accuracy matrix](matrix.png)\n"
-    (output / "report.md").write_text(f"{text}\n{pictures}")
+    pictures = "\n![accuracy per task over time](accuracy.png)\n\n![accuracy matrix](matrix.png)\n"
+    write_tables(tables, output, pictures)
     console.print(
-        f"result.json, report.md, accuracy.png and matrix.png are in {output}",
+        f"result.json, report.md, accuracy.png and matrix.png are in {name or output}",
         soft_wrap=True,
         highlight=False,
         markup=False,
@@ -68,9 +73,19 @@ def print_run_report(result: dict[str, Any], output: Path, console: Console) -> 
         tables += [incremental] if incremental is not None else []
     first = boards[0]
     tables += [cost_table(first)] if first.compared() else []
+    print_tables(tables, console)
+    return first, tables
+
+
+def write_tables(tables: Sequence[TextTable], output: Path, pictures: str = "") -> None:
+    """``report.md`` with tables, and ``pictures`` in Markdown after them."""
+    (output / "report.md").write_text("\n".join(table.markdown() for table in tables) + pictures)
+
+
+def print_tables(tables: Sequence[TextTable], console: Console) -> None:
+    """Print tables one below the other."""
     for table in tables:
         _print(table, console)
-    return first, tables
 
 
 def compare(paths: Sequence[Path], output: Path, console: Console) -> list[Board]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,10 +88,15 @@ def matrix_table(result: dict[str, Any], where: str | None = None) -> TextTable:
     elif any(row != zero_shot for row in result["accuracy"]):
         values |= {f"after {task}": row for task, row in zip(tasks, result["accuracy"], strict=True)}
         learnt = frozenset((start + index, 1 + index) for index in range(len(tasks)))
-    rows = [[name, *_numbers(row), f"{np.mean(row):.1f}"] for name, row in values.items()]
     where = where or f"{result['scenario']}, order {result['order']}"
     title = f"{result['method']} on {where}, seed {result['seed']}: accuracy in %"
-    return TextTable(title, ["", *tasks, "mean"], rows, breaks=(start,), emphasised=learnt)
+    return replace(rows_table(title, tasks, values), breaks=(start,), emphasised=learnt)
+
+
+def rows_table(title: str, tasks: Sequence[str], values: Mapping[str, Sequence[float]]) -> TextTable:
+    """Accuracies on ``tasks`` by the name of the row, with their mean."""
+    rows = [[name, *_numbers(row), f"{np.mean(row):.1f}"] for name, row in values.items()]
+    return TextTable(title, ["", *tasks, "mean"], rows)
 
 
 def summary_table(board: Board) -> TextTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -74,6 +75,7 @@ class ICaRL(Replay):
     def __init__(self, backbone: Backbone, config: ICaRLConfig, reference: Reference | None = None) -> None:
         super().__init__(backbone, config, reference)
         self.means: list[Tensor] = []
+        self.task_names: list[str] = []
         self._teacher: Backbone | None = None
         self._teacher_texts: Tensor | None = None
         self._teacher_images = FrozenFeatures(self._encode_with_teacher, backbone.device)
@@ -122,6 +124,7 @@ class ICaRL(Replay):
         self.means = [
             self._class_means(known, rows) for known, rows in zip(self.memory.tasks, self.memory.indices, strict=True)
         ]
+        self.task_names = [known.name for known in self.memory.tasks]
 
     def selection(self, task: Task) -> Selection:
         """Herding."""
@@ -147,12 +150,14 @@ class ICaRL(Replay):
     def _means_of(self, task: Task) -> Tensor | None:
         if self.config.classifier == "texts":
             return None
-        learnt = zip(self.memory.tasks, self.means, strict=False)
-        return next((means for known, means in learnt if known.name == task.name), None)
+        learnt = zip(self.task_names or [known.name for known in self.memory.tasks], self.means, strict=False)
+        return next((means for name, means in learnt if name == task.name), None)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As for replay; under ``icarl.`` the means, and within a task the teacher's features of the memory."""
+        """As for replay; under ``icarl.`` means and names of tasks, and within a task the teacher's features of the memory."""
         means = {f"{_EXTRA}means.{place}": value for place, value in enumerate(self.means)}
+        if self.task_names:
+            means[f"{_EXTRA}task_names"] = torch.tensor(list(json.dumps(self.task_names).encode()), dtype=torch.uint8)
         images = {f"{_EXTRA}images.{name}": value for name, value in self._teacher_images.state_dict().items()}
         return {**super().state_dict(), **means, **images}
 
@@ -160,6 +165,8 @@ class ICaRL(Replay):
         """Restore :meth:`state_dict`; between tasks :meth:`recall` must follow."""
         super().load_state_dict({name: value for name, value in state.items() if not name.startswith(_EXTRA)})
         extra = {name[len(_EXTRA) :]: value for name, value in state.items() if name.startswith(_EXTRA)}
+        names = extra.pop("task_names", None)  # which states of earlier versions lack: recall brings them
+        self.task_names = [] if names is None else json.loads(bytes(names.tolist()))
         count = sum(name.startswith("means.") for name in extra)
         self.means = [extra[f"means.{place}"].to(self.backbone.device, copy=True) for place in range(count)]
         images = {name[len("images.") :]: value for name, value in extra.items() if name.startswith("images.")}

@@ -236,7 +236,7 @@ def describe_steps(steps: Sequence[int], closed_form: bool) -> str:
     """``81 optimiser steps each``, or what a method does instead."""
     if closed_form:
         return "one pass over each task's images"
-    return f"{max(steps, default=0)} optimiser steps each"
+    return f"{max(steps)} optimiser steps each" if steps else "nothing is learnt"
 
 
 def describe_terms(report: StepReport, separator: str = "") -> str:
