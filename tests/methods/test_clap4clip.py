@@ -15,6 +15,8 @@ from trained import state
 
 from cl_methods.components.uncertainty import by_uncertainty, uncertainty
 from cl_methods.datasets.task import Task
+from cl_methods.evaluation.accuracy import EvaluationOptions, measure_spaces
+from cl_methods.evaluation.novelty import novelty_of_later_tasks, novelty_tally
 from cl_methods.methods import CLAP4CLIP, METHODS, Batch
 from cl_methods.methods.clap_config import ClapConfig
 from cl_methods.methods.variational_adapters import VariationalHead
@@ -165,6 +167,19 @@ def test_draws_approach_their_mean(tasks: list[Task]) -> None:
     assert draws.std(0).min() > 1e-2
     hierarchical = learnt(tasks, hierarchical=True, global_samples=3)
     assert hierarchical.sampled_logits(images, tasks[1], 5).shape == (15, 7, 2)
+
+
+def test_draws_tell_known_images_from_novel_ones(tasks: list[Task]) -> None:
+    """What ``clk run --evaluation.novelty`` measures is what the draws of ``sampled_logits`` give."""
+    method, options = learnt(tasks, 1, samples=3), EvaluationOptions(novelty=("variance", "entropy"))
+    tally = novelty_tally(method, tasks, 1, options)
+    measure_spaces(method, tasks, 1, options, novelty=tally)
+    for kind, (found,) in tally.found().items():
+        expected = novelty_of_later_tasks(
+            method, tasks, 1, kind, scores=lambda images, task: method.sampled_logits(images, task, 3)
+        )
+        assert found == pytest.approx(expected)
+        assert found["auroc"] > 0.5
 
 
 def test_tasks_that_were_not_learnt_are_zero_shot(tasks: list[Task]) -> None:

@@ -31,7 +31,8 @@ SHORT = [
 SHORT += ["--evaluation.batch-size", "24", "--checkpoint.every", "0", "--checkpoint.keep", "last"]
 OPTIMISED = ["--method.batch-size", "10", "--method.lr", "2e-6"]  # Adam turns rounding into steps of this size
 KINDS = {
-    "zscl": [*OPTIMISED, "--method.reference-batch-size", "6"],  # consolidation, averages, captions
+    # consolidation, averages, captions
+    "zscl": [*OPTIMISED, "--method.reference-batch-size", "6", "--evaluation.novelty", "energy"],
     "moe_adapters": [*OPTIMISED, "--method.ddas.iterations", "10", "--method.ddas.generic-iterations", "10"],
     "ranpac": ["--method.batch-size", "50"],  # closed form
 }
@@ -75,6 +76,13 @@ def compare(one: Path, many: Path) -> None:
     for key in ("zero_shot", "accuracy"):
         torch.testing.assert_close(torch.tensor(result[key]), torch.tensor(other[key]), rtol=0, atol=1e-5)
     assert result["evaluated"] == other["evaluated"]
+    for when, rows in result.get("novelty", {}).get("energy", {}).items():
+        for row, same in zip(rows, other["novelty"]["energy"][when], strict=True):
+            assert all(abs(row[name] - same[name]) <= 0.1 for name in row), (
+                when,
+                row,
+                same,
+            )  # few images tie but for rounding
     assert result["train"]["samples"] == other["train"]["samples"]
     assert (one / "checkpoints").exists() == (many / "checkpoints").exists()  # none where nothing trains
     for checkpoint in sorted((one / "checkpoints").glob("*"))[-1:]:

@@ -10,6 +10,7 @@ import torch
 from fakes import ClosedFormMethod, ReferenceMethod, TinyConfig, TinyMethod, tiny_scenario
 
 from cl_methods.evaluation import mtil_metrics
+from cl_methods.evaluation.accuracy import EvaluationOptions
 from cl_methods.training.checkpoints import CheckpointOptions, RunDirectory, RunDirectoryError, TrainingProgress
 from cl_methods.training.progress import RunProgress
 
@@ -86,6 +87,19 @@ class StopAt(RunProgress):
     def row_finished(self, after, row) -> None:
         super().row_finished(after, row)
         self._tick()
+
+
+def test_novelty_is_in_the_result_and_survives_a_restart(tiny_run, tmp_path):
+    options = {"evaluation": EvaluationOptions(novelty=("energy", "entropy"))}
+    whole = without_times(tiny_run(tmp_path / "whole", **options))
+    assert list(whole["novelty"]) == ["energy", "entropy"]
+    for found in whole["novelty"].values():
+        assert [len(found[when]) for when in ("zero_shot", "after_task")] == [2, 2]
+        assert all(0 <= value <= 100 for rows in found.values() for row in rows for value in row.values())
+    with pytest.raises(InterruptedError):
+        tiny_run(tmp_path / "stopped", progress=StopAt(17), **options)
+    assert without_times(tiny_run(tmp_path / "stopped", resume=True, **options)) == whole
+    assert "novelty" not in tiny_run(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("every", [0, 2])

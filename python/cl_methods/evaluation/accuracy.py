@@ -14,6 +14,7 @@ from cl_methods import ranks
 from cl_methods.components.image_batch import ImageBatch
 from cl_methods.datasets.task import Task
 from cl_methods.evaluation.features import EvaluationImages, FeatureStore, RowReader
+from cl_methods.evaluation.novelty import NoveltyTally
 from cl_methods.evaluation.options import EvaluationOptions, LabelSpace, competing_tasks, evaluated_images, guessing
 from cl_methods.evaluation.uncertainty import calibration_error, reliability
 from cl_methods.methods.base import Method
@@ -91,6 +92,7 @@ def measure_spaces(
     on_task: Callable[[int, float], None] | None = None,
     store: FeatureStore | None = None,
     reader: RowReader | None = None,
+    novelty: NoveltyTally | None = None,
 ) -> dict[LabelSpace, list[Measured]]:
     """Every task with the method as it is: one row of the matrix of each label space, from one pass over the images.
 
@@ -105,20 +107,23 @@ def measure_spaces(
         store: of :func:`feature_store` with the same tasks and options; where the method's frozen features stay from row to row.
         reader: of :func:`row_reader` with the same tasks and options, whose processes stay from row to row; ``workers`` is then
             without effect.
+        novelty: takes in the uncertainties of all images, from the same pass.
 
     Raises:
         ValueError: see :func:`measure`.
     """
     if reader is None:
         with closing(row_reader(method, tasks, options, workers)) as own:
-            return measure_spaces(method, tasks, learnt, options, on_task=on_task, store=store, reader=own)
+            return measure_spaces(
+                method, tasks, learnt, options, on_task=on_task, store=store, reader=own, novelty=novelty
+            )
     method.expect(tasks)
     method.before_evaluation()
     store = store or feature_store(tasks, options)
     rows: dict[LabelSpace, list[Measured]] = {space: [] for space in options.label_spaces}
     for index, (task, dealt) in enumerate(zip(tasks, _dealt(reader), strict=True)):
         spaces = [competing_tasks(tasks, index, learnt, space) for space in rows]
-        found = _measure(method, task, spaces, options, store, reader, index, dealt)
+        found = _measure(method, task, spaces, options, store, reader, index, dealt, novelty)
         for row, measured in zip(rows.values(), found, strict=True):
             row.append(measured)
         if on_task is not None:
@@ -181,11 +186,13 @@ def _measure(
     reader: RowReader,
     number: int,
     dealt: _Dealt,
+    novelty: NoveltyTally | None = None,
 ) -> list[Measured]:
     """:func:`measure` in several label spaces; the task's images are the reader's source ``number``."""
     if not dealt.batches:
         raise ValueError(f"evaluation.split: task {task.name} has no {options.split} images")
-    device, asked = method.backbone.device, list({id(one): one for space in spaces for one in space}.values())
+    scored = spaces if novelty is None else [*spaces, novelty.scored]
+    device, asked = method.backbone.device, list({id(one): one for space in scored for one in space}.values())
     tallies = [_Tally.of(task, candidates, device) for candidates in spaces]
     images = EvaluationImages(reader, number, name=task.name, device=device, store=store, dealt=dealt.own)
     with ranks.alone():
@@ -193,8 +200,12 @@ def _measure(
             scores = dict(zip(map(id, asked), _scores(method, batch, asked), strict=True))
             for tally, candidates in zip(tallies, spaces, strict=True):
                 tally.add(torch.cat([scores[id(candidate)] for candidate in candidates], dim=1), labels)
+            if novelty is not None:
+                novelty.look(method, number, batch, scores)
     for tally in tallies:
         tally.collect(dealt.batches, dealt.start)
+    if novelty is not None:
+        novelty.collect(number, dealt.batches, dealt.start)
     if any(bool(tally.invalid) for tally in tallies):
         raise ValueError(f"logits of {method.name} on {task.name}: some are NaN; the weights have diverged")
     return [tally.measured() for tally in tallies]
@@ -238,14 +249,10 @@ class _Tally:
         if ranks.count() == 1:
             return
         device = self.invalid.device
-        parts = ranks.gather_values(
-            ([one.cpu() for one in self.correct], [one.cpu() for one in self.confidence], bool(self.invalid))
-        )
-        owners = [(number + start) % len(parts) for number in range(batches)]
-        streams = [(iter(correct), iter(confidence)) for correct, confidence, _ in parts]
-        pairs = [(next(streams[owner][0]), next(streams[owner][1])) for owner in owners]
+        own = [(right.cpu(), sure.cpu()) for right, sure in zip(self.correct, self.confidence, strict=True)]
+        pairs = ranks.gather_batches(own, batches, start)
         self.correct, self.confidence = ([one.to(device) for one in values] for values in zip(*pairs, strict=True))
-        self.invalid = torch.tensor(any(invalid for *_, invalid in parts), device=device)
+        self.invalid = torch.tensor(ranks.anyone(bool(self.invalid)), device=device)
 
     def measured(self) -> Measured:
         right, sure = torch.cat(self.correct), torch.cat(self.confidence)

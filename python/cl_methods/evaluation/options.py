@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from cl_methods.components.uncertainty import Uncertainty
 from cl_methods.datasets.images import ImageSource, Subset
 from cl_methods.datasets.task import Task
 
@@ -25,6 +26,8 @@ class EvaluationOptions:
         batch_size: images per batch.
         limit: evaluate at most so many images of each task, evenly spread over its classes and always the same ones.
         feature_memory: GiB of host memory for features of frozen image encoders, which are then computed once per run.
+        novelty: after each task but the last, also measure how well these uncertainties tell images of learnt tasks from those of
+            tasks to come: `energy`, `entropy`, `confidence` or, for methods that draw their scores, `variance`.
         only: measure all tasks once and learn nothing, such as what `--weights` brings.
     """
 
@@ -33,6 +36,7 @@ class EvaluationOptions:
     batch_size: int = 128
     limit: int | None = None
     feature_memory: float = 4.0
+    novelty: tuple[Uncertainty, ...] = ()
     only: bool = False
 
     def __post_init__(self) -> None:
@@ -43,6 +47,11 @@ class EvaluationOptions:
             )
         if len(spaces) == 1:
             self.label_space = spaces[0]
+        known = get_args(Uncertainty)
+        if len(set(self.novelty)) < len(self.novelty) or not set(self.novelty) <= set(known):
+            raise ValueError(
+                f"novelty: expected different ones of {', '.join(known)}, got {' '.join(map(str, self.novelty))}"
+            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size: expected a number of images >= 1, got {self.batch_size}")
         if self.limit is not None and self.limit < 1:

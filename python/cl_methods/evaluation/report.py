@@ -18,6 +18,7 @@ from cl_methods.evaluation.tables import (
     class_incremental_table,
     cost_table,
     matrix_table,
+    novelty_table,
     per_task_tables,
     summary_table,
 )
@@ -70,7 +71,7 @@ def print_run_report(result: dict[str, Any], output: Path, console: Console) -> 
     for board in boards:
         incremental = class_incremental_table(board)
         tables += [matrix_table(board.groups[0].results[0], board.title), summary_table(board)]
-        tables += [incremental] if incremental is not None else []
+        tables += [table for table in (incremental, novelty_table(board)) if table is not None]
     first = boards[0]
     tables += [cost_table(first)] if first.compared() else []
     print_tables(tables, console)
@@ -112,8 +113,8 @@ def compare(paths: Sequence[Path], output: Path, console: Console) -> list[Board
     markdown, tables, sections = [], list[TextTable](), []
     for number, board in enumerate(boards):
         suffix = "" if len(boards) == 1 else f"-{number + 1}"
-        overview, incremental = summary_table(board), class_incremental_table(board)
-        shown = [cost_table(board)] if incremental is None else [incremental, cost_table(board)]
+        overview, further = summary_table(board), (class_incremental_table(board), novelty_table(board))
+        shown = [*(table for table in further if table is not None), cost_table(board)]
         details = [*shown, *per_task_tables(board)]
         for table in (overview, *shown):
             _print(table, console)

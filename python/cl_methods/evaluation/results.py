@@ -195,11 +195,27 @@ def _check_types(path: Path, result: dict[str, Any]) -> None:
     wrong += [] if isinstance(result["seed"], int) else ["seed"]
     wrong += [] if _lists(result["tasks"], str) else ["tasks"]
     wrong += [] if _lists(result["zero_shot"], (int, float)) else ["zero_shot"]
+    wrong += [] if _novelty(result.get("novelty")) else ["novelty"]
     rows = result["accuracy"]
     regular = isinstance(rows, list) and all(_lists(row, (int, float)) for row in rows)
     wrong += [] if regular and len({len(row) for row in rows}) == 1 else ["accuracy"]
     if wrong:
         raise ResultError(f"{path}: {', '.join(wrong)} is not what `clk run` writes; restore the file or run it again")
+
+
+def _novelty(found: Any) -> bool:
+    """Whether it is absent, or lists of measures by uncertainty and moment."""
+    moments = found.values() if isinstance(found, dict) else () if found is None else [found]
+    return all(
+        isinstance(one, dict)
+        and one.keys() == {"zero_shot", "after_task"}
+        and all(
+            isinstance(rows, list)
+            and all(isinstance(row, dict) and _lists([*row.values()], (int, float)) for row in rows)
+            for rows in one.values()
+        )
+        for one in moments
+    )
 
 
 def _lists(values: Any, kind: type | tuple[type, ...]) -> bool:
@@ -283,8 +299,14 @@ def _label_spaces(result: dict[str, Any]) -> list[dict[str, Any]]:
     evaluation = config.get("evaluation", {})
     stored = evaluation.get("label_space", "task")
     first = stored if isinstance(stored, str) else stored[0]
+    elsewhere = {"novelty": None} if further else {}  # the same in every label space
     return [
-        {**result, **found, "config": {**config, "evaluation": {**evaluation, "label_space": space}}}
+        {
+            **result,
+            **(elsewhere if found else {}),
+            **found,
+            "config": {**config, "evaluation": {**evaluation, "label_space": space}},
+        }
         for space, found in {first: {}, **further}.items()
     ]
 

@@ -15,6 +15,7 @@ from cl_methods.evaluation.results import METRICS, Board, published
 from cl_methods.text import printable
 
 ABSENT = "–"
+_NOVELTY = ("auroc", "aupr", "fpr95")
 
 
 @dataclass
@@ -140,6 +141,29 @@ def class_incremental_table(board: Board) -> TextTable | None:
         rows.append([label, str(len(found)), *whole, *cells])
     columns = ["method", "seeds", "Average", "Last", *board.tasks]
     return TextTable(f"Accuracy over all classes learnt so far, {board.title}", columns, rows)
+
+
+def novelty_table(board: Board) -> TextTable | None:
+    """How well uncertainties tell images of learnt tasks from those of tasks to come; None where no run has measured it."""
+    groups = [group for group in board.groups if all(result.get("novelty") for result in group.results)]
+    kinds = list(dict.fromkeys(kind for group in groups for result in group.results for kind in result["novelty"]))
+    rows, breaks = list[list[str]](), list[int]()
+    for kind in kinds:
+        breaks += [len(rows)] if rows else []
+        for number, group in enumerate(groups):
+            found = [result["novelty"][kind] for result in group.results if kind in result["novelty"]]
+            start, learnt = ([one[when] for one in found if one[when]] for when in ("zero_shot", "after_task"))
+            if start and number == 0:  # the same in all groups
+                rows.append([board.baseline, kind, "", *_mean_over_tasks(start[:1])])
+            if learnt:
+                rows.append([group.label, kind, str(len(learnt)), *_mean_over_tasks(learnt)])
+    title = f"Images of tasks to come as novel data, in %, mean over tasks, {board.title}"
+    columns = ["method", "uncertainty", "seeds", "AUROC", "AUPR", "FPR95"]
+    return TextTable(title, columns, rows, breaks) if rows else None
+
+
+def _mean_over_tasks(runs: list[list[dict[str, float]]]) -> list[str]:
+    return [spread(np.array([np.mean([one[name] for one in run]) for run in runs])) for name in _NOVELTY]
 
 
 def cost_table(board: Board) -> TextTable:

@@ -55,6 +55,7 @@ class CLAP4CLIP(Method):
     )
     Config: ClassVar[type[TrainConfig]] = ClapConfig
     frozen_images: ClassVar[bool] = True
+    draws_scores: ClassVar[bool] = True
     config: ClapConfig
 
     def __init__(self, backbone: Backbone, config: ClapConfig, reference: Reference | None = None) -> None:
@@ -222,6 +223,11 @@ class CLAP4CLIP(Method):
             )
         features = self.backbone.encode_images(images).float()
         return self._scores(features, self.task_names.index(task.name), samples)
+
+    def feature_draws(self, features: Tensor, tasks: Sequence[Task]) -> list[Tensor]:
+        """(F, B, C_t) scores of ``features`` (B, d) for each of ``samples`` draws of learnt tasks' class texts."""
+        exact = features.float()
+        return [self._scores(exact, self.task_names.index(task.name), self.config.samples) for task in tasks]
 
     def _mean_scores(self, features: Tensor, place: int) -> Tensor:
         return self._scores(features, place, self.config.evaluation_samples).mean(dim=0)

@@ -22,10 +22,12 @@ class Scoring:
     Attributes:
         frozen_images: evaluation images have the features of the untouched image encoder from the first row to the last, so a
             run encodes every one of them once. A method that trains the image tower must leave it False.
+        draws_scores: the method is probabilistic: :meth:`feature_draws` gives draws of the scores among learnt classes.
         backbone: the model.
     """
 
     frozen_images: ClassVar[bool] = False
+    draws_scores: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
@@ -55,6 +57,16 @@ class Scoring:
             return [self.logits(batch.pixels(), task) for task in tasks]
         return self.feature_scores(self.image_features(batch), tasks)
 
+    @torch.no_grad()
+    def draws(self, images: Tensor | ImageBatch, tasks: Sequence[Task]) -> list[Tensor]:
+        """(F, B, C_t) draws of :meth:`scores` among the classes of each of the learnt ``tasks``, of a method that has them.
+
+        Raises:
+            NotImplementedError: the method has one score for each image and class.
+        """
+        batch = images if isinstance(images, ImageBatch) else ImageBatch(images)
+        return self.feature_draws(self.image_features(batch), tasks)
+
     def image_features(self, images: ImageBatch) -> Any:
         """All that scores read of a batch of images, whatever the label space: by default normalised features (B, d).
 
@@ -71,6 +83,14 @@ class Scoring:
     def feature_scores(self, features: Any, tasks: Sequence[Task]) -> list[Tensor]:
         """(B, C_t) scores for each of ``tasks`` from ``features``, what :meth:`image_features` gave: here ``s f Wᵀ``."""
         return [self.backbone.logit_scale * features @ self.classifier(task).T for task in tasks]
+
+    def feature_draws(self, features: Any, tasks: Sequence[Task]) -> list[Tensor]:
+        """(F, B, C_t) draws of the scores for each of the learnt ``tasks``, where :attr:`draws_scores` says so.
+
+        Raises:
+            NotImplementedError: the method has one score for each image and class.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not draw its scores; draws_scores is False")
 
     def expect(self, tasks: Sequence[Task]) -> None:
         """Label spaces that will be asked for: when one of their classifiers is needed, all are encoded together."""

@@ -25,7 +25,7 @@ from cl_methods.ranks.group import (
     rank,
     share,
 )
-from cl_methods.ranks.tensors import anyone, everyone, gather_rows, gather_values, start_sum, sum_
+from cl_methods.ranks.tensors import anyone, everyone, gather_batches, gather_rows, gather_values, start_sum, sum_
 
 __all__ = [
     "OtherRankError",
@@ -39,6 +39,7 @@ __all__ = [
     "exchange",
     "first",
     "from_first",
+    "gather_batches",
     "gather_rows",
     "gather_values",
     "joined",

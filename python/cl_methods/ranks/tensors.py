@@ -108,6 +108,17 @@ def anyone(value: bool) -> bool:
     return bool(flag)
 
 
+def gather_batches(own: Sequence[T], batches: int, start: int = 0) -> list[T]:
+    """What every process found in the batches that were dealt to it, in the order of the batches; for small things.
+
+    Args:
+        own: one value for each of the batches of this process.
+        batches, start: as for :func:`~cl_methods.ranks.dealt`.
+    """
+    streams = [iter(values) for values in gather_values(list(own))]
+    return [next(streams[(number + start) % len(streams)]) for number in range(batches)]
+
+
 def gather_values(value: T) -> list[T]:
     """``value`` of every process, in order of rank; for small things."""
     if count() == 1:

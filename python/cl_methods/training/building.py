@@ -10,6 +10,7 @@ import torch
 
 from cl_methods import ranks
 from cl_methods.backbone import load_backbone
+from cl_methods.evaluation.novelty import check_novelty
 from cl_methods.methods import METHODS, Method
 from cl_methods.methods.find import find_method
 from cl_methods.scenarios import load as load_scenario
@@ -46,6 +47,7 @@ def build_method(config: RunConfig, scenario: Scenario, device: torch.device) ->
     method = find_method(config.method)(backbone, config.effective_settings(), scenario.reference)
     if config.learns(method):
         method.check_tasks(scenario.tasks)
+    check_novelty(method, config.evaluation, len(scenario.tasks))
     return method
 
 

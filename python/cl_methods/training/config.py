@@ -179,7 +179,7 @@ class RunConfig:
         return _plain(values)
 
 
-_OLDER = {"evaluation.only": False}
+_OLDER = {"evaluation.only": False, "evaluation.novelty": []}
 """Settings that runs of earlier versions did not have, with what they did."""
 
 

@@ -30,7 +30,7 @@ def run_result(
     and forgetting would have no meaning and are None. Scenario ``cil`` has ``class_incremental`` besides, unless each task's
     classes competed alone. Where several label spaces were measured, these are the values of the first, and
     ``label_spaces`` has those of the others by name. ``evaluated`` says how many images the accuracies are of, and
-    whether that is all.
+    whether that is all; ``novelty`` how well the uncertainties that were asked for tell known images from novel ones.
 
     Args:
         config, scenario: what was run.
@@ -53,6 +53,7 @@ def run_result(
         "tasks": [task.name for task in tasks],
         **_accuracies(config, scenario, first, rows, joint),
         **({"label_spaces": further} if further else {}),
+        **_novelty(rows),
         "evaluated": {
             "limit": options.limit,
             "images": [len(evaluated_images(task, options)) for task in tasks],
@@ -99,6 +100,27 @@ def _accuracies(config: RunConfig, scenario: Scenario, space: LabelSpace, rows: 
         "last_per_task": metrics["last_per_task"],
         **_class_incremental(config, scenario, space, matrix, joint),
     }
+
+
+def _novelty(rows: Rows) -> dict[str, Any]:
+    """``novelty``: for each uncertainty the measures in percent after every task but the last, of zero-shot and learnt model."""
+    if not rows.novelty:
+        return {}
+    start, *later = rows.novelty
+    kinds = dict.fromkeys(kind for row in rows.novelty for kind in row)
+    return {
+        "novelty": {
+            kind: {
+                "zero_shot": _percent(start.get(kind, [])),
+                "after_task": _percent([measures for row in later for measures in row.get(kind, [])]),
+            }
+            for kind in kinds
+        }
+    }
+
+
+def _percent(measured: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: 100.0 * value for name, value in measures.items()} for measures in measured]
 
 
 def _memory(plan: dict[str, Any] | None, measured: int) -> dict[str, Any]:

@@ -19,6 +19,8 @@ class Rows:
         calibration_error: rows of expected calibration errors, the zero-shot one first.
         seconds: duration of each evaluation, the zero-shot one first.
         reliability: of each task in the latest evaluation; empty in files of runs that did not store it.
+        novelty: of each evaluation, the first one before any task: for each uncertainty, the measures of
+            :class:`~cl_methods.evaluation.novelty.NoveltyTally`; empty where none was asked for.
         further: the same for every label space after the first, without ``seconds``, which are those of all together.
     """
 
@@ -27,6 +29,7 @@ class Rows:
     calibration_error: list[list[float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     reliability: list[dict[str, Any]] = field(default_factory=list)
+    novelty: list[dict[str, list[dict[str, float]]]] = field(default_factory=list)
     further: dict[str, Rows] = field(default_factory=dict)
 
     @classmethod
@@ -53,6 +56,8 @@ class Rows:
                 numbers = [float(value) for row in (*measured, *found.accuracy) for value in row]
                 if len(numbers) != tasks * (len(measured) + len(found.accuracy)):
                     raise ValueError(f"rows of other lengths than the {tasks} tasks")
+                if len(found.novelty) not in (0, len(measured) + len(found.accuracy)):
+                    raise ValueError(f"{len(found.novelty)} rows of novelty")
                 if not len(found.accuracy) <= len(rows.accuracy) <= tasks:
                     raise ValueError(f"{len(rows.accuracy)} rows after {tasks} tasks")
         except (TypeError, AttributeError, KeyError) as error:

@@ -11,6 +11,7 @@ from cl_kernels.profile import peak_memory_bytes, start_peak_memory
 from cl_methods import ranks
 from cl_methods.components.compiled_blocks import check_compile, compile_blocks
 from cl_methods.evaluation.accuracy import feature_store, measure_spaces, row_reader
+from cl_methods.evaluation.novelty import novelty_tally
 from cl_methods.sharding import gathered, load_method_state
 from cl_methods.training.building import (
     build_method,
@@ -240,6 +241,7 @@ class Run:
             learnt = len(tasks)
         self.reporter.evaluation_started(after, len(tasks))
         clock = time.perf_counter()
+        novelty = novelty_tally(self.method, tasks, learnt, self.config.evaluation)
 
         def evaluated(index: int, value: float) -> None:
             self.reporter.evaluated(tasks[index].name, value)
@@ -255,10 +257,13 @@ class Run:
                 on_task=evaluated,
                 store=self.features,
                 reader=self.reader,
+                novelty=novelty,
             )
         self.rows.seconds.append(time.perf_counter() - clock)
         row, *further = measured
         finished = self.rows.add(measured[row])
+        if self.config.evaluation.novelty:
+            self.rows.novelty.append({} if novelty is None else novelty.found())
         for space in further:
             self.rows.further.setdefault(space, Rows()).add(measured[space])
         self.directory.write_json("rows.json", asdict(self.rows))
