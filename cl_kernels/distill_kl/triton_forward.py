@@ -104,7 +104,7 @@ def _wide_tile(
     return level_s, sum_s, level_t, sum_t, cross
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "group"])
 def forward_kernel(
     student_ptr,  # [N, D]
     teacher_ptr,  # [K, N, D_T]

@@ -48,7 +48,7 @@ def _probabilities(
     return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "first"])
 def gradient_kernel(
     student_ptr,  # [N, D]
     teacher_ptr,  # [K, N, D_T]
@@ -133,7 +133,7 @@ def gradient_kernel(
     tl.store(at, g.to(out_ptr.dtype.element_ty), mask=n_real[:, None])
 
 
-@triton.jit(do_not_specialize=["piece"])
+@triton.jit(do_not_specialize=["rows", "inner", "left", "split", "piece"])
 def product_kernel(
     g_ptr,  # [N, width]
     f_ptr,  # [columns, D] (student's gradient: the anchors) or [N, D] (anchors' gradient: the student)
@@ -155,12 +155,13 @@ def product_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``g f``, or ``grad · outer · scale · gᵀ f`` if TRANSPOSED. Grid (blocks of BLOCK_D of d, blocks of rows, splits)."""
-    first = tl.program_id(0) * BLOCK_D
-    row = tl.program_id(1) * BLOCK_R
+    """``g f``, or ``grad · outer · scale · gᵀ f`` if TRANSPOSED. Grid (blocks of d for every block of rows, splits)."""
+    blocks = (D + BLOCK_D - 1) // BLOCK_D
+    first = tl.program_id(0) % blocks * BLOCK_D
+    row = tl.program_id(0) // blocks * BLOCK_R
     r = tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    begin = tl.program_id(2) * split
+    begin = tl.program_id(1) * split
     for start in range(begin, tl.minimum(begin + split, inner), BLOCK_K):
         i = tl.arange(0, BLOCK_K)
         if TRANSPOSED:
@@ -177,7 +178,7 @@ def product_kernel(
         acc = tl.dot(g, f, acc, input_precision=PRECISION)
     d = first + tl.arange(0, BLOCK_D)
     inside = (row + r < rows)[:, None] & (d < D)[None, :]
-    at = out_ptr + (tl.program_id(2).to(tl.int64) * rows + row) * D + (r[:, None] * D + d[None, :])
+    at = out_ptr + (tl.program_id(1).to(tl.int64) * rows + row) * D + (r[:, None] * D + d[None, :])
     if TRANSPOSED:
         outer *= tl.load(grad_ptr)
         if scale_ptr is not None:
@@ -188,7 +189,7 @@ def product_kernel(
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "total"])
 def finish_kernel(
     grad_ptr,  # []
     student_ptr,  # [N, D]

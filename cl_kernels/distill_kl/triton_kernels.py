@@ -29,15 +29,20 @@ def _origin(maximum):
 
 @triton.jit
 def _positions(outer, inner, INNER: tl.constexpr, SLICES: tl.constexpr):
-    """Indices (outer, inner) of the program's slices, and which of them exist; [SLICES] each."""
+    """Indices (outer, inner) of the program's slices, and which of them exist; [SLICES] each.
+
+    Blocks of both lie along one dimension of the grid: the others end at 65,535 programs.
+    """
     lane = tl.arange(0, SLICES)
     if INNER:
-        o = tl.program_id(0) + tl.zeros((SLICES,), tl.int32)
-        i = tl.program_id(1) * SLICES + lane
+        blocks = (inner + SLICES - 1) // SLICES
+        o = tl.program_id(0) // blocks + tl.zeros((SLICES,), tl.int32)
+        i = tl.program_id(0) % blocks * SLICES + lane
     else:
         o = tl.program_id(0) * SLICES + lane
         i = tl.zeros((SLICES,), tl.int32)
-    return o.to(tl.int64), i, (o < outer) & (i < inner)
+    # Offsets are 64 bits wide: neighbours along `inner` may lie a whole row apart.
+    return o.to(tl.int64), i.to(tl.int64), (o < outer) & (i < inner)
 
 
 @triton.jit
@@ -46,7 +51,7 @@ def _load(slices, step, stride, mask, other, inverse_temperature, COMPUTE: tl.co
     return tl.load(slices[:, None] + step * stride, mask=mask, other=other).to(COMPUTE) * inverse_temperature
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "M", "inner", "slices"])
 def forward_kernel(
     student_ptr,  # [outer, M, inner], strides below
     teacher_ptr,  # [outer, M, inner]
@@ -70,7 +75,7 @@ def forward_kernel(
     SLICES: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Losses and statistics, online along M. Grid (blocks of outer, blocks of inner); one outer index a program if INNER."""
+    """Losses and statistics, online along M. Grid (blocks of slices,); one outer index a program if INNER."""
     o, i, real = _positions(outer, inner, INNER, SLICES)
     student = student_ptr + o * student_outer + i * student_inner  # [SLICES]
     teacher = teacher_ptr + o * teacher_outer + i * teacher_inner
@@ -107,13 +112,14 @@ def forward_kernel(
         loss += entropy / sum_t - log_t
     at = o * inner + i
     tl.store(loss_ptr + at, loss * factor, mask=real)
-    tl.store(stats_ptr + at, max_s, mask=real)
-    tl.store(stats_ptr + slices + at, log_s, mask=real)
-    tl.store(stats_ptr + 2 * slices + at, max_t, mask=real)
-    tl.store(stats_ptr + 3 * slices + at, log_t, mask=real)
+    stats = stats_ptr + at
+    tl.store(stats, max_s, mask=real)
+    tl.store(stats + slices, log_s, mask=real)
+    tl.store(stats + 2 * tl.cast(slices, tl.int64), max_t, mask=real)
+    tl.store(stats + 3 * tl.cast(slices, tl.int64), log_t, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "M", "inner", "slices", "chunk"])
 def backward_kernel(
     grad_ptr,  # [outer, inner]
     student_ptr,  # [outer, M, inner], strides below
@@ -138,17 +144,18 @@ def backward_kernel(
     SLICES: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """``factor · grad · (p_s − p_t)``, element by element. Grid as in the forward kernel, times chunks of the M entries."""
+    """``factor · grad · (p_s − p_t)``, element by element. Grid as in the forward kernel, by chunks of the M entries."""
     o, i, real = _positions(outer, inner, INNER, SLICES)
     student = student_ptr + o * student_outer + i * student_inner
     teacher = teacher_ptr + o * teacher_outer + i * teacher_inner
     at = o * inner + i
     grad = tl.load(grad_ptr + at, mask=real, other=0.0).to(COMPUTE) * factor  # [SLICES]
-    max_s = tl.load(stats_ptr + at, mask=real, other=0.0)
-    log_s = tl.load(stats_ptr + slices + at, mask=real, other=0.0)
-    max_t = tl.load(stats_ptr + 2 * slices + at, mask=real, other=0.0)
-    log_t = tl.load(stats_ptr + 3 * slices + at, mask=real, other=0.0)
-    begin = tl.program_id(2) * chunk
+    stats = stats_ptr + at
+    max_s = tl.load(stats, mask=real, other=0.0)
+    log_s = tl.load(stats + slices, mask=real, other=0.0)
+    max_t = tl.load(stats + 2 * tl.cast(slices, tl.int64), mask=real, other=0.0)
+    log_t = tl.load(stats + 3 * tl.cast(slices, tl.int64), mask=real, other=0.0)
+    begin = tl.program_id(1) * chunk
     for start in range(begin, tl.minimum(begin + chunk, M), STEP):
         m = start + tl.arange(0, STEP)
         mask = real[:, None] & (m < M)[None, :]
@@ -171,17 +178,17 @@ def configuration(M: int, inner: int) -> dict[str, int | bool]:
     return {"SLICES": slices, "STEP": step, "INNER": inner > 1, "num_warps": 8 if slices * step >= BLOCK else 4}
 
 
-def _arguments(student: Tensor, teacher: Tensor, temperature: float) -> tuple[tuple[int, int], tuple, dict]:
-    """Grid, the arguments from ``outer`` on, and the compile-time ones."""
+def _arguments(student: Tensor, teacher: Tensor, temperature: float) -> tuple[int, tuple, dict]:
+    """Blocks of slices, the arguments from ``outer`` on, and the compile-time ones."""
     if student.dim() != 3 or student.shape != teacher.shape:
         raise ValueError(
             f"student is {tuple(student.shape)}, teacher {tuple(teacher.shape)}: expected one (outer, M, inner)"
         )
     outer, M, inner = student.shape
     config = configuration(M, inner)
-    grid = (outer, triton.cdiv(inner, config["SLICES"])) if inner > 1 else (triton.cdiv(outer, config["SLICES"]), 1)
+    blocks = outer * triton.cdiv(inner, config["SLICES"]) if inner > 1 else triton.cdiv(outer, config["SLICES"])
     config["COMPUTE"] = tl.float64 if student.dtype == torch.float64 else tl.float32
-    return grid, (outer, M, inner, outer * inner, *student.stride(), *teacher.stride(), 1 / temperature), config
+    return blocks, (outer, M, inner, outer * inner, *student.stride(), *teacher.stride(), 1 / temperature), config
 
 
 def distill_kl(student: Tensor, teacher: Tensor, temperature: float, kl: bool) -> tuple[Tensor, Tensor]:
@@ -196,9 +203,9 @@ def distill_kl(student: Tensor, teacher: Tensor, temperature: float, kl: bool) -
     if dtype == torch.float64:  # numbers reach a kernel in fp32: apply them in fp64 outside
         student, teacher = student / temperature, teacher / temperature
         temperature, factor, after = 1.0, 1.0, factor
-    grid, arguments, config = _arguments(student, teacher, temperature)
+    blocks, arguments, config = _arguments(student, teacher, temperature)
     with torch.cuda.device_of(student):
-        forward_kernel[grid](student, teacher, loss, stats, *arguments, factor, KL=kl, **config)
+        forward_kernel[(blocks,)](student, teacher, loss, stats, *arguments, factor, KL=kl, **config)
     return loss if after == 1 else loss.mul_(after), stats
 
 
@@ -216,13 +223,13 @@ def distill_kl_backward(grad: Tensor, student: Tensor, teacher: Tensor, stats: T
             1.0,
             1.0,
         )
-    grid, arguments, config = _arguments(student, teacher, temperature)
+    blocks, arguments, config = _arguments(student, teacher, temperature)
     # Few slices would leave most of a GPU idle; every entry stands alone here, so their entries are divided, too.
     steps = triton.cdiv(student.shape[1], config["STEP"])
-    chunks = min(steps, max(1, PROGRAMS // (grid[0] * grid[1])))
+    chunks = min(steps, max(1, PROGRAMS // blocks))
     chunk = triton.cdiv(steps, chunks) * config["STEP"]
     with torch.cuda.device_of(student):
-        backward_kernel[*grid, triton.cdiv(student.shape[1], chunk)](
+        backward_kernel[blocks, triton.cdiv(student.shape[1], chunk)](
             grad, student, teacher, stats, out, *arguments, factor, chunk, **config
         )
     return out

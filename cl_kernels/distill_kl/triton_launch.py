@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cl_kernels.distill_kl import triton_forward, triton_gradient, triton_merge
 from cl_kernels.distill_kl.reference import MASKED
+from cl_kernels.precision import float32_products
 
 SCRATCH = 24 << 20
 """Bytes of a piece of the logits' gradient together with its anchors: half of an H100's second-level cache, so that the product
@@ -62,11 +63,6 @@ def _device(device: torch.device) -> tuple[str, int]:
     if torch.version.hip is not None:
         return properties.gcnArchName.partition(":")[0], properties.multi_processor_count
     return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
-
-
-def _precision() -> str:
-    """Products of fp32 features: exact unless the user lets matrix products use TF32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def forward_grid(row_blocks: int, column_blocks: int, N: int, M: int, programs: int) -> tuple[int, int]:
@@ -132,7 +128,7 @@ class _Problem:
             "MASK_DIAGONAL": mask_diagonal,
             "EVEN": self.D % self.config["BLOCK_D"] == 0,
             "EVEN_T": self.D_T % self.config["BLOCK_D"] == 0,
-            "PRECISION": _precision(),
+            "PRECISION": float32_products(student.device),
         }
         self.config |= shape_dependent
         self.logit_scale = logit_scale
@@ -236,7 +232,7 @@ def feature_distill_kl_backward(
     pieces = triton.cdiv(M, max(1, min(WIDEST, SCRATCH // ((N + D) * size)) // block) * block)
     width = triton.cdiv(triton.cdiv(M, pieces), block) * block
     g, finished = p.empty(N, width, dtype=student.dtype), p.empty(dtype=torch.int32)
-    rest = {"EVEN": D % 128 == 0, "PRECISION": _precision()}
+    rest = {"EVEN": D % 128 == 0, "PRECISION": p.config["PRECISION"]}
     of_student = product_blocks(student.dtype, p.target, N)
     of_anchors = product_blocks(student.dtype, p.target, width)
     tiles = triton.cdiv(N, of_student["BLOCK_R"]), triton.cdiv(D, of_student["BLOCK_D"])
@@ -253,13 +249,13 @@ def feature_distill_kl_backward(
                 p.scale / log(2), row_factor / unit, column_factor / unit, **p.config,
             )  # fmt: skip
             if with_student:
-                triton_gradient.product_kernel[(tiles[1], tiles[0], splits)](
+                triton_gradient.product_kernel[(tiles[1] * tiles[0], splits)](
                     g, p.anchors[first:], parts, grad, logit_scale, N, width, inner, D, width, split, outer * p.scale,
                     first // width, TRANSPOSED=False, **rest, **of_student,
                 )  # fmt: skip
             if need_anchors:
-                grid = triton.cdiv(D, of_anchors["BLOCK_D"]), triton.cdiv(inner, of_anchors["BLOCK_R"]), 1
-                triton_gradient.product_kernel[grid](
+                blocks = triton.cdiv(D, of_anchors["BLOCK_D"]) * triton.cdiv(inner, of_anchors["BLOCK_R"])
+                triton_gradient.product_kernel[blocks, 1](
                     g, p.student, grad_anchors[first:], grad, logit_scale, inner, N, N, D, width, N, outer * p.scale,
                     0, TRANSPOSED=True, **rest, **of_anchors,
                 )  # fmt: skip

@@ -112,7 +112,7 @@ def _merge(
     return tl.sum(tl.where(real, loss, 0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "column_groups", "row_slots", "row_programs"])
 def merge_kernel(
     row_parts_ptr,  # [column groups, K, N, STATS]
     column_parts_ptr,  # [row slots, K, M, STATS]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cl_kernels.moe_adapter.triton_tiles import columns, gathered_rows
+from cl_kernels.moe_adapter.triton_tiles import columns, gathered_rows, tile_of_sample
 
 
 @triton.jit
@@ -83,11 +83,11 @@ def _before_relu(
             tl.store(gate_terms_ptr + where, scale * (tl.sum(g * h, 1) + tl.sum(along_bias, 1)), mask=row_mask)
         else:
             slots = first_slot + first_column // RP + tl.arange(0, SLOTS)
-            tiles = tl.num_programs(0)
+            _, tile, tiles = tile_of_sample(L, BLOCK_ROWS)
             term = tl.sum(tl.reshape(tl.sum(g * h, 0), (SLOTS, BLOCK_C // SLOTS)), 1)
-            where = (b * K + slots) * terms + part * tiles + tl.program_id(0)
+            where = (b * K + slots) * terms + part * tiles + tile
             tl.store(gate_terms_ptr + where, scale * term, mask=slots < K)
-            where = (b * K + wide_slot) * terms + PARTS * tiles + tl.program_id(0)
+            where = (b * K + wide_slot) * terms + PARTS * tiles + tile
             own = (wide < SLOTS) & (wide_slot < K) & (part == 0)
             tl.store(gate_terms_ptr + where, scale * tl.sum(along_bias, 0), mask=own)
     pre = tl.where((h <= 0.0) | (column_mask[None, :] == 0), 0.0, g * gate * grown).to(grad_rows.dtype.element_ty)
@@ -149,10 +149,11 @@ def input_gradient_kernel(
             return
         gate = tl.load(gates_ptr + sample * K + first_slot, mask=row_mask, other=0.0)[:, None] * scale
     else:
-        b = tl.program_id(1).to(tl.int64)
+        b, tile, _ = tile_of_sample(L, BLOCK_ROWS)
+        b = b.to(tl.int64)
         shared = 0
         sample = tl.zeros((BLOCK_ROWS,), tl.int64) + b
-        token = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        token = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         row_mask = token < L
     grad_rows = grad_ptr + sample * grad_stride_b + token * grad_stride_l
     out_rows = (sample * grad_x_stride_b + token * grad_x_stride_l)[:, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cl_kernels.moe_adapter.triton_tiles import columns, contract, gathered_rows, kept
+from cl_kernels.moe_adapter.triton_tiles import columns, contract, gathered_rows, kept, tile_of_sample
 
 
 @triton.jit
@@ -119,10 +119,11 @@ def forward_kernel(
             return
         row_gate = tl.load(gates_ptr + sample * K + first_slot, mask=row_mask, other=0.0)[:, None] * scale
     else:
-        b = tl.program_id(1).to(tl.int64)
+        b, tile, _ = tile_of_sample(L, BLOCK_ROWS)
+        b = b.to(tl.int64)
         shared = 0
         sample = tl.zeros((BLOCK_ROWS,), tl.int64) + b
-        token = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        token = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         row_mask = token < L
         slots = tl.arange(0, KP)
         experts = tl.load(ids_ptr + b * K + slots, mask=slots < K, other=-1)

@@ -16,18 +16,13 @@ from cl_kernels.moe_adapter.triton_blocks import blocks_for, chunk_rows, expert_
 from cl_kernels.moe_adapter.triton_experts import expert_gradient_kernel, finish_kernel
 from cl_kernels.moe_adapter.triton_forward import forward_kernel
 from cl_kernels.moe_adapter.triton_routing import route
+from cl_kernels.precision import float32_products
 
 SHORT_SAMPLE = 4
 """Samples with fewer tokens are gathered into tiles by expert: tiles of their own would be nearly empty."""
 
 BLOCK_SUMS, BLOCK_GATES = 1024, 64
 """Elements of the experts' gradients and gates that a program of the last sums takes."""
-
-
-def precision(x: Tensor) -> str:
-    """fp32 products follow torch's own switch; 16-bit inputs are exact in any case."""
-    fast = torch.get_float32_matmul_precision() != "highest" and x.is_cuda and torch.version.hip is None
-    return "tf32" if fast else "ieee"
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -46,9 +41,9 @@ class _Plan:
         rows = self.blocks.rows
         if self.gathered:
             # Every expert, and the rows without one, may leave one tile unfinished.
-            self.grid: tuple[int, ...] = (triton.cdiv(self.batch * self.length, rows) + experts + 1,)
+            self.grid = (triton.cdiv(self.batch * self.length, rows) + experts + 1,)
         else:
-            self.grid = (triton.cdiv(self.length, rows), self.batch)
+            self.grid = (triton.cdiv(self.length, rows) * self.batch,)
         self.launches = self.slots if self.gathered else 1
 
     def constants(self, x: Tensor) -> dict[str, object]:
@@ -65,7 +60,7 @@ class _Plan:
             "BLOCK_ROWS": b.rows,
             "BLOCK_C": b.columns,
             "BLOCK_D": b.width,
-            "PRECISION": precision(x),
+            "PRECISION": float32_products(x.device),
             "STAGES": b.out_stages,
             "num_warps": b.num_warps,
             "num_stages": b.num_stages,
@@ -173,7 +168,7 @@ def backward(
     x, grad, expert_ids, gates = _unit_stride(x), _unit_stride(grad), expert_ids.contiguous(), gates.contiguous()
     plan = _Plan(x, expert_ids, rank, experts)
     parts = max(1, plan.blocks.padded_rank // plan.blocks.columns)
-    terms = parts * plan.length if plan.gathered else (parts + 1) * plan.grid[0]
+    terms = parts * plan.length if plan.gathered else (parts + 1) * triton.cdiv(plan.length, plan.blocks.rows)
     gate_terms = gates.new_empty(batch, slots, terms) if need_gates else None
     grad_pre = torch.empty_like(hidden) if need_experts or plan.blocks.chunks > 1 else None
     partial = plan.partial(grad_x) if need_x else None
@@ -257,7 +252,7 @@ def _expert_gradients(
         R=plan.rank,
         K=plan.slots,
         EP=triton.next_power_of_2(plan.experts + 1),
-        PRECISION=precision(x),
+        PRECISION=float32_products(x.device),
         **blocks,
     )
     return sums, chunk

@@ -38,6 +38,16 @@ def gathered_rows(
 
 
 @triton.jit
+def tile_of_sample(L, BLOCK_ROWS: tl.constexpr):
+    """This program's sample, its tile of that sample's tokens, and how many tiles each has.
+
+    One dimension of the grid holds both: the others end at 65,535 programs, and batches do not.
+    """
+    tiles = (L + BLOCK_ROWS - 1) // BLOCK_ROWS
+    return tl.program_id(0) // tiles, tl.program_id(0) % tiles, tiles
+
+
+@triton.jit
 def columns(
     ids_ptr,  # [B, K]
     b,  # the sample that all rows share, unless GATHERED

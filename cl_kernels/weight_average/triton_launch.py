@@ -25,6 +25,10 @@ class _Table:
     half: bool  # whether the averages are stored in 16 bits
 
 
+_captured: list[list[_Table]] = []
+"""Tables that CUDA graphs read by address. Nobody says when a graph goes, so they stay: plans are forgotten, replays are not."""
+
+
 def average_(
     plan: Plan,
     averages: list[Tensor],
@@ -34,10 +38,26 @@ def average_(
     other_weight: float,
     seed: int | None,
 ) -> None:
-    """See :func:`cl_kernels.blend_`. One launch per combination of dtypes, and one more for tensors off 16-byte addresses."""
+    """See :func:`cl_kernels.blend_`. One launch per combination of dtypes, and one more for tensors off 16-byte addresses.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and the tensors were never averaged before.
+    """
+    capturing = bool(averages) and _capturing(averages[0])
     if plan.tables is None:
+        if capturing:
+            raise RuntimeError(
+                "average_: these tensors are averaged for the first time while a CUDA graph is captured, and the table of their "
+                "addresses cannot be copied to the device then; call average_ on them once before the capture"
+            )
         plan.tables = _tables([averages, values, others] if others else [averages, values])
+    if capturing and not any(tables is plan.tables for tables in _captured):
+        _captured.append(plan.tables)
     for table in plan.tables:
+        if table.rows.is_cuda and not capturing:
+            table.rows.record_stream(
+                torch.cuda.current_stream(table.rows.device)
+            )  # a plan may go before its launch is done
         with torch.cuda.device_of(table.rows):
             average_kernel[(len(table.rows),)](
                 table.rows,
@@ -47,6 +67,11 @@ def average_(
                 STOCHASTIC=seed is not None and table.half,
                 **table.options,
             )
+
+
+def _capturing(tensor: Tensor) -> bool:
+    """Whether what is launched on the device of ``tensor`` becomes part of a CUDA graph instead of running."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _tables(lists: list[list[Tensor]]) -> list[_Table]:

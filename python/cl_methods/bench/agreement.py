@@ -22,15 +22,16 @@ class CheckError(RuntimeError):
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Inside, a GPU's convolutions and products of float32 numbers keep all of their digits, as a comparison needs."""
-    parts: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [part.allow_tf32 for part in parts]
+    cudnn: Any = torch.backends.cudnn  # whose parts type checkers do not see
+    parts: tuple[Any, ...] = (cudnn.conv, torch.backends.cuda.matmul)
+    before = [part.fp32_precision for part in parts]
     try:
         for part in parts:
-            part.allow_tf32 = False
+            part.fp32_precision = "ieee"
         yield
     finally:
         for part, value in zip(parts, before, strict=True):
-            part.allow_tf32 = value
+            part.fp32_precision = value
 
 
 def compare(

@@ -198,7 +198,11 @@ def _arithmetic(device: torch.device) -> list[str]:
         if on_gpu
         else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     )
-    precision = [torch.get_float32_matmul_precision(), str(torch.backends.cuda.matmul.allow_tf32 and on_gpu)]
+    # Not torch.get_float32_matmul_precision, which is refused once somebody has set one of these.
+    mkldnn: Any = torch.backends.mkldnn  # whose parts type checkers do not see
+    of_products = torch.backends.cuda.matmul.fp32_precision, mkldnn.matmul.fp32_precision
+    fewer = sorted(set(of_products) - {"none", "ieee"})
+    precision = ["+".join(fewer) or "highest", str(of_products[0] == "tf32" and on_gpu)]
     versions = [torch.__version__, metadata.version("open_clip_torch"), str(torch.version.cuda)]
     shares = [f"shares of {ranks.count()} processes"] if ranks.count() > 1 else []
     threads = [] if on_gpu else [f"{torch.get_num_threads()} threads", _processor()]
