@@ -59,7 +59,8 @@ def backends() -> dict[str, dict[str, str]]:
 
     Returns:
         ``{operation: {backend: status}}`` with the backends ``reference``, ``cpu``, ``triton`` and ``cuda``. ``triton`` holds for
-        every dtype of an operation but float64 in ``feature_distill_kl``, which runs on the reference.
+        every call of an operation but float64 in ``moe_adapter`` and ``feature_distill_kl`` and more than 128 experts (32 in
+        float64) in ``top_k_gating``, which run on the reference.
     """
     return {operation: {backend: _status(operation, backend) for backend in BACKENDS} for operation in OPERATIONS}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,8 @@ def top_k_gating(
         w_noise: (D, E) weight of the noise's standard deviation, or None.
         k: number of experts per row, 1 ≤ k ≤ E.
         noise: (B, E) standard normal, or None for the clean gate.
-        backend: see :func:`cl_kernels.backends`; chosen by device when None. Of more experts than its tiles hold, 128 or 32 in
-            float64, ``"triton"`` leaves the products and the sort to torch.
+        backend: see :func:`cl_kernels.backends`; chosen by device when None. ``"triton"`` holds at most 128 experts, 32 in
+            float64, in its tiles: more run on the reference on CUDA, with a warning.
 
     Returns:
         ``gates`` (B, k) fp32 or fp64, rows sum to one; ``expert_ids`` (B, k) int64 by decreasing gate; ``usage`` (E,) int64, how
@@ -50,10 +52,26 @@ def top_k_gating(
     if noise is None:
         w_noise = None
     chosen = dispatch.choose("top_k_gating", x.device, backend)
+    if chosen == "triton" and not autograd.fused(x, w_gate.shape[1]):
+        chosen = _without_tiles(backend, x, w_gate.shape[1])
     with torch.autocast(dispatch.autocast_device(x.device), enabled=False):
         if chosen == "reference":
             return reference.top_k_gating(x, w_gate, w_noise, noise, k)
         return autograd.operator(chosen)(x, w_gate, w_noise, noise, k)
+
+
+def _without_tiles(backend: str | None, x: Tensor, experts: int) -> str:
+    """Large products and a sort are torch's own trade: more experts than a tile holds run on the reference."""
+    most = autograd.FUSED_EXPERTS_FLOAT64 if x.dtype == torch.float64 else autograd.FUSED_EXPERTS
+    limit = f"{experts} experts of {x.dtype}, only on up to {most}"
+    if backend == "triton":
+        raise ValueError(f"backend='triton' cannot run top_k_gating on {limit}; use backend='reference'")
+    warnings.warn(
+        f"cl_kernels: top_k_gating runs on its plain PyTorch reference on CUDA: its kernel cannot run on {limit}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return "reference"
 
 
 def _check(x: Tensor, w_gate: Tensor, w_noise: Tensor | None, k: int, noise: Tensor | None) -> None:

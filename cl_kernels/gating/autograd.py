@@ -71,6 +71,9 @@ def gradients(
 
     A few small PyTorch operations: E is at most some dozens, and written like this it can be differentiated again.
     """
+    if torch.is_autocast_enabled(dispatch.autocast_device(x.device)):  # backward() was called inside autocast
+        with torch.autocast(dispatch.autocast_device(x.device), enabled=False):
+            return gradients(grad, x, w_gate, w_noise, noise, gates, expert_ids, need_x, need_gate, need_noise)
     compute = gates.dtype
     wide, gate = x.to(compute), w_gate.to(compute)
     kept = torch.ops.aten._softmax_backward_data(grad, gates, 1, compute)  # (B, k)

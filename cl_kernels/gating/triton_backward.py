@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cl_kernels import dispatch
 from cl_kernels.gating.triton_tiles import BLOCK_B, block_of, depth_of, load_tile, router_products
 
 NUM_WARPS = 8
@@ -170,10 +171,13 @@ def top_k_gating_backward(
         )
         if rows >= MANY_ROWS:
             wide = x.to(gates.dtype)
-            if need_gate:
-                grad_gate.copy_(wide.T @ logits)
-            if need_noise and spread is not None:
-                grad_noise.copy_(wide.T @ spread)
+            with torch.autocast(
+                dispatch.autocast_device(x.device), enabled=False
+            ):  # whoever calls backward() inside it
+                if need_gate:
+                    grad_gate.copy_(wide.T @ logits)
+                if need_noise and spread is not None:
+                    grad_noise.copy_(wide.T @ spread)
         elif need_gate or need_noise:
             weight_gradient_kernel[(triton.cdiv(width, depth_of(experts)),)](
                 x,

@@ -12,6 +12,16 @@ SHAPES = [(1, 1, 1, 1), (5, 7, 3, 2), (16, 64, 22, 2), (19, 130, 17, 5), (33, 9,
 """(rows, width, experts, k): ragged, more experts than a panel, all of them, no rows, no width."""
 
 
+def fused(shapes, dtypes):
+    """Of the shapes and dtypes those that the Triton kernels hold in their tiles."""
+    return [
+        pytest.param(shape, dtype, id=f"{shape}-{dtype}")
+        for shape in shapes
+        for dtype in dtypes
+        if shape[2] <= (32 if dtype == torch.float64 else 128)
+    ]
+
+
 def inputs(rows, width, experts, noisy=True, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, width, generator=generator).to(dtype)
@@ -131,6 +141,14 @@ def check_autocast(backend):
         under = clk.top_k_gating(x, w_gate, w_noise, k=2, noise=noise, backend=backend)
     for a, b in zip(plain, under, strict=True):
         assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    leaves = [t.requires_grad_() for t in (x, w_gate, w_noise)]
+    gates, _, _ = clk.top_k_gating(*leaves, k=2, noise=noise, backend=backend)
+    upstream = torch.arange(10.0).view(5, 2).cos()
+    expected = torch.autograd.grad(gates, leaves, upstream, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):  # where backward() is often called by mistake
+        found = torch.autograd.grad(gates, leaves, upstream)
+    for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
 
 

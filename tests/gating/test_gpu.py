@@ -11,7 +11,7 @@ import cl_kernels as clk
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = [*cases.SHAPES, (32, 768, 22, 2), (64, 768, 22, 2), (5000, 512, 64, 4), (300, 64, 200, 3)]
+SHAPES = [*cases.SHAPES, (32, 768, 22, 2), (64, 768, 22, 2), (5000, 512, 64, 4), (300, 64, 128, 3)]
 
 
 def inputs(shape, dtype):
@@ -27,8 +27,7 @@ def gradients(given, k, backend):
     return gates, ids, usage, torch.autograd.grad((gates * upstream).sum(), leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases.fused(SHAPES, (torch.float32, torch.bfloat16, torch.float64)))
 def test_equals_the_definition_in_float64(shape, dtype):
     given = inputs(shape, dtype)
     gates, ids, usage, found = gradients(given, shape[-1], "triton")
@@ -44,6 +43,15 @@ def test_equals_the_definition_in_float64(shape, dtype):
         for a, b in zip(found, exact[3], strict=True):
             assert a.dtype == dtype
             assert (a.double() - b).norm() <= tolerance * b.norm()
+
+
+def test_more_experts_warn_and_run_on_the_reference():
+    given = inputs((300, 64, 200, 3), torch.float32)
+    with pytest.warns(RuntimeWarning, match="cannot run on 200 experts"):
+        found = gradients(given, 3, None)
+    expected = gradients(given, 3, "reference")
+    for a, b in zip((*found[:3], *found[3]), (*expected[:3], *expected[3]), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_nothing_waits_for_the_device():

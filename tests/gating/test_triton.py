@@ -19,10 +19,9 @@ PUBLISHED = (64, 768, 22, 2)
 """Rows, width, experts and k of a training step on ViT-B/16."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("noisy", [False, True])
-@pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
-def test_equals_the_definition(shape, noisy, dtype):
+@pytest.mark.parametrize(("shape", "dtype"), cases.fused(cases.SHAPES, (torch.float32, torch.float16, torch.float64)))
+def test_equals_the_definition(shape, dtype, noisy):
     cases.check_against_float64("triton", shape, noisy, dtype)
 
 
@@ -92,17 +91,27 @@ def test_a_published_step_in_16_bits_is_one_program(monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "experts"), [(torch.float32, 129), (torch.float64, 33)], ids=str)
-def test_more_experts_than_tiles_hold_are_left_to_torch(dtype, experts, monkeypatch):
+def test_more_experts_than_tiles_hold_are_an_error_or_a_warning(dtype, experts, monkeypatch):
+    """Who asked for Triton hears why not; who did not is warned, and gets the reference."""
     for module in (triton_kernels, triton_backward):
         for name in ("gating_kernel", "row_gradient_kernel", "weight_gradient_kernel"):
             monkeypatch.setattr(module, name, None, raising=False)
-    cases.check_against_float64("triton", (3, 5, experts, 2), True, dtype)
     x, w_gate, w_noise, noise = cases.inputs(3, 5, experts, True, dtype)
-    gates, _, _ = clk.top_k_gating(x.requires_grad_(), w_gate, w_noise, k=2, noise=noise, backend="triton")
+    message = rf"on {experts} experts of {dtype}, only on up to {experts - 1}"
+    with pytest.raises(
+        ValueError, match=rf"^backend='triton' cannot run top_k_gating {message}; use backend='reference'$"
+    ):
+        clk.top_k_gating(x, w_gate, w_noise, k=2, noise=noise, backend="triton")
+    monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("triton", "reference"))
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    with pytest.warns(RuntimeWarning, match=rf"reference on CUDA: its kernel cannot run {message}$"):
+        cases.check_against_float64(None, (3, 5, experts, 2), True, dtype)
+    with pytest.warns(RuntimeWarning, match=message):
+        gates, _, _ = clk.top_k_gating(x.requires_grad_(), w_gate, w_noise, k=2, noise=noise)
     gates.square().sum().backward()
     assert x.grad.isfinite().all()
     with pytest.raises(TypeError):  # so that a launch would be seen
-        clk.top_k_gating(x[:, :4], w_gate[:4, :9], k=2, backend="triton")
+        clk.top_k_gating(x[:, :4], w_gate[:4, :9], k=2)
 
 
 @pytest.mark.parametrize("noisy", [False, True])
@@ -116,7 +125,7 @@ def test_gradients_equal_autograd():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("many_rows", [1, 1000])
-@pytest.mark.parametrize("shape", [(19, 70, 17, 5), (33, 9, 40, 40), (3, 5, 130, 2), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(19, 70, 17, 5), (33, 9, 40, 40), (3, 5, 128, 2), (1, 1, 1, 1)], ids=str)
 def test_gradients_equal_float64(shape, many_rows, dtype, monkeypatch):
     monkeypatch.setattr(triton_backward, "MANY_ROWS", many_rows)
     rows, width, experts, k = shape
