@@ -4,7 +4,9 @@
 #   bash benchmarks/gpu.sh [OUTPUT FOLDER]        default: benchmarks/results
 # Every part writes its own text and JSON as soon as it ends, a failing or slow one keeps none of the others from running, and
 # summary.txt has one line for each. Uses the python on PATH (or $PYTHON) with its torch and triton; needs nvcc for the
-# compiled CUDA kernel, and open_clip_torch, tyro and pydantic for whole steps: WHEELS=FOLDER installs these from files.
+# compiled CUDA kernel, and open_clip_torch, tyro and pydantic for whole steps: WHEELS=FOLDER takes every wheel in FOLDER into a
+# place of its own, theirs and what they need (beside torchvision and timm: ftfy, wcwidth, docstring_parser, typeguard,
+# pydantic_core, annotated_types, typing_inspection, and typing_extensions where it is older than 4.16).
 # SECONDS_LEFT (580) is the time for all of it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -16,9 +18,6 @@ export PYTHONPATH="$PWD:$PWD/python" MAX_JOBS=${MAX_JOBS:-$(nproc)} PYTHONUNBUFF
 
 "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA device: nothing to run" >&2; exit 1; }
 "$PYTHON" -c 'import pytest, pytest_benchmark' || { echo "pytest and pytest-benchmark are needed" >&2; exit 1; }
-if [[ -n ${WHEELS:-} ]]; then
-    "$PYTHON" -m pip install --quiet --no-index --find-links "$WHEELS" open_clip_torch tyro pydantic || exit 1
-fi
 : > "$OUTPUT/summary.txt"
 
 limited() {  # limited SIGNAL NAME SECONDS COMMAND…: output to NAME.txt, a line to summary.txt; ends in time for the whole
@@ -53,6 +52,12 @@ bench() {  # bench NAME SECONDS FILE EXPRESSION
     step "$1" "$2" "$PYTHON" -m pytest -c benchmarks/pytest.ini "benchmarks/$3" -k "$4" --benchmark-json="$OUTPUT/gpu_$1.json"
 }
 
+if [[ -n ${WHEELS:-} ]]; then
+    PACKAGES=$(mktemp -d)
+    step packages 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$PACKAGES" "$WHEELS"/*.whl
+    export PYTHONPATH="$PYTHONPATH:$PACKAGES"
+    step imports 60 "$PYTHON" -c 'import open_clip, pydantic, tyro'
+fi
 ARCHITECTURE=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 export CL_KERNELS_CUDA_ARCHS=${CL_KERNELS_CUDA_ARCHS:-$ARCHITECTURE}
 CL_KERNELS_NATIVE=1 step build 120 "$PYTHON" setup.py build_ext --inplace
