@@ -108,6 +108,9 @@ class ImageReader:
         sources, transform: images and what makes tensors of them.
         batch_size: images per batch.
         device, workers: where they go, and processes that read ahead; 0 reads here.
+
+    Attributes:
+        sources, batch_size, device, workers: as given.
     """
 
     def __init__(
@@ -119,7 +122,7 @@ class ImageReader:
         device: torch.device,
         workers: int = 0,
     ) -> None:
-        self.device, self.workers = device, workers
+        self.sources, self.batch_size, self.device, self.workers = tuple(sources), batch_size, device, workers
         self._batches: _InOrder | None = _InOrder(sources, transform, batch_size)
         self._items: Items | None = None
 

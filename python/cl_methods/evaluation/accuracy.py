@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cl_methods import ranks
 from cl_methods.components.image_batch import ImageBatch
+from cl_methods.datasets.loading import ImageReader
 from cl_methods.datasets.task import Task
 from cl_methods.evaluation.features import EvaluationImages, FeatureStore, RowReader
 from cl_methods.evaluation.novelty import NoveltyTally
@@ -133,13 +134,17 @@ def measure_spaces(
 
 def row_reader(method: Method, tasks: Sequence[Task], options: EvaluationOptions, workers: int = 0) -> RowReader:
     """A reader of the evaluated images of ``tasks``, for any number of rows; to be closed after them."""
-    return RowReader(
-        [evaluated_images(task, options) for task in tasks],
-        method.backbone.eval_transform,
-        batch_size=options.batch_size,
-        device=method.backbone.device,
-        workers=workers,
-    )
+    sources, backbone = [evaluated_images(task, options) for task in tasks], method.backbone
+    with ranks.alone():
+        return RowReader(
+            ImageReader(
+                sources,
+                backbone.eval_transform,
+                batch_size=options.batch_size,
+                device=backbone.device,
+                workers=workers,
+            )
+        )
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_methods import ranks
 from cl_methods.components.image_batch import ImageBatch
-from cl_methods.datasets.images import ImageSource
-from cl_methods.datasets.loading import ImageReader, Transform
+from cl_methods.datasets.loading import ImageReader
 
 _GIB = 1 << 30
 
@@ -62,28 +60,18 @@ class FeatureStore:
 
 
 class RowReader:
-    """Pixels of the batches of a whole row of evaluations, from one set of worker processes that lives until :meth:`close`.
+    """Pixels of the batches of a whole row of evaluations, from one reader that lives until :meth:`close`.
 
     Workers read ahead across the borders between tasks. A row of which nothing is asked starts and reads nothing.
 
     Args:
-        sources: evaluated images of every task.
-        transform: their evaluation transform.
-        batch_size, device, workers: see :class:`~cl_methods.datasets.loading.ImageReader`.
+        reader: of the evaluated images of every task, made by a process :func:`~cl_methods.ranks.alone`: a batch is read whole by
+            the process that scores it.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[ImageSource],
-        transform: Transform,
-        *,
-        batch_size: int,
-        device: torch.device,
-        workers: int = 0,
-    ) -> None:
-        self.sources, self.batch_size, self.workers = tuple(sources), batch_size, workers
-        with ranks.alone():  # a batch is read whole by the process that scores it
-            self._reader = ImageReader(sources, transform, batch_size=batch_size, device=device, workers=workers)
+    def __init__(self, reader: ImageReader) -> None:
+        self.sources, self.batch_size = reader.sources, reader.batch_size
+        self._reader = reader
         self.begin([])
 
     def begin(self, wanted: Sequence[tuple[int, int]]) -> None:
@@ -101,7 +89,7 @@ class RowReader:
         """
         place = self._places[source, number]
         ahead = place - self._next
-        if self._next < 0 or ahead < 0 or ahead > self.workers:  # far ahead nothing has been read
+        if self._next < 0 or ahead < 0 or ahead > self._reader.workers:  # far ahead nothing has been read
             self._pixels, self._next = self._reader.read(self._wanted[place:]), place
         for _ in range(place - self._next):
             next(self._pixels)
