@@ -19,9 +19,10 @@ from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import METHODS, ZSCL
 from cl_methods.methods.zscl_config import ZSCLConfig
 from cl_methods.micro_batches import MicroBatches
+from cl_methods.training.memory.host_optimizer import HostOptimizer
 from cl_methods.training.memory.levers import Levers, use_levers
 from cl_methods.training.memory.live import LiveMemory
-from cl_methods.training.memory.optimizer_state import HostOptimizer, state_bytes, with_state
+from cl_methods.training.memory.optimizer_state import state_bytes, with_state
 
 
 class Operations(TorchDispatchMode):
@@ -264,7 +265,7 @@ def test_8_bit_moments_are_those_of_torchao(tmp_path: Path, monkeypatch: pytest.
     """In pieces the same bits as whole; their bytes are those of the plan; a stored state goes on where it was."""
     from torchao.optim import AdamW8bit
 
-    monkeypatch.setattr("cl_methods.training.memory.optimizer_state._PIECE", 8192)
+    monkeypatch.setattr("cl_methods.training.memory.eight_bit_optimizer._PIECE", 8192)
     plain, ours = parameters(), parameters()
     rates = [{**group, "lr": torch.tensor(1.0)} for group in adamw(plain).param_groups]
     names = ("params", "lr", "betas", "eps", "weight_decay", "lr_scale")

@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 
-from cl_methods.backbone import Backbone
 from cl_methods.forecast.counting import RunWork, count_work
 from cl_methods.forecast.hardware import Hardware
 from cl_methods.forecast.time_model import Reached, Seconds, seconds
 from cl_methods.forecast.work import Work
 from cl_methods.methods.find import find_method
 from cl_methods.micro_batches import MicroBatches
-from cl_methods.open_clip_loading import shapes_of_open_clip
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
-from cl_methods.training.memory.planner import _RESERVE, MemoryBudgetError, MemoryPlan, plan_memory
+from cl_methods.training.memory.plan import MemoryPlan
+from cl_methods.training.memory.planner import MemoryBudgetError, model_shapes, plan_memory
 from cl_methods.training.planning.counting import short_fits
 
 CONTEXT = 600 << 20
@@ -181,7 +180,7 @@ class Predictor:
             self._wholes[processes] = self._rehearse(None, processes)
         whole = self._wholes[processes]
         available = min(memory, self.config.memory_bytes or memory) - CONTEXT
-        if whole.peak <= (1 - _RESERVE) * available:
+        if whole.fits(available):
             return whole, None
         try:
             return self._rehearse(available, processes), None
@@ -193,17 +192,5 @@ class Predictor:
         settings = short_fits(config.effective_settings())
         tasks, reference = scenario.tasks, scenario.reference
         method = find_method(config.method)
-        return plan_memory(
-            method, settings, _shapes(config), tasks, reference, budget, processes=processes, on_gpu=True
-        )
-
-
-def _shapes(config: RunConfig) -> Backbone:
-    if config.model == "mini" or config.model.startswith("local-dir:"):
-        from cl_methods.backbone import load_backbone
-
-        return load_backbone(config.model, config.pretrained)
-    network, *rest = shapes_of_open_clip(config.model)
-    backbone = Backbone(network, *rest, name=config.model, device="meta")
-    backbone.device = torch.device("cpu")
-    return backbone
+        shapes = model_shapes(config, torch.device("cpu"))
+        return plan_memory(method, settings, shapes, tasks, reference, budget, processes=processes, on_gpu=True)

@@ -20,7 +20,7 @@ from cl_methods.sharding import shard
 from cl_methods.training.config import RunConfig
 
 if TYPE_CHECKING:
-    from cl_methods.training.memory.planner import MemoryPlan
+    from cl_methods.training.memory.plan import MemoryPlan
 
 
 def select_scenario(config: RunConfig) -> Scenario:

@@ -34,7 +34,7 @@ from cl_methods.training.task import TaskTraining
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cl_methods.training.memory.optimizer_state._PIECE", 1 << 12)
+    monkeypatch.setattr("cl_methods.training.memory.eight_bit_optimizer._PIECE", 1 << 12)
 
 
 @pytest.fixture

@@ -9,6 +9,9 @@ from cl_methods.micro_batches import MicroBatches
 from cl_methods.training.memory.levers import Levers
 from cl_methods.training.sizes import format_size
 
+RESERVE = 0.08
+"""Share of a budget that stays free: allocators lose some memory between tensors, and libraries take some that nobody counts."""
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -44,6 +47,10 @@ class MemoryPlan:
     def peak(self) -> int:
         """The most bytes at any time of a training step."""
         return self.process + self.model + self.carried + self.optimiser + self.gradients + self.step
+
+    def fits(self, budget: int) -> bool:
+        """Whether it leaves the reserve of a budget of so many bytes free."""
+        return self.peak <= (1 - RESERVE) * budget
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -18,6 +18,7 @@ from cl_methods.micro_batches import MicroBatches
 from cl_methods.open_clip_loading import shapes_of_open_clip
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
+from cl_methods.training.memory.eight_bit_optimizer import update_bytes
 from cl_methods.training.memory.levers import Levers
 from cl_methods.training.memory.optimizer_state import (
     OptimizerState,
@@ -25,9 +26,8 @@ from cl_methods.training.memory.optimizer_state import (
     load_library,
     state_bytes,
     takes_eight_bits,
-    update_bytes,
 )
-from cl_methods.training.memory.plan import MemoryPlan
+from cl_methods.training.memory.plan import RESERVE, MemoryPlan
 from cl_methods.training.memory.rehearsal import Rehearsal
 from cl_methods.training.sizes import format_size
 
@@ -36,9 +36,6 @@ _SIZES = (64, 32, 16, 8, 4, 2, 1)
 
 _MMAP_THRESHOLD = -3
 """M_MMAP_THRESHOLD of malloc.h."""
-
-_RESERVE = 0.08
-"""Share of the budget that stays free: allocators lose some memory between tensors, and libraries take some that nobody counts."""
 
 _BLOCKWISE = 4
 """Images per part, at most, where blocks are computed again one by one: larger parts would gain nothing over smaller ones."""
@@ -102,9 +99,9 @@ def plan_memory(
     smallest = planner.smallest(levers)
     raise MemoryBudgetError(
         f"memory_budget: {method.name} on {backbone.name} does not fit into {format_size(budget)}: it needs "
-        f"{format_size(smallest.peak)} even with one image at a time ({smallest.shares}), and a reserve of {_RESERVE:.0%}; "
+        f"{format_size(smallest.peak)} even with one image at a time ({smallest.shares}), and a reserve of {RESERVE:.0%}; "
         f"{planner.proposal(levers)}expected a budget of at least "
-        f"{format_size(smallest.peak / (1 - _RESERVE) + 1, up=True)}"
+        f"{format_size(smallest.peak / (1 - RESERVE) + 1, up=True)}"
     )
 
 
@@ -143,7 +140,7 @@ class _Planner:
     def fits(self, plan: MemoryPlan) -> bool:
         """Whether it leaves the reserve of the budget free."""
         assert self.budget is not None
-        return plan.peak <= (1 - _RESERVE) * self.budget
+        return plan.fits(self.budget)
 
     def ways(self) -> Iterator[MicroBatches]:
         """Parts from the fastest to the smallest."""
@@ -188,7 +185,7 @@ def plan_run(config: RunConfig, scenario: Scenario, device: torch.device) -> Mem
     method = find_method(config.method)
     if not method.trains or method.closed_form:
         return None
-    backbone = _shapes(config, device)
+    backbone = model_shapes(config, device)
     return plan_memory(
         method,
         config.effective_settings(),
@@ -201,8 +198,12 @@ def plan_run(config: RunConfig, scenario: Scenario, device: torch.device) -> Mem
     )
 
 
-def _shapes(config: RunConfig, device: torch.device) -> Backbone:
-    """The model that will be trained, without its weights where they need not be read to know its shapes."""
+def model_shapes(config: RunConfig, device: torch.device) -> Backbone:
+    """The model that will be trained on ``device``, without its weights where they need not be read to know its shapes.
+
+    Raises:
+        ValueError: the model is unknown or has to be loaded and cannot be.
+    """
     if config.model == "mini" or config.model.startswith("local-dir:"):
         backbone = load_backbone(config.model, config.pretrained)
     else:
