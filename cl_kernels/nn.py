@@ -67,6 +67,7 @@ class AdapterExperts(nn.Module):
         training: bool,
         noisy: bool,
         noise: Tensor | None = None,
+        add_input: bool = False,
         seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``residual + Σ_{e ∈ top-k} g_e · scale · A_e(x)`` with the experts that a router chooses from token 0 of each sample.
@@ -80,6 +81,7 @@ class AdapterExperts(nn.Module):
             training: whether dropout is on.
             noisy: whether the gates are noisy.
             noise: (B, E) standard normal for noisy gates; drawn when None.
+            add_input: whether ``x`` is added to the residual too.
             seed: of the dropout, see :func:`~cl_kernels.routed.routed_adapter`; drawn when None.
 
         Returns:
@@ -101,6 +103,7 @@ class AdapterExperts(nn.Module):
             scale=self.scale,
             dropout_p=self.dropout if training else 0.0,
             residual=residual,
+            add_input=add_input,
             **drawn,
         )
 

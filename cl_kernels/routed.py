@@ -10,6 +10,7 @@ from torch import Tensor
 from cl_kernels import dispatch, library
 from cl_kernels.gating import autograd, top_k_gating
 from cl_kernels.moe_adapter import with_hidden
+from cl_kernels.routed_block import routed_block, serves
 
 
 def routed_adapter(
@@ -26,13 +27,16 @@ def routed_adapter(
     scale: float = 1.0,
     dropout_p: float = 0.0,
     residual: Tensor | None = None,
+    add_input: bool = False,
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``moe_adapter(x, …)`` with the gates and experts of ``top_k_gating(x[:, 0], …)``, each sample routed by its token 0.
 
     The same values as the two calls. In training on ``x`` that needs a gradient, the router's is added to token 0 of the adapters'
-    in place, where autograd would fill, add and throw away a tensor as large as ``x`` that is zero everywhere else.
+    in place, where autograd would fill, add and throw away a tensor as large as ``x`` that is zero everywhere else. With
+    ``add_input``, noise and the compiled kernels the sums around the mixture are formed while it is written, see
+    :func:`~cl_kernels.routed_block.routed_block`.
 
     Args:
         x: (B, L, D) tokens of each sample.
@@ -47,6 +51,7 @@ def routed_adapter(
         scale: factor on every expert's output.
         dropout_p: probability of zeroing a bottleneck element.
         residual: (B, L, D), what the output is added to, or None.
+        add_input: whether ``x`` is added to the residual too, as the skip connection around an MLP that gave it.
         seed: of the dropout, int64 () or :func:`~cl_kernels.moe_adapter.dropout.seed_of_part`; drawn when None.
         backend: see :func:`cl_kernels.backends`; chosen by device when None.
 
@@ -54,8 +59,8 @@ def routed_adapter(
         The mixture (B, L, D), and ``usage`` (E,) int64, how many samples chose each expert.
 
     Raises:
-        ValueError: ``x`` has not three dimensions or no token; else as :func:`cl_kernels.top_k_gating` and
-            :func:`cl_kernels.moe_adapter`.
+        ValueError: ``x`` has not three dimensions or no token; ``add_input`` without a residual of its shape; else as
+            :func:`cl_kernels.top_k_gating` and :func:`cl_kernels.moe_adapter`.
         TypeError: as those.
 
     Source: MoE-Adapters4CL (Yu et al., CVPR 2024), equations 2 to 6.
@@ -64,10 +69,41 @@ def routed_adapter(
         given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x: got {given}, expected (B, L, D) with at least one token per sample")
     experts = (down_weight, down_bias, up_weight, up_bias)
+    if add_input:
+        if residual is None or residual.shape != x.shape:
+            given = None if residual is None else f"shape {tuple(residual.shape)}"
+            raise ValueError(f"residual: got {given} with add_input, expected the shape {tuple(x.shape)} of x")
+        if _one_operation(x, residual, (w_gate, w_noise, noise), experts, k, dropout_p, backend):
+            assert w_noise is not None
+            assert noise is not None
+            options: dict[str, Any] = {"k": k, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+            return routed_block(x, residual, w_gate, w_noise, noise, experts, **options)
+        residual = x + residual
     call = (x, w_gate, w_noise, noise, *experts, residual, k, scale, dropout_p, seed, backend)
     if _one_node(x, (w_gate, *experts, residual), backend):
         return _Routed.apply(*call)
     return _two_calls(*call)[:2]
+
+
+def _one_operation(
+    x: Tensor,
+    residual: Tensor,
+    router: tuple[Tensor | None, ...],
+    experts: tuple[Tensor, ...],
+    k: int,
+    dropout_p: float,
+    backend: str | None,
+) -> bool:
+    """Whether :func:`routed_block` takes this call as it is; what is wrong with a call, the two functions say."""
+    recorded = torch.is_grad_enabled() and backend in (None, "cpu") and not any(t is None for t in router)
+    given = [t for t in (residual, *router, *experts) if isinstance(t, Tensor)]
+    if not recorded or len(given) < 8 or not serves(x, given) or experts[0].dim() != 3:
+        return False
+    (batch, _, width), (count, rank, _) = x.shape, experts[0].shape
+    shapes = [x.shape, (width, count), (width, count), (batch, count)]
+    shapes += [(count, rank, width), (count, rank), (count, width, rank), (count, width)]
+    fitting = all(t.shape == shape for t, shape in zip(given, shapes, strict=True))
+    return fitting and 1 <= k <= count and 0.0 <= dropout_p < 1.0
 
 
 def _one_node(x: Tensor, others: tuple[Tensor | None, ...], backend: str | None) -> bool:

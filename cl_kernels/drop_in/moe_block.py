@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from cl_kernels.drop_in import experts
 from cl_kernels.drop_in.patch import Patch, Patched
 from cl_kernels.drop_in.probe import COUNTERS, relative_difference, undisturbed
-from cl_kernels.drop_in.routed_block import routed_block, serves
 from cl_kernels.moe_adapter import moe_adapter
 from cl_kernels.routed import routed_adapter
+from cl_kernels.routed_block import routed_block, serves
 
 _PARTS = ("attention", "ln_1", "ln_2", "mlp", "adaptmlp_list", "top_k", "is_train")
 Router = tuple[Tensor, Tensor, str | None]

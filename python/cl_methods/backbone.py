@@ -22,6 +22,8 @@ prepare_torchvision()
 
 from open_clip.transformer import text_global_pool  # noqa: E402
 
+from cl_methods.quick_gelu import fuse_quick_gelu  # noqa: E402
+from cl_methods.read_out import ReadOut, read_out_of_images, reading  # noqa: E402
 from cl_methods.self_attention import fuse_attention  # noqa: E402
 from cl_methods.text_trees import TextTrees, plant, takes_trees  # noqa: E402
 
@@ -36,7 +38,7 @@ class Backbone:
     """An open_clip model and what belongs to it.
 
     Where gradients are recorded, its residual blocks attend with the fewest operations
-    (:func:`~cl_methods.self_attention.fuse_attention`).
+    (:func:`~cl_methods.self_attention.fuse_attention`), and QuickGELU keeps half as much (:mod:`cl_methods.quick_gelu`).
 
     Attributes:
         model: the open_clip model, its state-dict names unchanged.
@@ -49,6 +51,8 @@ class Backbone:
         sharded: set where each process holds some rows of :attr:`model` alone (:mod:`cl_methods.sharding`).
         precision: of the towers where gradients are recorded: ``bf16`` computes under autocast, from fp32 weights to fp32 features
             and gradients. What needs no gradient (teachers, evaluation, cached features) is always computed in fp32.
+        trims_last_block: whether what trains on it may leave out what the last blocks compute and nobody reads
+            (:mod:`cl_methods.read_out`).
     """
 
     def __init__(
@@ -64,11 +68,13 @@ class Backbone:
     ) -> None:
         self.model: Any = model.to(device)
         fuse_attention(self.model)
+        fuse_quick_gelu(self.model)
         self.tokenize, self.train_transform, self.eval_transform = tokenize, train_transform, eval_transform
         self.device, self.name, self.origin = torch.device(device), name, origin
         self.micro_batches: MicroBatches | None = None
         self.sharded: ShardedModel | None = None
         self.precision: Precision = "fp32"
+        self.trims_last_block = True
 
     @property
     def logit_scale(self) -> Tensor:
@@ -95,7 +101,7 @@ class Backbone:
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected (B, 3, H, W), got {tuple(images.shape)}")
-        features = self._encode(self.model.encode_image, images.to(self.device, non_blocking=True), "images")
+        features = self._encode(self._image_features, images.to(self.device, non_blocking=True), "images")
         return features / features.norm(dim=-1, keepdim=True) if normalise else features
 
     def encode_texts(self, tokens: Tensor, *, trimmed: bool = False, normalise: bool = True) -> Tensor:
@@ -311,13 +317,20 @@ class Backbone:
             return (tokens == torch.tensor(self._end_id)).int().argmax(dim=-1)
         return tokens.argmax(dim=-1)
 
+    def _image_features(self, images: Tensor) -> Tensor:
+        with reading(read_out_of_images(self.model.visual) if self.trims_last_block else None):
+            return self.model.encode_image(images)
+
     def _text_features(self, tokens: Tensor) -> Tensor:
         if not self._trimmable:
             return self.model.encode_text(tokens)
         tower, length = self.text_tower, tokens.shape[1]
         dtype = tower.transformer.get_cast_dtype()
         x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
-        x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
+        with reading(ReadOut(partial(self._readout, tokens)) if self.trims_last_block else None):
+            x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
+        if x.shape[1] < length:  # the last block computed nothing but the position that is read
+            return self._projected(tower.ln_final(x)[:, 0])
         return self._projected(text_global_pool(tower.ln_final(x), tokens, self._pool_type, eos_token_id=self._end_id))
 
     def _tree_features(self, trees: TextTrees) -> Tensor:

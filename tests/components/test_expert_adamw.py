@@ -9,6 +9,13 @@ from torch import nn
 from cl_methods.components.expert_adamw import ExpertAdamW
 
 
+@pytest.fixture(params=["rows", "masks"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row as on a CPU, or all rows with masks as where reading them would wait."""
+    if request.param == "masks":
+        monkeypatch.setattr("cl_methods.components.expert_adamw._readable", lambda value: False)
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_equals_one_parameter_per_expert(weight_decay: float) -> None:
     torch.manual_seed(0)

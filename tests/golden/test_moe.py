@@ -62,12 +62,13 @@ def test_block(case: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cl_kernels.routed.top_k_gating", noting)
     for backend, gradients in autograd.GRADIENTS.items():
         monkeypatch.setitem(autograd.GRADIENTS, backend, noting_gradient(gradients))
-    out = block(x, torch.zeros_like(x), 0, training=True, noise=noisy)
+    router = block.routers[0], block.noises[0]
+    out, usage = block.mix(x, torch.zeros_like(x), *router, training=True, noisy=noisy)
     out.backward(tensors["upstream"])
 
     dense = torch.zeros_like(expected["gates"]).scatter(1, chosen["experts"], chosen["gates"].detach())
     assert torch.equal(chosen["experts"], expected["indices"])
-    assert torch.equal(block.step_usage, (expected["gates"] > 0).sum(dim=0))
+    assert torch.equal(usage, (expected["gates"] > 0).sum(dim=0))
     assert golden.max_error(dense, expected["gates"]) < FORWARD
     assert golden.max_error(out, expected["out"]) < FORWARD
     gate_gradient = torch.zeros_like(dense).scatter(
@@ -81,11 +82,32 @@ def test_block(case: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
         **{f"grad_{name}": getattr(block, name).grad for name in PARAMETERS},
     }
     compare_gradients(ours, expected)
+    compare_whole_block(block, tensors, expected, noisy)
     fixed = tensors["x1"].clone().requires_grad_()
     weights = [getattr(block, name) for name in PARAMETERS]
     branch = clk.moe_adapter(fixed, chosen["experts"], chosen["gates"].detach(), *weights, scale=meta["scale"])
     branch.backward(tensors["upstream"])
     assert golden.max_error(fixed.grad, expected["grad_x1_fixed_gates"]) < GRADIENT
+
+
+def compare_whole_block(
+    block: BlockAdapters, tensors: dict[str, Tensor], expected: dict[str, Tensor], noisy: bool
+) -> None:
+    """The same with x added, which in training may be one operation that shows no gates."""
+    block.zero_grad()
+    x = tensors["x1"].clone().requires_grad_()
+    out = block(x, torch.zeros_like(x), 0, training=True, noise=noisy)
+    out.backward(tensors["upstream"])
+    assert torch.equal(block.step_usage, (expected["gates"] > 0).sum(dim=0))
+    assert golden.max_error(out - x, expected["out"]) < FORWARD
+    assert x.grad is not None
+    ours = {
+        "grad_x1": x.grad - tensors["upstream"],
+        "grad_w_gate": block.routers[0].grad,
+        "grad_w_noise": block.noises[0].grad if noisy else torch.zeros_like(block.noises[0]),
+        **{f"grad_{name}": getattr(block, name).grad for name in PARAMETERS},
+    }
+    compare_gradients(ours, {name: value for name, value in expected.items() if name != "grad_gates"})
 
 
 def compare_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

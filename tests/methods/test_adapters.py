@@ -106,7 +106,8 @@ def dense_routed(
     x: Tensor, w_gate: Tensor, w_noise: Tensor | None, *weights: Tensor, k: int, noise: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     gates, expert_ids, usage = clk.top_k_gating(x[:, 0], w_gate, w_noise, k=k, noise=noise)
-    return dense_mixture(x, expert_ids, gates, *weights, **options), usage
+    assert options.pop("add_input")
+    return x + dense_mixture(x, expert_ids, gates, *weights, **options), usage
 
 
 def test_a_step_never_waits_for_the_device(
@@ -117,6 +118,7 @@ def test_a_step_never_waits_for_the_device(
     The adapter operation itself, which on a CPU may be the plain reference, is replaced; kernels are tested on their own.
     """
     monkeypatch.setattr("cl_kernels.nn.routed_adapter", dense_routed)
+    monkeypatch.setattr("cl_methods.components.expert_adamw._readable", lambda value: False)  # as on a GPU
     config = MoEAdaptersConfig(experts=4, bottleneck=8, ddas=DDASConfig(features="backbone"))
     method = MoEAdapters(backbone, config)
     method.before_task(0, tasks[0])

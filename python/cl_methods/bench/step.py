@@ -22,6 +22,7 @@ from cl_methods.bench.public_zscl import PublicZSCL, copy_weights
 from cl_methods.bench.rows import OURS, Row
 from cl_methods.bench.world import CAPTIONS, CPU, World, fresh, mini_world, open_clip_world
 from cl_methods.methods import METHODS
+from cl_methods.quick_gelu import separate_quick_gelu
 from cl_methods.self_attention import separate_attention
 
 PUBLIC = "public procedure"
@@ -225,6 +226,7 @@ def _public_backbone(world: World) -> Backbone:
     """A fresh model whose blocks run open_clip's own code alone."""
     backbone = world.backbone()
     separate_attention(backbone.model)
+    separate_quick_gelu(backbone.model)
     return backbone
 
 

@@ -15,6 +15,7 @@ from cl_kernels.moe_adapter import dropout
 from cl_kernels.nn import AdapterExperts
 from cl_methods.backbone import Backbone
 from cl_methods.micro_batches import Part, current_part
+from cl_methods.read_out import current_read_out, leaves_out, read_parts
 from cl_methods.self_attention import self_attention, takes_self_attention
 from cl_methods.text_trees import reads_trees
 from cl_methods.torchvision_compat import prepare_torchvision
@@ -29,7 +30,7 @@ _states: ContextVar[dict[int, tuple[int | None, bool, bool]]] = ContextVar("adap
 class BlockAdapters(AdapterExperts):
     """Experts of one residual block and one router per task, the routers added as tasks come.
 
-    ``y = r + Σ_{e ∈ top-k} g_e · scale · A_e(x)``, see :class:`cl_kernels.nn.AdapterExperts`. Routers start at zero.
+    ``y = x + r + Σ_{e ∈ top-k} g_e · scale · A_e(x)``, see :class:`cl_kernels.nn.AdapterExperts`. Routers start at zero.
 
     Attributes:
         routers, noises: per task (D, E).
@@ -37,6 +38,7 @@ class BlockAdapters(AdapterExperts):
         step_usage: (E,) int64, the same since :meth:`MountedAdapters.end_backward`.
         frozen: (E,) bool, experts that no longer train.
         updates: (E,) bool, experts that the coming optimiser step may change.
+        last: whether the block is the last of its tower, of whose output one position is read.
 
     Args:
         width: D.
@@ -57,6 +59,7 @@ class BlockAdapters(AdapterExperts):
         self.register_buffer("step_usage", torch.zeros(experts, dtype=torch.int64))
         self.register_buffer("frozen", torch.zeros(experts, dtype=torch.bool))
         self.register_buffer("updates", torch.zeros(experts, dtype=torch.bool), persistent=False)
+        self.last = False
 
     def add_routers(self, count: int) -> None:
         """Create routers, all zero, until there are ``count``."""
@@ -65,12 +68,12 @@ class BlockAdapters(AdapterExperts):
             self.routers.append(nn.Parameter(self.down_weight.new_zeros(width, experts)))
             self.noises.append(nn.Parameter(self.down_weight.new_zeros(width, experts)))
 
-    def forward(self, x: Tensor, residual: Tensor, task: int, *, training: bool, noise: bool) -> Tensor:
-        """``residual`` (B, L, D) plus the branch on ``x`` (B, L, D), routed by router ``task``; no host synchronisation.
+    def forward(self, x: Tensor, added: Tensor, task: int, *, training: bool, noise: bool) -> Tensor:
+        """``x + added`` (B, L, D) plus the branch on ``x``, routed by router ``task``; no host synchronisation.
 
         Args:
-            x: adapter input.
-            residual: what the branch is added to.
+            x: (B, L, D), adapter input.
+            added: (B, L, D), what the MLP beside the adapters gave.
             task: index of the router.
             training: whether dropout is on and activations are counted in ``step_usage``.
             noise: whether gates are noisy.
@@ -78,7 +81,7 @@ class BlockAdapters(AdapterExperts):
         part = current_part()
         drawn = {} if part is None else self._draw(x, part, training=training, noise=noise)
         router = self.routers[task], self.noises[task]
-        out, usage = self.mix(x, residual, *router, training=training, noisy=noise, **drawn)
+        out, usage = self.mix(x, added, *router, training=training, noisy=noise, add_input=True, **drawn)
         if training and not (part is not None and part.repeated):
             self.step_usage += usage
         return out
@@ -149,6 +152,10 @@ class MountedAdapters(nn.Module):
                 for name, block in self._hosts.items()
             }
         ).to(backbone.device)
+        last = {name.partition("_")[0]: name for name in self._hosts}.values()
+        for name, adapters in self.blocks.items():
+            assert isinstance(adapters, BlockAdapters)
+            adapters.last = name in last
         for name, block in self._hosts.items():
             block.forward = functools.partial(_adapted_forward, self, self.blocks[name], block)
 
@@ -231,14 +238,18 @@ def _adapted_forward(
     task, training, noise = mounted.state
     if task is None:
         return type(block).forward(block, x, attn_mask=attn_mask)
+    place = current_read_out() if adapters.last and training and torch.is_grad_enabled() else None
+    if place is not None and leaves_out(block, attn_mask):
+        x, added = read_parts(block, x, attn_mask, place)
+        return adapters(x, added, task, training=training, noise=noise)[:, -1:]
     compiled = vars(block).get("compiled_parts")
     parts = block_parts if compiled is None or not torch.is_grad_enabled() else compiled
-    x, residual = parts(block, x, attn_mask)
-    return adapters(x, residual, task, training=training, noise=noise)
+    x, added = parts(block, x, attn_mask)
+    return adapters(x, added, task, training=training, noise=noise)
 
 
 def block_parts(block: Any, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What adapters read and what they are added to: ``x₁ = x + Attn(LN₁ x)`` and ``x₁ + MLP(LN₂ x₁)``.
+    """What adapters read and what is added to it beside them: ``x₁ = x + Attn(LN₁ x)`` and ``MLP(LN₂ x₁)``.
 
     Args:
         block: open_clip's residual block.
@@ -256,7 +267,7 @@ def block_parts(block: Any, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor
     else:
         attended = block.ln_attn(block.attn(block.ln_1(x), attn_mask=attn_mask))
     x = x + block.ls_1(attended)
-    return x, x + block.ls_2(block.mlp(block.ln_2(x)))
+    return x, block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def carries_adapters(block: nn.Module) -> bool:

@@ -16,7 +16,7 @@ class ExpertAdamW(torch.optim.Optimizer):
 
     A row outside the mask keeps its weights, moments and step count to the bit, as a parameter without gradient does in
     :class:`torch.optim.AdamW`; each row counts its own steps for the bias correction. Tensors without a mask are updated as
-    usual. Masks stay on the device: no host synchronisation.
+    usual. On a GPU masks stay there: no host synchronisation. On a CPU they are read, and the rows outside are not touched.
 
     Args:
         parameters: all parameters.
@@ -52,12 +52,37 @@ class ExpertAdamW(torch.optim.Optimizer):
             raise ValueError("closure: not supported, expected None")
         for group in self.param_groups:
             parameters = [value for value in group["params"] if value.grad is not None]
+            if all(_readable(value) for value in parameters):
+                self._update_rows(parameters, group)
+                continue
             first = 0
             factors = self._factors(parameters, group) if parameters else []
             for bucket in _buckets(parameters):
                 last = first + len(bucket)
                 self._update(bucket, [some[first:last] for some in factors], group)
                 first = last
+
+    def _update_rows(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """The rows that take part, each as a parameter of torch's AdamW: one pass over weights, gradients and moments."""
+        rows: list[tuple[Tensor, ...]] = []
+        for value in parameters:
+            state, mask = self._state_of(value), self._masks.get(value)
+            assert value.grad is not None
+            parts = value, value.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
+            if mask is None:
+                rows.append(parts)
+            else:
+                slices = zip(*map(Tensor.unbind, parts), strict=True)
+                rows += [row for row, takes in zip(slices, mask.tolist(), strict=True) if takes]
+        if not rows:
+            return
+        values, gradients, means, squares, steps = (list(column) for column in zip(*rows, strict=True))
+        torch._foreach_add_(steps, 1)
+        beta1, beta2 = group["betas"]
+        rates = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
+        torch._fused_adamw_(
+            values, gradients, means, squares, [], steps, **rates, eps=group["eps"], amsgrad=False, maximize=False
+        )
 
     def _factors(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> list[list[Tensor]]:
         """Count the step; then what multiplies the rows of every parameter, from one flat tensor for all of them.
@@ -108,6 +133,11 @@ class ExpertAdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros(1 if mask is None else len(mask), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         return state
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether masks beside ``value`` can be read without waiting: it lies on the host, and has data."""
+    return value.device.type == "cpu" and type(value) is nn.Parameter
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[Tensor]]:

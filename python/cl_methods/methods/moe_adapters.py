@@ -15,6 +15,7 @@ from cl_methods import ranks
 from cl_methods.backbone import Backbone
 from cl_methods.checks import check_field
 from cl_methods.components.adapters import MountedAdapters
+from cl_methods.components.backward_order import differentiate_last
 from cl_methods.components.ddas import DDAS, DDASConfig
 from cl_methods.components.density_selector import DensityConfig, DensitySelector
 from cl_methods.components.expert_adamw import ExpertAdamW
@@ -178,6 +179,7 @@ class MoEAdapters(Method):
         with self.adapters.active(self.router, training=True, noise=self.config.gating_noise):
             features = self.backbone.encode_images(batch.images)
             texts = self.backbone.encode_texts(self._texts, trimmed=True)
+        differentiate_last(texts)
         logits = self.backbone.logit_scale * features @ texts.T
         return {"loss": F.cross_entropy(logits, batch.labels, label_smoothing=self.config.label_smoothing)}
 

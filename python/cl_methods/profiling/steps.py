@@ -64,6 +64,9 @@ def workloads(step: Step) -> tuple[Workload, Workload, Method]:
     settings = settings_for(method_type, step)
     names = _class_names(step)
     backbone = load(step.model, step.device)
+    backbone.trims_last_block = (
+        False  # as in the frozen pass beside it, so that differences are those of the method's own parts
+    )
     try:
         method = method_type(backbone, settings, _reference())
     except TypeError as error:

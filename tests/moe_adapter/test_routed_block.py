@@ -8,10 +8,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cl_kernels import library, use_backend
-from cl_kernels.drop_in.routed_block import FIELDS, routed_block, serves
 from cl_kernels.profile import OperationCount
 from cl_kernels.profile.flops import operation_flops
 from cl_kernels.routed import routed_adapter
+from cl_kernels.routed_block import FIELDS, routed_block, serves
 
 pytestmark = pytest.mark.native
 
@@ -48,6 +48,13 @@ def fused(given: dict[str, list[Tensor]], dropout_p: float = 0.0) -> tuple[Tenso
     return routed_block(*tensors, given["experts"], k=TOP, scale=0.3, dropout_p=dropout_p)
 
 
+def routed(given: dict[str, list[Tensor]], dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The same from stacks, by the function that the methods' blocks call."""
+    x, residual, w_gate, w_noise, noise = (given[name][0] for name in (*NAMES, "noise"))
+    options = {"scale": 0.3, "dropout_p": dropout_p, "residual": residual, "add_input": True}
+    return routed_adapter(x, w_gate, w_noise, *given["experts"], k=TOP, noise=noise, **options)
+
+
 def joined(given: dict[str, list[Tensor]], dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch, with experts stacked."""
     x, residual, w_gate, w_noise, noise = (given[name][0] for name in (*NAMES, "noise"))
@@ -79,6 +86,42 @@ def test_values_and_gradients(dtype, tolerance, length, dropout_p):
             tensor, expected[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
     assert length == 1 or found["out"].stride() == leaves(length)["x"][0].stride()
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_stacked_experts_have_the_bits_of_experts_apart(dropout_p):
+    given, other = leaves(), leaves()
+    stacks = [torch.stack([t.detach() for t in other["experts"][i::FIELDS]]).requires_grad_() for i in range(FIELDS)]
+    other["experts"] = stacks
+    with OperationCount() as count:
+        found = results(routed, other, dropout_p=dropout_p)
+    assert count.by_name["cl_kernels::routed_block"] == count.by_name["cl_kernels::routed_block_backward"] == 1
+    expected = results(fused, given, dropout_p=dropout_p)
+    for i in range(FIELDS):
+        stack = found.pop(f"experts {i}")
+        for e in range(EXPERTS):
+            apart = expected.pop(f"experts {FIELDS * e + i}", torch.zeros_like(stack[e]))
+            assert torch.equal(stack[e], apart), (i, e)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_calls_that_are_not_one_operation_add_x_all_the_same():
+    """Clean gates, and a backend that has no such operation."""
+    given = leaves(5)
+    call = [given[name][0].detach() for name in ("x", "w_gate", "w_noise")]
+    stacks = [torch.stack([t.detach() for t in given["experts"][i::FIELDS]]).requires_grad_() for i in range(FIELDS)]
+    residual, noise = given["residual"][0].detach(), given["noise"][0]
+    for options in ({"noise": None}, {"noise": noise, "backend": "reference"}):
+        one, two = (
+            routed_adapter(*call, *stacks, k=TOP, residual=base, add_input=add, **options)[0]
+            for base, add in ((residual, True), (residual + call[0], False))
+        )
+        assert torch.equal(one, two)
+    with pytest.raises(ValueError, match="residual: got None with add_input"):
+        routed_adapter(*call, *stacks, k=TOP, noise=noise, add_input=True)
+    with pytest.raises(ValueError, match="residual: got shape"):
+        routed_adapter(*call, *stacks, k=TOP, noise=noise, residual=residual[:1], add_input=True)
 
 
 @pytest.mark.parametrize("needs", [{"x"}, {"residual"}, {"w_gate"}, {"experts"}, {"x", "w_noise"}])

@@ -1,4 +1,4 @@
-"""The adapted half of a residual block as one operation each way, for experts that live as separate modules, on the CPU."""
+"""The adapted half of a residual block as one operation each way, for experts stacked or each for itself, on the CPU."""
 
 from __future__ import annotations
 
@@ -46,11 +46,12 @@ def routed_block(
     k: int,
     scale: float,
     dropout_p: float,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(residual + x) + Σ_{e ∈ top-k} g_e A_e(x)``, each sample routed by its token 0 with noisy gates.
 
-    Differentiable once in everything but the noise. An expert that nobody chose gets no gradient instead of one of zeros: AdamW
-    skips a parameter without gradient, momentum included.
+    Differentiable once in everything but the noise. Of experts that are tensors of their own, one that nobody chose gets no
+    gradient instead of one of zeros: AdamW skips a parameter without gradient, momentum included.
 
     Args:
         x: (B, L, D) tokens of each sample.
@@ -58,17 +59,18 @@ def routed_block(
         w_gate: (D, E) router weight.
         w_noise: (D, E) weight of the noise's standard deviation.
         noise: (B, E) standard normal.
-        experts: the four tensors of expert 0, then those of expert 1, and so on.
+        experts: the four tensors of expert 0, then those of expert 1, and so on; or the four stacks, (E, …) each.
         k: experts per sample.
         scale: factor on every expert's output.
         dropout_p: probability of zeroing a bottleneck element.
+        seed: of the dropout, int64 () or :func:`~cl_kernels.moe_adapter.dropout.seed_of_part`; drawn when None.
 
     Returns:
         The sum (B, L, D), and ``usage`` (E,) int64, how many samples chose each expert.
 
     Source: MoE-Adapters4CL (Yu et al., CVPR 2024), equations 2 to 6.
     """
-    seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
+    seed = (dropout.draw_seed(x.device) if seed is None else seed) if dropout_p > 0.0 else None
     return _RoutedBlock.apply(x, residual, w_gate, w_noise, noise, seed, k, scale, dropout_p, *experts)
 
 
@@ -76,15 +78,16 @@ class _RoutedBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *call: Any) -> tuple[Tensor, Tensor]:
         x, residual, w_gate, w_noise, noise, seed, k, scale, dropout_p, *experts = call
-        fields = [experts[i::FIELDS] for i in range(FIELDS)]
+        ctx.stacked = _stacked(experts)
+        fields = _fields(experts)
         out, usage, gates, ids, hidden = library.operator("routed_block", "cpu")(
             x, residual, w_gate, w_noise, noise, *fields, seed, k, scale, dropout_p, any(ctx.needs_input_grad)
         )
         ctx.mark_non_differentiable(usage)
         ctx.set_materialize_grads(False)
-        down_weight, _, up_weight, up_bias = fields
-        ctx.save_for_backward(x, w_gate, w_noise, noise, gates, ids, hidden, usage, *down_weight, *up_weight, *up_bias)
-        ctx.scale, ctx.dropout_p, ctx.experts = scale, dropout_p, len(down_weight)
+        weights = [t for i in _READ for t in experts[i::FIELDS]]
+        ctx.save_for_backward(x, w_gate, w_noise, noise, gates, ids, hidden, usage, *weights)
+        ctx.scale, ctx.dropout_p = scale, dropout_p
         return out, usage
 
     @staticmethod
@@ -101,7 +104,8 @@ class _RoutedBlock(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         x, w_gate, w_noise, noise, gates, ids, hidden, usage, *weights = ctx.saved_tensors
-        count = ctx.experts
+        count = len(weights) // len(_READ)
+        fields = [weights[i * count : (i + 1) * count] for i in range(len(_READ))]
         grad_x, grad_gate, grad_noise, *stacks = library.operator("routed_block_backward", "cpu")(
             grad,
             x,
@@ -110,9 +114,7 @@ class _RoutedBlock(torch.autograd.Function):
             noise,
             gates,
             ids,
-            weights[:count],
-            weights[count : 2 * count],
-            weights[2 * count :],
+            *(list(field[0].unbind(0)) if ctx.stacked else field for field in fields),
             hidden,
             ctx.scale,
             ctx.dropout_p,
@@ -121,7 +123,9 @@ class _RoutedBlock(torch.autograd.Function):
             any(needed),
         )
         found: list[Tensor | None] = [None] * len(needed)
-        if any(needed):
+        if ctx.stacked:
+            found = [stack if need else None for stack, need in zip(stacks, needed, strict=True)]
+        elif any(needed):
             slices = [stack.unbind(0) for stack in stacks]
             for e, used in enumerate(usage.tolist()):
                 for i in range(FIELDS * bool(used)):
@@ -134,6 +138,21 @@ class _RoutedBlock(torch.autograd.Function):
             *(None,) * 5,
             *found,
         )
+
+
+_READ = (0, 2, 3)
+"""Fields whose values the backward pass reads."""
+
+
+def _stacked(experts: Sequence[Tensor]) -> bool:
+    return len(experts) == FIELDS and experts[0].dim() == 3
+
+
+def _fields(experts: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The E tensors of each field."""
+    if _stacked(experts):
+        return [list(stack.unbind(0)) for stack in experts]
+    return [list(experts[i::FIELDS]) for i in range(FIELDS)]
 
 
 def _fake_forward(
