@@ -78,4 +78,4 @@ def backbone_features(backbone: Backbone, depth: int) -> Extractor:
         patches = x[:, 1:]
         return torch.cat([patches.mean(dim=1), patches.std(dim=1)], dim=1)
 
-    return Extractor(features, standardise=True, width=2 * visual.conv1.out_channels)
+    return Extractor(features, standardise=True, width=2 * visual.class_embedding.shape[-1])
