@@ -71,8 +71,8 @@ def routed_adapter(
     experts = (down_weight, down_bias, up_weight, up_bias)
     if add_input:
         if residual is None or residual.shape != x.shape:
-            given = None if residual is None else f"shape {tuple(residual.shape)}"
-            raise ValueError(f"residual: got {given} with add_input, expected the shape {tuple(x.shape)} of x")
+            shape = None if residual is None else f"shape {tuple(residual.shape)}"
+            raise ValueError(f"residual: got {shape} with add_input, expected the shape {tuple(x.shape)} of x")
         if _one_operation(x, residual, (w_gate, w_noise, noise), experts, k, dropout_p, backend):
             assert w_noise is not None
             assert noise is not None
