@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from tiny_clip import build_backbone, noise_images, transform
 from torch import Tensor
 from torch.distributions import MultivariateNormal
-from trained import check_resuming, learn, state
+from trained import SHORT, check_resuming, learn, state
 
 from cl_kernels.profile import ExtraMemory
 from cl_methods.backbone import Backbone
@@ -19,12 +21,15 @@ from cl_methods.components import densities
 from cl_methods.components.densities import Density, Gaussian, KernelDensity, LowRankGaussian
 from cl_methods.components.density_selector import DensityConfig, DensitySelector, decide
 from cl_methods.components.gaussian import fit_gaussian
+from cl_methods.components.image_batch import ImageBatch
 from cl_methods.datasets.images import TensorImages
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import Batch, MoEAdapters
+from cl_methods.methods.find import find_method
 
 CONFIG = DensityConfig(rank=4, shrinkage=0.05)
 KINDS = ("gaussian", "low_rank", "kernel")
+PAGE = Path(__file__).parents[2] / "docs" / "methods" / "density_selector.md"
 NOTHING = TensorImages(torch.zeros(0, 3, 16, 16, dtype=torch.uint8))
 
 
@@ -172,6 +177,35 @@ def test_state_round_trip(density: str, backbone: Backbone) -> None:
     other = DensitySelector(backbone, replace(CONFIG, density=KINDS[KINDS.index(density) - 1]))
     with pytest.raises(RuntimeError, match=r"state: expected .*, got"):
         other.load_state(found.state_dict())
+
+
+def test_the_method_of_the_page_gives_images_the_map_of_their_task(
+    tmp_path: Path, tasks: list[Task], reference: Reference, batches: Callable[..., list[Batch]]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "task_maps.py").write_text(code, encoding="utf-8")
+    kind = find_method(f"{tmp_path / 'task_maps.py'}:TaskMaps")
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        config = kind.Config(**SHORT, density=replace(CONFIG, density="gaussian", threshold=8.0))
+        return kind(build_backbone(), config, reference)
+
+    check_resuming(build, tasks, batches)
+    method = learn(build(), tasks, batches)
+    plain = method.backbone.encode_images(stack(tasks[0].test))
+    for index, task in enumerate(tasks):
+        images = stack(task.test)
+        own = method.mapped(method.backbone.encode_images(images), method.maps[index]).detach()
+        rows = method.selector.decide(images) == index
+        assert rows.float().mean() > 0.9
+        logits = method.logits(images, task)
+        torch.testing.assert_close(logits[rows], (method.backbone.logit_scale * own @ method.classifier(task).T)[rows])
+        alone = torch.cat([method.logits(image[None], task) for image in images])
+        torch.testing.assert_close(alone, logits, rtol=1e-4, atol=1e-4)
+    unlike = method.image_features(ImageBatch(stack(reference.images)))
+    torch.testing.assert_close(unlike, method.backbone.encode_images(stack(reference.images)))
+    assert plain.shape[1] == len(method.maps[0])
 
 
 def test_settings_are_checked(backbone: Backbone) -> None:

@@ -298,6 +298,7 @@ def test_nothing_of_clip_trains(tasks: list[Task]) -> None:
     [
         ({"optimizer": "lion"}, "optimizer: expected one of sgd, adamw, got 'lion'"),
         ({"scope": "task"}, "scope: expected one of sample, batch, got 'task'"),
+        ({"initialisation": "zero"}, "initialisation: expected one of language_aware, random, got 'zero'"),
         ({"prior": "flat"}, "prior: expected one of standard_normal, data_driven, language_aware, got 'flat'"),
         (
             {"selection": "best"},

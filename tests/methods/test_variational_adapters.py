@@ -167,6 +167,17 @@ def test_terms_can_be_left_out() -> None:
     torch.testing.assert_close(found["loss"], expected["cross_entropy"])
 
 
+def test_adapters_start_from_the_texts_of_all_classes_or_as_any_linear_map() -> None:
+    heads = {kind: build(initialisation=kind) for kind in ("language_aware", "random")}
+    means, variances = (torch.cat([texts[part] for texts in heads["random"].texts]) for part in (1, 2))
+    expected = torch.cat([means.T @ means, variances.T @ variances]) / WIDTH
+    torch.testing.assert_close(heads["language_aware"].adapters[-1].weight.detach(), expected)
+    bound = WIDTH**-0.5
+    found = heads["random"].adapters[-1].weight
+    assert 0.9 * bound < found.abs().max() <= bound
+    assert found.mean().abs() < 0.1 * bound
+
+
 def test_one_template_has_no_variance() -> None:
     head = build(templates=1)
     assert all(value.isfinite().all() for value in head.parameters())

@@ -30,6 +30,8 @@ class ClapConfig(TrainConfig):
             among classes of learnt tasks, and costs the scores of all learnt tasks for each; their energy is then CLIP's.
         hierarchical: a posterior shared by all tasks before those of the tasks.
         global_samples: draws of the shared posterior per step.
+        initialisation: of each task's adapter: ``language_aware``, from class texts and their variance over templates, or
+            ``random``, as any linear map.
         prior: of each task's posterior; see :mod:`cl_methods.methods.variational_adapters`.
         prior_context: share of the batch from which the data-driven prior is made.
         kl_weight: of the divergence from the prior; 0 leaves it out.
@@ -59,6 +61,7 @@ class ClapConfig(TrainConfig):
     one_scale: bool = False
     hierarchical: bool = False
     global_samples: int = 10
+    initialisation: Literal["language_aware", "random"] = "language_aware"
     prior: Prior = "standard_normal"
     prior_context: float = 0.67
     kl_weight: float = 1e-3
@@ -74,6 +77,7 @@ class ClapConfig(TrainConfig):
         super().__post_init__()
         check_field(self, "optimizer", ("sgd", "adamw"))
         check_field(self, "scope", ("sample", "batch"))
+        check_field(self, "initialisation", ("language_aware", "random"))
         check_field(self, "prior", get_args(Prior))
         check_field(self, "selection", get_args(ExemplarSelection))
         check_field(self, "keep", ("uncertain", "certain"))

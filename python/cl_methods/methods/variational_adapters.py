@@ -81,7 +81,7 @@ class VariationalHead(nn.Module):
         """Take in a task's classes, and initialise its adapter from the texts of all classes so far.
 
         ``W = M^T M / d`` and ``W' = V^T V / d`` with the means and variances over templates of all classes as rows; b and b'
-        as in ``nn.Linear``. One template has no variance: W' is zero then.
+        as in ``nn.Linear``. One template has no variance: W' is zero then. With ``initialisation="random"`` all stay as there.
 
         Args:
             features: (n, P, d) normalised text features of n classes in P templates.
@@ -91,8 +91,10 @@ class VariationalHead(nn.Module):
         mean = features.mean(dim=1)
         variance = features.var(dim=1) if features.shape[1] > 1 else torch.zeros_like(mean)
         texts = [*self.texts, torch.stack([mean / mean.norm(dim=-1, keepdim=True), mean, variance])]
-        means, variances = (torch.cat([one[part] for one in texts]) for part in (1, 2))
         self.append(texts[-1])
+        if self.config.initialisation == "random":
+            return
+        means, variances = (torch.cat([one[part] for one in texts]) for part in (1, 2))
         with torch.no_grad():
             torch.div(torch.cat([means.T @ means, variances.T @ variances]), self.width, out=self._newest.weight)
 
