@@ -28,14 +28,15 @@ ALL = 5
 
 
 def paint(label: int, number: int) -> Image.Image:
-    """Red and green spell the label, blue the number of the image."""
-    return Image.new("RGB", (8, 8), (10 * (label % 25), 10 * (label // 25), 20 * number % 250))
+    """Red and green spell the label, with a hundred of blue from 625 on; the rest of blue is the number of the image."""
+    further, rest = divmod(label, 625)
+    return Image.new("RGB", (8, 8), (10 * (rest % 25), 10 * (rest // 25), 100 * further + 20 * number % 250))
 
 
 def spelt(image: Image.Image) -> int:
     """The label that :func:`paint` spelt."""
-    red, green, _ = image.getpixel((4, 4))
-    return round(red / 10) + 25 * round(green / 10)
+    red, green, blue = image.getpixel((4, 4))
+    return round(red / 10) + 25 * round(green / 10) + 625 * (blue > 90)
 
 
 def write(path: Path, label: int, number: int) -> None:
@@ -289,9 +290,9 @@ def tiny_imagenet(root: Path) -> None:
     (folder / "wnids.txt").write_text("\n".join(classes("TinyImageNet", "zscl").keys))
 
 
-def imagenet(root: Path) -> None:
-    """The first 120 classes, of which ImageNet100 has the first hundred."""
-    for label, key in enumerate(classes("ImageNet1000", "zscl").keys[:120]):
+def imagenet(root: Path, count: int = 120) -> None:
+    """The first ``count`` classes, of which ImageNet100 has the first hundred."""
+    for label, key in enumerate(classes("ImageNet1000", "zscl").keys[:count]):
         for number in range(2):
             write(root / "imagenet" / "train" / key / f"{key}_{number}.JPEG", label, number)
         write(root / "imagenet" / "val" / key / f"ILSVRC2012_val_{label:08d}.JPEG", label, 2)

@@ -126,11 +126,19 @@ def test_published_numbers_stand_beside_mtil_only(write_result):
     (mtil,), _ = boards_of(write_result("b", scenario="mtil"))
     assert not any("published" in row[0] for row in summary_table(mini).rows)
     rows = {row[0]: row for row in summary_table(mtil).rows}
-    assert rows["ZSCL (published, ZSCL result files, zscl splits)"][2:5] == ["68.1", "75.4", "83.6"]
-    assert rows["DIKI (published, DPW tables E.3-E.4, coop splits)"][2:5] == ["68.7", "76.3", "85.1"]
+    assert rows["ZSCL (published with ViT-B/16, ZSCL result files, zscl splits)"][2:5] == ["68.1", "75.4", "83.6"]
+    assert rows["DIKI (published with ViT-B/16, DPW tables E.3-E.4, coop splits)"][2:5] == ["68.7", "76.3", "85.1"]
     second = {entry.method: entry for entry in published("mtil", "II")}
     assert (second["ZSCL"].transfer, second["ZSCL"].last) == (64.2, 83.4)
     assert published("mini", "I") == []
+
+
+def test_published_numbers_are_of_known_tasks_and_test_images(write_result):
+    """Where all classes compete, or validation images are measured, they would be read as comparable and are not."""
+    for name, evaluation in (("all", {"label_space": "all"}), ("held", {"split": "validation"})):
+        config = {"method": {"name": "zscl"}, "model": "ViT-B-16", "evaluation": evaluation}
+        (board,), _ = boards_of(write_result(name, scenario="mtil", config=config))
+        assert not any("published" in row[0] for row in summary_table(board).rows)
 
 
 def test_files_are_complete_and_the_page_is_self_contained(write_result, tmp_path):

@@ -78,7 +78,7 @@ def test_compare_writes_every_table_as_latex_too(write_result, tmp_path):
     assert re.findall(r"\\caption\{(.*)\}", tex) == [escape(title) for title in titles]
     assert len(titles) == 10
     assert r"moe\_adapters & 1 & " in tex
-    assert "ZSCL (published, ZSCL result files, zscl splits)" in tex
+    assert "ZSCL (published with ViT-B/16, ZSCL result files, zscl splits)" in tex
 
 
 @pytest.mark.parametrize("family", ["zscl", "coop"])

@@ -43,6 +43,11 @@ def read_images(source: ImageSource, indices: Sequence[int], transform: Transfor
     if stages is None or not all(isinstance(holder, CachedImages) for holder, _ in located):
         return torch.stack([transform(source.image(index)) for index in indices])
     pixels = [np.asarray(holder.pixels(place, stages)) for holder, place in located if isinstance(holder, CachedImages)]
+    if stages.write_numbers is not None and len({one.shape for one in pixels}) == 1:
+        images = torch.empty(len(pixels), *pixels[0].shape)
+        for one, out in zip(pixels, images, strict=True):
+            stages.write_numbers(one, out)
+        return images
     first = stages.numbers(torch.from_numpy(np.stack(pixels[:_TOGETHER])))
     images = first.new_empty(len(pixels), *first.shape[1:])
     images[:_TOGETHER] = first

@@ -114,11 +114,15 @@ def summary_table(board: Board) -> TextTable:
     continual = sum(group.continual for group in board.compared())
     best = frozenset(_best(rows[first : first + continual], first))
     breaks = [first, first + continual, len(rows)]
-    # as in all the papers of the table: every training image, every test image
+    # as in all the papers of the table: every training image, every test image, the task known, OpenAI's ViT-B/16
     comparable = all(board.conditions.get(name) is None for name in ("shots", "limit", "start"))
+    comparable &= (board.conditions["label_space"], board.conditions["split"]) == ("task", "test")
+    other = "" if board.conditions["model"].startswith("ViT-B-16") else " with ViT-B/16"
     for entry in published(board.scenario, board.order) if comparable else []:
         printed = [ABSENT if value is None else f"{value:.1f}" for value in (entry.transfer, entry.average, entry.last)]
-        rows.append([f"{entry.method} (published, {entry.source}, {entry.split} splits)", "", *printed, ABSENT, ABSENT])
+        rows.append(
+            [f"{entry.method} (published{other}, {entry.source}, {entry.split} splits)", "", *printed, ABSENT, ABSENT]
+        )
     columns = ["method", "seeds", "Transfer", "Average", "Last", "Forgetting", "ECE"]
     return TextTable(board.title, columns, rows, breaks, best)
 
