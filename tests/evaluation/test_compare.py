@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from cl_methods.evaluation.boards import arrange
+from cl_methods.evaluation.published import published
 from cl_methods.evaluation.report import compare
-from cl_methods.evaluation.results import ResultError, arrange, find_results, published, read_result
+from cl_methods.evaluation.results import ResultError, find_results, read_result
 from cl_methods.evaluation.tables import matrix_table, summary_table
 
 

@@ -11,8 +11,9 @@ from cl_methods.components.image_batch import ImageBatch
 from cl_methods.datasets.images import TensorImages
 from cl_methods.datasets.task import Task
 from cl_methods.evaluation.accuracy import EvaluationOptions, measure_row, measure_spaces
+from cl_methods.evaluation.boards import arrange
 from cl_methods.evaluation.novelty import check_novelty, novelty_of_later_tasks, novelty_tally
-from cl_methods.evaluation.results import ResultError, arrange, read_result
+from cl_methods.evaluation.results import ResultError, read_result
 from cl_methods.evaluation.tables import novelty_table
 from cl_methods.evaluation.uncertainty import novelty_detection
 from cl_methods.methods.base import Method

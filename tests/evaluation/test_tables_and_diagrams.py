@@ -14,9 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from cl_methods.evaluation import diagrams, figures
+from cl_methods.evaluation.boards import arrange
 from cl_methods.evaluation.latex import document, escape, latex
 from cl_methods.evaluation.report import compare
-from cl_methods.evaluation.results import ResultError, arrange, read_result
+from cl_methods.evaluation.results import ResultError, read_result
 from cl_methods.evaluation.tables import TextTable, summary_table
 from cl_methods.evaluation.uncertainty import calibration_error, reliability
 

@@ -21,7 +21,8 @@ from cl_methods.commands.configuration import parse
 from cl_methods.datasets.images import FileImages
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.evaluation import report
-from cl_methods.evaluation.results import arrange, read_result
+from cl_methods.evaluation.boards import arrange
+from cl_methods.evaluation.results import read_result
 from cl_methods.methods import METHODS
 from cl_methods.scenarios.base import Scenario
 from cl_methods.seeding import derive_seed

@@ -17,7 +17,7 @@ from tiny_clip import build_backbone, noise_images
 from cl_methods.cli import main
 from cl_methods.commands.configuration import ConfigurationError, parse
 from cl_methods.datasets.task import Reference, Task
-from cl_methods.evaluation.results import arrange
+from cl_methods.evaluation.boards import arrange
 from cl_methods.evaluation.tables import summary_table
 from cl_methods.methods import METHODS, Method
 from cl_methods.scenarios.base import Scenario

@@ -9,8 +9,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cl_methods.evaluation.boards import Board, Group
 from cl_methods.evaluation.figures import FAINT, INK, colors_of, legend_below
-from cl_methods.evaluation.results import Board, Group
 
 _METRICS = ("transfer", "average", "last")
 _ROOM = 0.82  # of the distance between two tasks, for the bars of one

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from cl_methods.evaluation.results import Board, Group
+from cl_methods.evaluation.boards import Board, Group
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#666666")
 _OF_METHOD = {"finetune": "#D55E00", "zscl": "#0072B2", "moe_adapters": "#009E73", "joint": "#444444"}

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from cl_methods.evaluation import diagrams, figures, latex
-from cl_methods.evaluation.results import Board, arrange, find_results, read_result
+from cl_methods.evaluation.boards import Board, arrange
+from cl_methods.evaluation.results import find_results, read_result
 from cl_methods.evaluation.tables import (
     TextTable,
     class_incremental_table,

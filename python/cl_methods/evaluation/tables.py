@@ -11,7 +11,8 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from cl_methods.evaluation.results import METRICS, Board, published
+from cl_methods.evaluation.boards import METRICS, Board
+from cl_methods.evaluation.published import published
 from cl_methods.text import printable
 
 ABSENT = "–"
@@ -78,7 +79,7 @@ def matrix_table(result: dict[str, Any], where: str | None = None) -> TextTable:
 
     Args:
         result: content of ``result.json``.
-        where: scenario, order and conditions, for the title; :attr:`~cl_methods.evaluation.results.Board.title` has them all.
+        where: scenario, order and conditions, for the title; :attr:`~cl_methods.evaluation.boards.Board.title` has them all.
     """
     tasks, zero_shot = result["tasks"], result["zero_shot"]
     values = {"chance": result["chance"]} if "chance" in result else {}
