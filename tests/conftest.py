@@ -6,11 +6,12 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forkserver
 
 # Folders of tests are packages where module names repeat (test_cpu.py …); their helpers have names of their own (*_cases.py).
 # tiny/ holds no tests, but what those of many folders share: a CLIP of a few thousand weights, tasks for it, training over it.
@@ -65,3 +66,19 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture(scope="session")
+def forked_torch() -> Iterator[Forkserver]:
+    """Runs programs in processes that find torch imported and nothing of ours."""
+    server = Forkserver(["torch"])
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def forked_clk() -> Iterator[Forkserver]:
+    """Runs programs in processes that find what ``clk run`` needs imported, on one thread each."""
+    server = Forkserver(["cl_methods.commands.run"], OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+    yield server
+    server.close()

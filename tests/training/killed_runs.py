@@ -26,7 +26,7 @@ from cl_methods.training.progress import PlainProgress
 from cl_methods.training.run import run
 
 SHORT = ["--limit-tasks", "2", "--limit-iterations", "5", "--method.batch-size", "16"]
-SHORT += ["--evaluation.split", "validation", "--checkpoint.every", "1"]
+SHORT += ["--evaluation.split", "validation", "--evaluation.limit", "40", "--checkpoint.every", "1"]
 
 
 def start(method: str, output: Path, *, resume: bool) -> int:

@@ -45,18 +45,6 @@ REST |= {method: OPTIMISED for method in METHODS if method not in KINDS | REST}
 STATISTICS = ("gaussians.", "ddas.shift", "ddas.spread", "ddas.generic.unit", "ranpac.", "gram", "sums")
 
 
-def program(*arguments: object) -> subprocess.CompletedProcess[str]:
-    root = PROGRAM.parents[2]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{root}:{root / 'python'}",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = [sys.executable, PROGRAM, *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=600)
-
-
 def compare(one: Path, many: Path) -> None:
     """Two run directories hold the same to 1e-5, what is counted exactly."""
     losses, others = (json.loads((path / "losses.json").read_text()) for path in (one, many))
@@ -97,12 +85,22 @@ def compare(one: Path, many: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def program(forked_clk):
+    """``program(FOLDER, COUNTS, METHODS, …)`` runs ``distributed_runs.py``."""
+
+    def start(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return forked_clk.run(PROGRAM, *arguments, environment={"CUDA_VISIBLE_DEVICES": ""})
+
+    return start
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("distributed")
 
 
 @pytest.mark.parametrize("method", KINDS)
-def test_processes_compute_what_one_computes(method, folder):
+def test_processes_compute_what_one_computes(method, program, folder):
     """Ten images a batch on four processes are shares of two and three; captions and classes do not divide either."""
     done = program(folder, "1,2,4", method, *SHORT, *KINDS[method])
     assert done.returncode == 0, done.stderr
@@ -115,14 +113,14 @@ def test_processes_compute_what_one_computes(method, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", REST)
-def test_every_other_method_too(method, folder):
+def test_every_other_method_too(method, program, folder):
     done = program(folder, "1,2,4", method, *SHORT, *REST[method])
     assert done.returncode == 0, done.stderr
     for count in ("2", "4"):
         compare(folder / "1" / method, folder / count / method)
 
 
-def in_one(folder: Path, method: str) -> Path:
+def in_one(program, folder: Path, method: str) -> Path:
     """The run of one process, which another test may have made."""
     if not (folder / "1" / method).exists():
         done = program(folder, "1", method, *SHORT, *(KINDS | REST)[method])
@@ -139,11 +137,11 @@ def held_rows(shapes: list[torch.Size], count: int, rank: int) -> int:
     return total
 
 
-def test_sharded_weights_learn_the_same_in_a_half_of_the_memory(folder):
+def test_sharded_weights_learn_the_same_in_a_half_of_the_memory(program, folder):
     """FSDP2, two processes: losses, gradients, averages and matrix as one has them; bytes that rows of every tensor come to."""
     done = program(folder / "fsdp", "2", "zscl", *SHORT, *KINDS["zscl"], "--distributed", "fsdp")
     assert done.returncode == 0, done.stderr
-    one, two = in_one(folder, "zscl"), folder / "fsdp" / "2" / "zscl"
+    one, two = in_one(program, folder, "zscl"), folder / "fsdp" / "2" / "zscl"
     compare(one, two)
     shapes = [value.shape for value in load_file(one / "gradients.safetensors").values()]
     whole, halves = (json.loads((path / "bytes.json").read_text()) for path in (one, two))
@@ -155,26 +153,26 @@ def test_sharded_weights_learn_the_same_in_a_half_of_the_memory(folder):
 
 
 @pytest.mark.slow
-def test_sharded_runs_go_on_with_other_numbers_of_processes(folder):
+def test_sharded_runs_go_on_with_other_numbers_of_processes(program, folder):
     """Two that shard are killed in the second task; three that shard go on, and end as one process does."""
     every = [*SHORT, *KINDS["zscl"], "--checkpoint.every", "1"]
     done = program(folder / "cut", "2!1@5", "zscl", *every, "--distributed", "fsdp")
     assert done.stderr.count("is gone without a word") == 1, done.stderr
-    goes_on_as_one(folder, folder / "cut", "2", "3", "zscl", [*every, "--distributed", "fsdp"])
+    goes_on_as_one(program, folder, folder / "cut", "2", "3", "zscl", [*every, "--distributed", "fsdp"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.shards and name != "zscl"])
-def test_every_method_that_shards(method, folder):
+def test_every_method_that_shards(method, program, folder):
     """Two processes as one; then a run that two shard goes on in one that holds everything."""
     options = [*SHORT, *REST[method]]
     done = program(folder / "fsdp", "2", method, *options, "--distributed", "fsdp")
     assert done.returncode == 0, done.stderr
-    compare(in_one(folder, method), folder / "fsdp" / "2" / method)
+    compare(in_one(program, folder, method), folder / "fsdp" / "2" / method)
     every = [*options, "--checkpoint.every", "1"]
     done = program(folder / "cut", "2!1@2", method, *every, "--distributed", "fsdp")
     assert done.stderr.count("is gone without a word") == 1, done.stderr
-    goes_on_as_one(folder, folder / "cut", "2", "1", method, every)
+    goes_on_as_one(program, folder, folder / "cut", "2", "1", method, every)
 
 
 def test_methods_that_need_whole_weights_are_not_sharded(tmp_path):
@@ -186,14 +184,14 @@ def test_methods_that_need_whole_weights_are_not_sharded(tmp_path):
         parse(["--method", "zscl", "--distributed", "fsdp", "--memory-budget", "1GiB"], "")
 
 
-def test_shares_that_are_encoded_in_parts(folder):
+def test_shares_that_are_encoded_in_parts(program, folder):
     """Noise, dropout and counts of a sample are those of its place in the whole batch, in a part of a share too."""
     done = program(folder, "2x3", "moe_adapters", *SHORT, *KINDS["moe_adapters"])
     assert done.returncode == 0, done.stderr
-    compare(folder / "1" / "moe_adapters", folder / "2x3" / "moe_adapters")
+    compare(in_one(program, folder, "moe_adapters"), folder / "2x3" / "moe_adapters")
 
 
-def test_a_rank_that_dies_ends_the_run_and_other_numbers_of_processes_go_on(folder):
+def test_a_rank_that_dies_ends_the_run_and_other_numbers_of_processes_go_on(program, folder):
     """Four processes, one killed in the second task; two that shard go on from the last checkpoint and come to the same end."""
     every = [*SHORT, *KINDS["zscl"], "--checkpoint.every", "1"]
     done = program(folder / "fault", "4!2@5", "zscl", *every)
@@ -203,15 +201,17 @@ def test_a_rank_that_dies_ends_the_run_and_other_numbers_of_processes_go_on(fold
     broken = folder / "fault" / "4" / "zscl"
     assert sorted(path.name for path in broken.iterdir()) == ["checkpoints", "rows.json", "run.json"]
     assert [path.name for path in sorted((broken / "checkpoints").iterdir())] == ["task00", "task01-step000001"]
-    goes_on_as_one(folder, folder / "fault", "4", "2", "zscl", [*every, "--distributed", "fsdp"])
+    goes_on_as_one(program, folder, folder / "fault", "4", "2", "zscl", [*every, "--distributed", "fsdp"])
 
 
-def goes_on_as_one(folder: Path, place: Path, before: str, after: str, method: str, options: list[str]) -> None:
+def goes_on_as_one(
+    program, folder: Path, place: Path, before: str, after: str, method: str, options: list[str]
+) -> None:
     """The run that ``before`` processes left in ``place`` ends in ``after`` as the one in ``folder``, with its losses."""
     shutil.copytree(place / before / method, place / after / method)
     done = program(place, after, method, *options)
     assert done.returncode == 0, done.stderr
-    one, other = in_one(folder, method), place / after / method
+    one, other = in_one(program, folder, method), place / after / method
     whole, resumed = (json.loads((path / "result.json").read_text()) for path in (one, other))
     torch.testing.assert_close(torch.tensor(whole["accuracy"]), torch.tensor(resumed["accuracy"]), rtol=0, atol=1e-5)
     losses, rest = (json.loads((path / "losses.json").read_text()) for path in (one, other))

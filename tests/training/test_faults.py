@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 SOME = [
@@ -15,13 +12,8 @@ SOME = [
 ]
 
 
-def test_runs_that_suffer_end_with_a_sentence_and_come_to_the_same_result(tmp_path):
-    program = Path(__file__).with_name("faults.py")
-    root = program.parents[2]
-    paths = os.pathsep.join(map(str, (root, root / "python", program.parent)))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, program, tmp_path, *SOME]
-    finished = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=900)
+def test_runs_that_suffer_end_with_a_sentence_and_come_to_the_same_result(forked_clk, tmp_path):
+    finished = forked_clk.run(Path(__file__).with_name("faults.py"), tmp_path, *SOME, timeout=900)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     told = re.search(r"(\d+) faults over 3 methods", finished.stdout)
     assert told, finished.stdout
