@@ -12,6 +12,17 @@ from cl_methods.evaluation import forgetting, mtil_metrics
 @pytest.fixture
 def write_result(tmp_path):
     """``write_result(name, method=…, seed=…, accuracy=…)`` makes a run directory below ``tmp_path``."""
+    return result_writer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def write_module_result(tmp_path_factory):
+    """The same below a folder that a module's tests share, for what they only read."""
+    return result_writer(tmp_path_factory.mktemp("results"))
+
+
+def result_writer(place):
+    """``write`` for run directories below a folder, which is its ``folder``."""
 
     def write(name, *, method="finetune", seed=0, accuracy=None, scenario="mini", settings=None, **changes):
         accuracy = accuracy or [[90.0, 40.0], [80.0, 95.0]]
@@ -45,10 +56,10 @@ def write_result(tmp_path):
             },
             **changes,
         }
-        folder = tmp_path / name
+        folder = place / name
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(result))
         return folder
 
-    write.folder = tmp_path
+    write.folder = place
     return write

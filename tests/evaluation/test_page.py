@@ -62,21 +62,21 @@ def seen(folder, page):
     return json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
 
 
-@pytest.fixture
-def report(write_result, tmp_path):
+@pytest.fixture(scope="module")
+def report(write_module_result):
     """A comparison of two scenarios with eleven tasks of long names, several methods and long paths."""
     names = [f"a_rather_long_name_{number}" for number in range(11)]
     accuracy = [[40.0 + row + column for column in range(11)] for row in range(11)]
     bins = {"count": [3] * 15, "correct": [2] * 15, "confidence": [3 * (place + 0.5) / 15 for place in range(15)]}
     common = {"tasks": names, "chance": [1.0] * 11, "zero_shot": [45.0] * 11, "accuracy": accuracy}
     folders = [
-        write_result(f"{scenario}/{'long_directory_' * 10}/{method}{lr}", method=method, scenario=scenario,
+        write_module_result(f"{scenario}/{'long_directory_' * 10}/{method}{lr}", method=method, scenario=scenario,
                      settings={"lr": lr, "text_encoder_frozen_until_the_last_task": lr > 1},
                      reliability=[bins] * 11, calibration_error=4.0, **common)
         for scenario in ("mini", "mtil") for method in ("finetune", "zscl") for lr in (0.001, 5.0)
     ]  # fmt: skip
-    compare(folders, tmp_path / "out", Console(file=io.StringIO()))
-    return tmp_path / "out"
+    compare(folders, write_module_result.folder / "out", Console(file=io.StringIO()))
+    return write_module_result.folder / "out"
 
 
 def test_nothing_is_cut_off_and_nothing_is_loaded(report, tmp_path):
