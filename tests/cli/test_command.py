@@ -94,7 +94,7 @@ def test_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
 
 
 def test_a_short_run_on_mini_with_plain_progress_and_report(tmp_path, capsys):
-    short = ["--limit-tasks", "2", "--limit-iterations", "2"]
+    short = ["--limit-tasks", "2", "--limit-iterations", "2", "--evaluation.limit", "40"]
     finished = clk("run", "--method", "finetune", *short, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     output = tmp_path / "runs" / "mini-finetune-seed0"
@@ -112,7 +112,7 @@ def test_a_short_run_on_mini_with_plain_progress_and_report(tmp_path, capsys):
 
 
 def test_a_series_gives_what_its_runs_give_alone_and_compares_them(tmp_path, capsys):
-    short = ["--limit-tasks", "2", "--limit-iterations", "1", "--output"]
+    short = ["--limit-tasks", "2", "--limit-iterations", "1", "--evaluation.limit", "40", "--output"]
     series = tmp_path / "all"
     assert main(["run", "--method", "finetune,moe_adapters", "--seed=0,1", *short, str(series)]) == 0
     names = ["finetune-I-0", "finetune-I-1", "moe_adapters-I-0", "moe_adapters-I-1"]
