@@ -48,10 +48,10 @@ test-unit: install
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not interpreter and not aot and not slow"
 
 test-interpreter: install
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -m interpreter
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -m "interpreter and not slow"
 
 test-aot: install
-	$(BIN)/pytest -m aot
+	$(BIN)/pytest -m "aot and not slow"
 
 test-install: install
 	bash tests/packaging/check_without_compiler.sh $(BIN)/python
