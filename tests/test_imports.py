@@ -90,18 +90,48 @@ def test_methods_and_data_do_not_import_the_command_line_or_evaluation(package):
         assert not {m for m in imported(path, "cl_methods") if m.startswith(above)}, path
 
 
-def test_open_clip_is_imported_behind_what_prepares_torchvision():
-    """Whichever module somebody imports first: without its operators torchvision, which open_clip imports, cannot load."""
-    found = []
+def test_open_clip_is_imported_in_one_place_behind_what_prepares_torchvision():
+    """Without its operators torchvision, which open_clip imports, cannot load; and it takes longer than most commands."""
     for path in sources(METHODS):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.Expr) and ast.unparse(node) == "prepare_torchvision()":
-                break
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-            if roots({*names, module}) & {"open_clip", "torchvision"}:
-                found.append(path.relative_to(METHODS).as_posix())
-    assert found == []
+        tree = ast.parse(path.read_text())
+        for node in [node for node in ast.walk(tree) if isinstance(node, ast.If)]:
+            if ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body.clear()
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert "open_clip" not in roots(names), path
+    lazy = (METHODS / "lazy_open_clip.py").read_text()
+    assert "\nprepare_torchvision()\n" in lazy
+    assert lazy.count("import_module(") == 1
+
+
+def test_commands_that_need_no_model_do_not_load_what_models_need(tmp_path, forked_torch):
+    """Every ``--help``, and commands that look at files and settings alone: neither open_clip nor torch's compiler."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import contextlib, io, json, sys\n"
+        "from cl_methods.cli import COMMANDS, main\n"
+        "before = set(sys.modules)\n"
+        "found = {}\n"
+        "def run(*arguments):\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "        main(arguments)\n"
+        "    heavy = {'open_clip', 'torchvision', 'timm', 'torch._dynamo'} & set(sys.modules)\n"
+        "    found[' '.join(arguments)] = sorted(heavy)\n"
+        "for verb in COMMANDS:\n"
+        "    run(verb, '--help')\n"
+        "run('methods')\n"
+        "run('data', 'check', '--root', sys.argv[1])\n"
+        "run('compare', sys.argv[1])\n"
+        "run('run', '--method', 'zsl')\n"
+        "print(json.dumps(found))\n"
+    )
+    done = forked_torch.run(program, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("run --help") == []
+    assert {call: heavy for call, heavy in found.items() if heavy} == {}
 
 
 def test_importing_the_kernels_loads_nothing_else():

@@ -12,20 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cl_methods import ranks
+from cl_methods import lazy_open_clip, ranks
 from cl_methods.micro_batches import Encoder, MicroBatches, Part, encode_in_parts
+from cl_methods.quick_gelu import fuse_quick_gelu
+from cl_methods.read_out import ReadOut, read_out_of_images, reading
+from cl_methods.self_attention import fuse_attention
 from cl_methods.sharding import ShardedModel
-from cl_methods.torchvision_compat import prepare_torchvision
+from cl_methods.text_trees import TextTrees, plant, takes_trees
 from cl_methods.weights import WeightsOrigin, file_sha256, fingerprint
-
-prepare_torchvision()
-
-from open_clip.transformer import text_global_pool  # noqa: E402
-
-from cl_methods.quick_gelu import fuse_quick_gelu  # noqa: E402
-from cl_methods.read_out import ReadOut, read_out_of_images, reading  # noqa: E402
-from cl_methods.self_attention import fuse_attention  # noqa: E402
-from cl_methods.text_trees import TextTrees, plant, takes_trees  # noqa: E402
 
 Transform = Callable[[Any], Tensor]
 Precision = Literal["fp32", "bf16"]
@@ -331,7 +325,8 @@ class Backbone:
             x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
         if x.shape[1] < length:  # the last block computed nothing but the position that is read
             return self._projected(tower.ln_final(x)[:, 0])
-        return self._projected(text_global_pool(tower.ln_final(x), tokens, self._pool_type, eos_token_id=self._end_id))
+        pool = lazy_open_clip.transformer.text_global_pool
+        return self._projected(pool(tower.ln_final(x), tokens, self._pool_type, eos_token_id=self._end_id))
 
     def _tree_features(self, trees: TextTrees) -> Tensor:
         """Features (n, d) before normalisation of the texts in ``trees``."""

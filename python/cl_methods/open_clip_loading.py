@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_methods.torchvision_compat import prepare_torchvision
+from cl_methods import lazy_open_clip
 from cl_methods.weights import (
     WeightsError,
     WeightsFile,
@@ -23,12 +23,6 @@ from cl_methods.weights import (
     read_weights,
 )
 from cl_methods.weights.activation import read_json
-
-prepare_torchvision()
-
-import open_clip  # noqa: E402
-from open_clip.model import convert_to_custom_text_state_dict  # noqa: E402
-from open_clip.pretrained import download_pretrained, get_pretrained_cfg  # noqa: E402
 
 _LOCAL = "local-dir:"
 _BIG_VISION = (".npz", ".npy")
@@ -98,23 +92,27 @@ def _untrained(model: str, **options: Any) -> nn.Module:
     level = logger.level
     logger.setLevel(logging.ERROR)  # that the weights are random is the point here
     try:
-        return open_clip.create_model(model, pretrained_text=False, **options)
+        return lazy_open_clip.library.create_model(model, pretrained_text=False, **options)
     finally:
         logger.setLevel(level)
 
 
 def _check_name(model: str) -> None:
-    if open_clip.get_model_config(model) is None:
+    if lazy_open_clip.library.get_model_config(model) is None:
         raise ValueError(f"model: expected 'mini' or one of open_clip.list_models(), got {model!r}")
 
 
 def _parts(model: str, network: nn.Module) -> Parts:
-    return network, open_clip.get_tokenizer(model), *image_transforms(open_clip.get_model_preprocess_cfg(network))
+    return (
+        network,
+        lazy_open_clip.library.get_tokenizer(model),
+        *image_transforms(lazy_open_clip.library.get_model_preprocess_cfg(network)),
+    )
 
 
 def _from_file(model: str, path: Path) -> tuple[nn.Module, WeightsOrigin]:
     if path.suffix in _BIG_VISION:  # arrays of JAX, which open_clip knows how to name
-        network = open_clip.create_model(model, pretrained=str(path))
+        network = lazy_open_clip.library.create_model(model, pretrained=str(path))
         return network, _origin(model, str(path), "arrays of big_vision", file_sha256(path), network)
     return _from_weights(model, read_weights(path))
 
@@ -158,7 +156,7 @@ def _fill(network: nn.Module, file: WeightsFile, model: str) -> None:
         )
     wanted, state = network.state_dict(), file.state
     if "positional_embedding" in state and "positional_embedding" not in wanted:
-        state = convert_to_custom_text_state_dict(dict(state))
+        state = lazy_open_clip.model.convert_to_custom_text_state_dict(dict(state))
     state = {
         name: value.reshape(wanted[name].shape)
         if name in wanted and value.numel() == wanted[name].numel() == 1
@@ -196,10 +194,10 @@ def check_tag(model: str, tag: str) -> None:
         FileNotFoundError: it has no such tag.
     """
     _check_name(model)
-    if not get_pretrained_cfg(model, tag):
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+    if not lazy_open_clip.pretrained.get_pretrained_cfg(model, tag):
+        tags = ", ".join(lazy_open_clip.library.list_pretrained_tags_by_model(model)) or "none"
         raise FileNotFoundError(f"pretrained: {tag!r} is neither a file nor a tag of {model} (tags: {tags})")
-    quick = bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False))
+    quick = bool((lazy_open_clip.library.get_model_config(model) or {}).get("quick_gelu", False))
     uses = activation.QUICK if quick else activation.EXACT
     refusal, _ = activation.compare(activation.of_tag(model, tag), model, uses, repr(tag))
     if refusal is not None:
@@ -208,10 +206,10 @@ def check_tag(model: str, tag: str) -> None:
 
 def _tagged(model: str, tag: str) -> tuple[nn.Module, WeightsOrigin]:
     check_tag(model, tag)
-    config = get_pretrained_cfg(model, tag)
+    config = lazy_open_clip.pretrained.get_pretrained_cfg(model, tag)
     try:
-        file = Path(download_pretrained(config))
-        network = open_clip.create_model(model, pretrained=tag)
+        file = Path(lazy_open_clip.pretrained.download_pretrained(config))
+        network = lazy_open_clip.library.create_model(model, pretrained=tag)
     except (RuntimeError, OSError) as error:
         raise FileNotFoundError(
             f"pretrained: the weights {tag!r} of {model} are not on disk and could not be downloaded "
@@ -228,7 +226,7 @@ def _from_folder(model: str) -> tuple[nn.Module, WeightsOrigin]:
         raise FileNotFoundError(
             f"model: {folder} needs open_clip_config.json and one of {', '.join(_FOLDER_FILES)}, as `clk export` writes them"
         )
-    network = open_clip.create_model(model)
+    network = lazy_open_clip.library.create_model(model)
     origin = _origin(model, str(files[0]), "folder of open_clip", file_sha256(files[0]), network)
     return network, replace(origin, model_cfg=config)
 
@@ -251,7 +249,7 @@ def _origin(
         activation=activation.of_model(network),
         released_as=tag,
         notes=(note,) if note else (),
-        model_cfg=open_clip.get_model_config(model) if not model.startswith(_LOCAL) else None,
+        model_cfg=lazy_open_clip.library.get_model_config(model) if not model.startswith(_LOCAL) else None,
     )
 
 

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cl_methods.torchvision_compat import prepare_torchvision
-
-prepare_torchvision()
-
-from open_clip.transformer import QuickGELU  # noqa: E402
+from cl_methods import lazy_open_clip
 
 _SLOPE = 1.702
 
@@ -46,16 +42,16 @@ def fuse_quick_gelu(model: nn.Module) -> None:
     Nothing but the ``forward`` of these instances changes; copies of the model are like it.
     """
     for module in model.modules():
-        if type(module) is QuickGELU:
+        if type(module) is lazy_open_clip.transformer.QuickGELU:
             module.forward = partial(_forward, module)  # type: ignore[method-assign]
 
 
 def separate_quick_gelu(model: nn.Module) -> None:
     """Undo :func:`fuse_quick_gelu`."""
     for module in model.modules():
-        if type(module) is QuickGELU:
+        if type(module) is lazy_open_clip.transformer.QuickGELU:
             vars(module).pop("forward", None)
 
 
-def _forward(module: QuickGELU, x: Tensor) -> Tensor:
+def _forward(module: nn.Module, x: Tensor) -> Tensor:
     return quick_gelu(x) if torch.is_grad_enabled() else type(module).forward(module, x)

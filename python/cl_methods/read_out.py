@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_methods import lazy_open_clip
 from cl_methods.self_attention import takes_self_attention
-from cl_methods.torchvision_compat import prepare_torchvision
-
-prepare_torchvision()
-
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer  # noqa: E402
 
 
 class ReadOut:
@@ -66,13 +62,13 @@ def reading(place: ReadOut | None) -> Iterator[None]:
 
 def read_out_of_images(tower: Any) -> ReadOut | None:
     """Token 0 if that is all that ``tower``, of images, takes from its blocks, else None."""
-    plain = type(tower) is VisionTransformer and tower.pool_type == "tok"
+    plain = type(tower) is lazy_open_clip.transformer.VisionTransformer and tower.pool_type == "tok"
     return ReadOut() if plain and tower.attn_pool is None and not tower.output_tokens else None
 
 
 def leaves_out(block: Any, attn_mask: Tensor | None) -> bool:
     """Whether :func:`read_parts` serves ``block`` with ``attn_mask``: (L, L) or None, not one for each sample and head."""
-    plain = type(block) is ResidualAttentionBlock and takes_self_attention(block.attn)
+    plain = type(block) is lazy_open_clip.transformer.ResidualAttentionBlock and takes_self_attention(block.attn)
     return plain and (attn_mask is None or attn_mask.ndim == 2)
 
 

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_methods.torchvision_compat import prepare_torchvision
-
-prepare_torchvision()
-
-from open_clip.transformer import ResidualAttentionBlock  # noqa: E402
+from cl_methods import lazy_open_clip
 
 
 def self_attention(x: Tensor, attention: nn.MultiheadAttention, attn_mask: Tensor | None = None) -> Tensor:
@@ -58,14 +54,14 @@ def fuse_attention(model: nn.Module) -> None:
     """
     block: Any
     for block in model.modules():
-        if type(block) is ResidualAttentionBlock and takes_self_attention(block.attn):
+        if type(block) is lazy_open_clip.transformer.ResidualAttentionBlock and takes_self_attention(block.attn):
             block.attention = partial(_attention, block)
 
 
 def separate_attention(model: nn.Module) -> None:
     """Undo :func:`fuse_attention`."""
     for block in model.modules():
-        if type(block) is ResidualAttentionBlock:
+        if type(block) is lazy_open_clip.transformer.ResidualAttentionBlock:
             vars(block).pop("attention", None)
 
 

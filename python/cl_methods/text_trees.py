@@ -14,11 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cl_methods.torchvision_compat import prepare_torchvision
-
-prepare_torchvision()
-
-from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, Transformer  # noqa: E402
+from cl_methods import lazy_open_clip
 
 CAPACITY = 128
 """Tokens of a row: long rows share more, and attention costs L / 6 D of the matrix products, 4 % at a width of 512."""
@@ -26,6 +22,12 @@ CAPACITY = 128
 _ROWS = 128
 _TREE_FORWARDS: set[Callable[..., Any]] = set()
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
+
+
+def open_clip_blocks() -> tuple[type, type]:
+    """open_clip's two kinds of residual blocks."""
+    transformer = lazy_open_clip.transformer
+    return transformer.ResidualAttentionBlock, transformer.CustomResidualAttentionBlock
 
 
 def reads_trees(forward: _Forward) -> _Forward:
@@ -36,11 +38,12 @@ def reads_trees(forward: _Forward) -> _Forward:
 
 def takes_trees(transformer: Any) -> bool:
     """Whether every block is open_clip's own, or runs a ``forward`` that is marked by :func:`reads_trees`."""
-    if type(transformer) is not Transformer:
+    if type(transformer) is not lazy_open_clip.transformer.Transformer:
         return False
+    blocks = open_clip_blocks()
     for block in transformer.resblocks:
         own = vars(block).get("forward")
-        if type(block) not in (ResidualAttentionBlock, CustomResidualAttentionBlock):
+        if type(block) not in blocks:
             return False
         if own is not None and not (isinstance(own, partial) and own.func in _TREE_FORWARDS):
             return False

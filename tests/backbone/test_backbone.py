@@ -161,7 +161,7 @@ def test_missing_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*args: object, **options: object) -> nn.Module:
         raise RuntimeError("no connection")
 
-    monkeypatch.setattr("cl_methods.open_clip_loading.download_pretrained", fail)
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", fail)
     with pytest.raises(FileNotFoundError, match=r"not on disk and could not be downloaded.*pass the file's path"):
         load_backbone("ViT-B-16-quickgelu", "openai")
 

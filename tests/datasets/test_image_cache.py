@@ -24,8 +24,10 @@ from cl_methods.datasets.loading import evaluation_batches, read_images
 from cl_methods.datasets.sources import ArrayImages
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.datasets.two_stage import two_stage
-from cl_methods.open_clip_loading import image_transforms, open_clip
+from cl_methods.open_clip_loading import image_transforms
 from cl_methods.scenarios.mini.transforms import eval_transform as mini_transform
+
+import open_clip  # isort: skip  # after what prepares torchvision
 
 CPU = torch.device("cpu")
 SIZE = 24

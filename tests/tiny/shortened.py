@@ -10,6 +10,7 @@ from cl_methods.training.config import RunConfig
 
 TRAINED = [name for name, method in METHODS.items() if method.trains and not method.closed_form]
 SMALL: dict[str, Any] = {"width": 40, "rank": 20, "batch_size": 6, "memory": 12, "fisher_samples": 4, "texts": 20}
+SMALL |= {"reference_batch_size": 11}
 
 
 def shortened(settings: Any) -> Any:

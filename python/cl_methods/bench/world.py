@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cl_methods.backbone import Backbone, load_backbone
 from cl_methods.datasets.images import TensorImages
@@ -112,10 +112,10 @@ def without_values(module: nn.Module) -> nn.Module:
     for part in module.modules():
         for name, weight in part._parameters.items():
             if weight is not None and name != "logit_scale" and not is_fake(weight):
-                part._parameters[name] = nn.Parameter(_FAKE.from_tensor(weight.detach()), weight.requires_grad)
+                part._parameters[name] = nn.Parameter(_fake().from_tensor(weight.detach()), weight.requires_grad)
         for name, buffer in part._buffers.items():
             if buffer is not None and not is_fake(buffer):
-                part._buffers[name] = _FAKE.from_tensor(buffer)
+                part._buffers[name] = _fake().from_tensor(buffer)
     kind = type(module)
     # nn.Module.to exchanges tensors, which fake ones do not allow.
     module.__class__ = type(kind.__name__, (kind,), {"to": lambda self, *_, **__: self})
@@ -133,11 +133,16 @@ def fresh(shapes: bool) -> Iterator[None]:
     if not shapes:
         yield
         return
-    with _FAKE:
+    with _fake():
         yield
 
 
-_FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+@cache
+def _fake() -> Any:
+    """The one mode of all tensors without values, of a module that loads torch's compiler."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _task(name: str, names: list[str], templates: tuple[str, ...], size: int, seed: int) -> Task:

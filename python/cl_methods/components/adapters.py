@@ -13,16 +13,12 @@ from torch import Tensor, nn
 
 from cl_kernels.moe_adapter import dropout
 from cl_kernels.nn import AdapterExperts
+from cl_methods import lazy_open_clip
 from cl_methods.backbone import Backbone
 from cl_methods.micro_batches import Part, current_part
 from cl_methods.read_out import current_read_out, leaves_out, read_parts
 from cl_methods.self_attention import self_attention, takes_self_attention
-from cl_methods.text_trees import reads_trees
-from cl_methods.torchvision_compat import prepare_torchvision
-
-prepare_torchvision()
-
-from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock  # noqa: E402
+from cl_methods.text_trees import open_clip_blocks, reads_trees
 
 _states: ContextVar[dict[int, tuple[int | None, bool, bool]]] = ContextVar("adapters", default={})  # noqa: B039  # never changed in place
 
@@ -216,7 +212,7 @@ def residual_blocks(backbone: Backbone, text: bool) -> dict[str, Any]:
         if blocks is None:
             raise TypeError(f"model: the {tower_name} tower of {backbone.name} has no open_clip residual blocks")
         for index, block in enumerate(blocks):
-            if type(block) not in (ResidualAttentionBlock, CustomResidualAttentionBlock):
+            if type(block) not in open_clip_blocks():
                 raise TypeError(f"model: expected open_clip residual blocks, got {type(block).__name__}")
             if "forward" in vars(block):
                 raise ValueError(f"model: block {index} of the {tower_name} tower already carries adapters")
@@ -259,7 +255,7 @@ def block_parts(block: Any, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor
     Returns:
         Two tensors (B, L, D).
     """
-    if isinstance(block, ResidualAttentionBlock):
+    if isinstance(block, lazy_open_clip.transformer.ResidualAttentionBlock):
         if takes_self_attention(block.attn):
             attended = self_attention(block.ln_1(x), block.attn, attn_mask)
         else:

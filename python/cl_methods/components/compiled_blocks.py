@@ -14,15 +14,9 @@ from torch import Tensor
 
 from cl_methods.backbone import Backbone
 from cl_methods.components.adapters import block_parts, carries_adapters
-from cl_methods.text_trees import reads_trees
-from cl_methods.torchvision_compat import prepare_torchvision
-
-prepare_torchvision()
-
-from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock  # noqa: E402
+from cl_methods.text_trees import open_clip_blocks, reads_trees
 
 Compile = Literal["none", "blocks", "cuda_graphs"]
-_OWN = (ResidualAttentionBlock, CustomResidualAttentionBlock)
 
 
 def check_compile(compile: Compile, device: torch.device) -> None:
@@ -88,7 +82,7 @@ def _chosen(backbone: Backbone, compile: Compile) -> list[tuple[Any, bool]]:
     found = []
     for tower, model in (("visual", backbone.model.visual), ("text", backbone.text_tower)):
         blocks = getattr(getattr(model, "transformer", None), "resblocks", None)
-        if blocks is None or any(type(block) not in _OWN for block in blocks):
+        if blocks is None or any(type(block) not in open_clip_blocks() for block in blocks):
             raise ValueError(
                 f"compile: got {compile!r}, but the {tower} tower of {backbone.name} is not made of open_clip's residual blocks; "
                 "expected 'none'"

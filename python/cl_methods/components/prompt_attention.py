@@ -12,15 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_methods import lazy_open_clip
 from cl_methods.backbone import Backbone
 from cl_methods.components.adapters import residual_blocks
 from cl_methods.micro_batches import current_part
 from cl_methods.text_trees import reads_trees
-from cl_methods.torchvision_compat import prepare_torchvision
-
-prepare_torchvision()
-
-from open_clip.transformer import ResidualAttentionBlock  # noqa: E402
 
 _Injection = tuple[int | Tensor, Tensor | float | None]
 _injections: ContextVar[dict[int, _Injection]] = ContextVar("prompts", default={})  # noqa: B039  # never changed in place
@@ -126,7 +122,7 @@ class MountedPrompts(nn.Module):
             if int(name.rpartition("_")[2]) < depth
         }
         for name, block in self._hosts.items():
-            if type(block) is not ResidualAttentionBlock or not block.attn.batch_first:
+            if type(block) is not lazy_open_clip.transformer.ResidualAttentionBlock or not block.attn.batch_first:
                 raise TypeError(
                     f"model: prompts need open_clip's ResidualAttentionBlock, batch first; {name} is another"
                 )

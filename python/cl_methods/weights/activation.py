@@ -12,13 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from cl_methods.torchvision_compat import prepare_torchvision
-
-prepare_torchvision()
-
-import open_clip  # noqa: E402
-from open_clip.pretrained import get_pretrained_cfg  # noqa: E402
-from open_clip.transformer import QuickGELU  # noqa: E402
+from cl_methods import lazy_open_clip
 
 QUICK, EXACT = "QuickGELU", "GELU"
 _RUN_NAME = re.compile(r"model_(?P<model>.+?)-lr_")
@@ -45,15 +39,15 @@ def _named(quick: bool) -> str:
 
 def of_model(network: nn.Module) -> str:
     """``QuickGELU`` if any module of the network is one, else ``GELU``."""
-    return _named(any(isinstance(module, QuickGELU) for module in network.modules()))
+    return _named(any(isinstance(module, lazy_open_clip.transformer.QuickGELU) for module in network.modules()))
 
 
 @cache
 def _released() -> dict[str, tuple[str, str]]:
     """sha256 (or its first eight digits) of the files that open_clip's list names by address -> (model, tag)."""
     found: dict[str, tuple[str, str]] = {}
-    for model, tag in open_clip.list_pretrained():
-        url = get_pretrained_cfg(model, tag).get("url") or ""
+    for model, tag in lazy_open_clip.library.list_pretrained():
+        url = lazy_open_clip.pretrained.get_pretrained_cfg(model, tag).get("url") or ""
         if "openaipublic" in url:
             found.setdefault(url.split("/")[-2], (model, tag))
         elif "mlfoundations" in url:
@@ -71,14 +65,14 @@ def released_as(sha256: str) -> tuple[str, str] | None:
 
 def of_tag(model: str, tag: str) -> Activation:
     """What open_clip's list says of a tag."""
-    quick = bool(get_pretrained_cfg(model, tag).get("quick_gelu", False))
+    quick = bool(lazy_open_clip.pretrained.get_pretrained_cfg(model, tag).get("quick_gelu", False))
     return Activation(_named(quick), True, f"open_clip's list says so of {tag!r}")
 
 
 def of_checkpoint_name(name: Any) -> Activation | None:
     """From the name that open_clip's training gives its runs and stores in its checkpoints; None if it names no known model."""
     match = _RUN_NAME.search(name) if isinstance(name, str) else None
-    config = open_clip.get_model_config(match["model"]) if match else None
+    config = lazy_open_clip.library.get_model_config(match["model"]) if match else None
     if match is None or config is None:
         return None
     return Activation(_named(config.get("quick_gelu", False)), True, f"its training run was {match['model']}")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from cl_methods import lazy_open_clip
 from cl_methods.scenarios.mini.tokenizer import CONTEXT_LENGTH, VOCABULARY_SIZE
-from cl_methods.torchvision_compat import prepare_torchvision
 
-prepare_torchvision()
-import open_clip  # noqa: E402 - torchvision has to be prepared first
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg  # noqa: E402
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
 
 IMAGE_SIZE = 32
 EMBEDDING = 96
@@ -23,7 +23,7 @@ STEM = ((24, 2), (32, 1), (64, 2), (64, 1))
 """Output channels and stride of the stem's convolutions before the last."""
 CHECKPOINT = Path(__file__).parent / "mini-v1.safetensors"
 
-__all__ = ["CHECKPOINT", "build_model", "load_model", "open_clip"]
+__all__ = ["CHECKPOINT", "build_model", "load_model"]
 
 
 def _stem() -> nn.Sequential:
@@ -42,17 +42,17 @@ def build_model() -> CLIP:
 
     Its state-dict names are open_clip's, except that ``visual.conv1`` is a stem with ``visual.conv1.N.*``.
     """
-    vision = CLIPVisionCfg(
+    vision = lazy_open_clip.model.CLIPVisionCfg(
         layers=VISION_LAYERS, width=VISION_WIDTH, head_width=VISION_HEAD_WIDTH, patch_size=8, image_size=IMAGE_SIZE
     )
-    text = CLIPTextCfg(
+    text = lazy_open_clip.model.CLIPTextCfg(
         context_length=CONTEXT_LENGTH,
         vocab_size=VOCABULARY_SIZE,
         width=TEXT_WIDTH,
         heads=TEXT_HEADS,
         layers=TEXT_LAYERS,
     )
-    model = CLIP(EMBEDDING, vision, text)
+    model: CLIP = lazy_open_clip.model.CLIP(EMBEDDING, vision, text)
     model.visual.conv1 = _stem()
     return model
 

@@ -9,6 +9,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,11 +20,14 @@ from torch.nn.functional import cross_entropy, log_softmax, normalize
 
 from cl_methods.scenarios.mini import captions
 from cl_methods.scenarios.mini.generic import COLUMN, FACTS, KINDS, SHARES, render
-from cl_methods.scenarios.mini.model import CHECKPOINT, CLIP, build_model
+from cl_methods.scenarios.mini.model import CHECKPOINT, build_model
 from cl_methods.scenarios.mini.muon import Muon
 from cl_methods.scenarios.mini.stream import Stream
 from cl_methods.scenarios.mini.tokenizer import tokenize
 from cl_methods.scenarios.mini.transforms import eval_transform
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
 
 _PRETRAIN_SEED = 404
 """First part of every stream's key here; tasks and reference set use others."""

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cl_methods import lazy_open_clip
 from cl_methods.backbone import MINI_WEIGHTS, Backbone, load_backbone
 from cl_methods.methods.base import Method
 from cl_methods.methods.find import named_in_data
 from cl_methods.methods.settings import build_settings
 from cl_methods.seeding import derive_seed, seed_everything
-from cl_methods.torchvision_compat import prepare_torchvision
 from cl_methods.training.export.learnt import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -31,10 +31,6 @@ from cl_methods.training.export.learnt import (
     read_adapter,
 )
 from cl_methods.weights import activation
-
-prepare_torchvision()
-
-import open_clip  # noqa: E402
 
 
 def write_model(folder: Path, backbone: Backbone, state: Mapping[str, Tensor], source: str) -> list[str]:
@@ -68,7 +64,7 @@ def write_model(folder: Path, backbone: Backbone, state: Mapping[str, Tensor], s
     if origin is None or origin.model_cfg is None:
         raise ExportError(f"{source}: the configuration of the architecture {backbone.name} is not known to open_clip")
     save_file(_separate(state), folder / MODEL, metadata)
-    preprocessing = dict(open_clip.get_model_preprocess_cfg(backbone.model))
+    preprocessing = dict(lazy_open_clip.library.get_model_preprocess_cfg(backbone.model))
     config = {"model_cfg": origin.model_cfg, "preprocess_cfg": preprocessing}
     (folder / MODEL_CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     written = [MODEL, MODEL_CONFIG]
