@@ -81,7 +81,7 @@ def test_scales_around_the_bound(scale):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
+def test_every_instruction_set(isa, forked_torch, tmp_path):
     """Each in its own process, because the choice is made once. Where the machine lacks one, the next lower runs."""
     code = (
         "import torch; import distill_cases as cases, test_cpu\n"
@@ -94,8 +94,11 @@ def test_every_instruction_set(isa):
         "        cases.check_features('cpu', case, dtype)\n"
     )
     here = str(Path(__file__).parent)
-    environment = os.environ | {"CL_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join([here, *sys.path])}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    (tmp_path / "program.py").write_text(code)
+    done = forked_torch.run(
+        tmp_path / "program.py", environment={"CL_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join([here, *sys.path])}
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def exponential(x, bounded=False):

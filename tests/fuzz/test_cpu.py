@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import fuzz_cases
@@ -15,13 +12,8 @@ PROGRAM = Path(__file__).with_name("fuzz_cases.py")
 
 
 @pytest.mark.parametrize("operation", fuzz_cases.OPERATIONS)
-def test_random_cases_are_right(operation):
-    root = PROGRAM.parents[2]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, PROGRAM, "--operation", operation, "--cases", "400"]
-    finished = subprocess.run(
-        command, check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=300
-    )
+def test_random_cases_are_right(operation, forked_torch):
+    finished = forked_torch.run(PROGRAM, "--operation", operation, "--cases", 400, timeout=300)
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert f"{operation}: 400 cases right" in finished.stdout
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import gating_cases as cases
@@ -23,7 +22,7 @@ def test_equals_the_definition(shape, noisy, dtype):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
+def test_every_instruction_set(isa, forked_torch, tmp_path):
     """Each in its own process, because the choice is made once. Where the machine lacks one, the next lower runs."""
     code = (
         "import torch; import gating_cases as cases\n"
@@ -32,8 +31,11 @@ def test_every_instruction_set(isa):
         "    cases.check_against_float64('cpu', shape, True, torch.float64)\n"
         "cases.check_ties_and_extremes('cpu')"
     )
-    environment = os.environ | {"CL_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    (tmp_path / "program.py").write_text(code)
+    done = forked_torch.run(
+        tmp_path / "program.py", environment={"CL_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_threads_do_not_change_a_bit():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -245,7 +244,7 @@ def test_operator_rejects_sizes_that_do_not_fit(name):
 
 
 @pytest.mark.parametrize("instruction_set", ["baseline", "avx2"])
-def test_other_instruction_sets(instruction_set):
+def test_other_instruction_sets(instruction_set, forked_torch, tmp_path):
     """The process picks its instruction set once: the comparison runs in one of its own."""
     code = (
         "import torch; from adapter_cases import assert_matches_reference as check, make\n"
@@ -253,9 +252,10 @@ def test_other_instruction_sets(instruction_set):
         "    for shape in ((3, 17, 33, 5, 4, 2), (60, None, 31, 9, 2, 3), (2, 25, 130, 40, 3, 1)):\n"
         "        check(make(*shape, dtype=torch.float64).to(dtype), 'cpu', 0.3)"
     )
-    environment = {**os.environ, "CL_KERNELS_ISA": instruction_set, "PYTHONPATH": os.pathsep.join(sys.path)}
-    folder = Path(__file__).parent
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    environment = {
+        "CL_KERNELS_ISA": instruction_set,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    (tmp_path / "program.py").write_text(code)
+    run = forked_torch.run(tmp_path / "program.py", environment=environment)
     assert run.returncode == 0, run.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import average_cases as cases
@@ -19,14 +18,17 @@ def test_equals_the_formula(average_dtype, value_dtype):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
+def test_every_instruction_set(isa, forked_torch, tmp_path):
     """Each in its own process, because the choice is made once. Where the machine lacks one, the best that it has runs."""
     code = (
         "import average_cases as c\nfor pair in c.PAIRS: c.check_against_float64('cpu', *pair, 0.3)\nc.check_layouts('cpu')\n"
         "c.check_three_way('cpu'); c.check_stochastic_bits('cpu')"
     )
-    environment = os.environ | {"CL_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    (tmp_path / "program.py").write_text(code)
+    done = forked_torch.run(
+        tmp_path / "program.py", environment={"CL_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_extreme_halves():
