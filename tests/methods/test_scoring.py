@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cl_methods.backbone import Backbone
+from cl_methods.datasets.images import Subset
 from cl_methods.datasets.task import Task
 from cl_methods.evaluation.accuracy import EvaluationOptions, feature_store, measure, measure_spaces, row_reader
 from cl_methods.evaluation.features import EvaluationImages
@@ -55,7 +56,14 @@ def config(name: str, **changes: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def scenario() -> Scenario:
-    return select_scenario(config("zero_shot"))
+    """The first tasks of ``mini`` with every tenth image for training, and as many to compare with."""
+    whole = select_scenario(config("zero_shot"))
+    tasks = tuple(
+        dataclasses.replace(task, train=Subset(task.train, torch.arange(0, len(task.train), 10)))
+        for task in whole.tasks
+    )
+    reference = dataclasses.replace(whole.reference, images=Subset(whole.reference.images, torch.arange(100)))
+    return dataclasses.replace(whole, tasks=tasks, reference=reference)
 
 
 def learnt(name: str, scenario: Scenario, tasks: int) -> Method:

@@ -184,7 +184,8 @@ def _stage(method: Method, index: int, task: Task, stage: Stage, costs: RunCosts
         ):  # texts that a step draws are the same in all, so that steps can be compared
             torch.manual_seed(0)
             found = _flops(do)
-        optimizer.step()
+        if not optimizer.state:  # its moments are wanted, and there is no more to see of another step
+            optimizer.step()
         method.after_step(step)
         return found
 
