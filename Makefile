@@ -11,9 +11,10 @@ NATIVE := $(shell find csrc -type f)
 RUNS   ?= runs/mini
 SEED   ?= 0
 ORDER  ?= I
+UNIT   := "not interpreter and not aot and not slow"
 METHODS := zero_shot,finetune,zscl,moe_adapters
 
-.PHONY: install mini test lint test-unit test-apart test-interpreter test-aot test-install test-slow sanitize fuzz faults bench wheel clean
+.PHONY: install mini test lint test-unit test-apart test-training test-interpreter test-aot test-install test-slow sanitize fuzz faults bench wheel clean
 
 install: $(STAMP)
 
@@ -30,11 +31,13 @@ $(STAMP): $(BIN)/python constraints.txt pyproject.toml setup.py $(NATIVE)
 mini: install
 	$(BIN)/clk run --method $(METHODS) --scenario mini --order $(ORDER) --seed $(SEED) --output $(RUNS) --overwrite
 
-# Two lanes side by side, each one process at a time: the tests themselves, and those that need a process or an installation of their own.
+# Two lanes side by side, each one process at a time: most of the tests themselves; and those that need a process or an installation of
+# their own, with those of training, which start processes and wait for them.
 test: lint
 	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=line) test-unit test-apart
 
 test-apart: install
+	$(MAKE) --no-print-directory test-training
 	$(MAKE) --no-print-directory test-interpreter
 	$(MAKE) --no-print-directory test-aot
 	$(MAKE) --no-print-directory test-install
@@ -45,7 +48,10 @@ lint: install
 	$(BIN)/mypy cl_kernels python/cl_methods
 
 test-unit: install
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not interpreter and not aot and not slow"
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -m $(UNIT) --ignore tests/training
+
+test-training: install
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -m $(UNIT) tests/training
 
 test-interpreter: install
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -m "interpreter and not slow"

@@ -34,6 +34,8 @@ from cl_methods.training.checkpoints import DamagedError, RunDirectory
 SHARE = 9
 SHORT = ["--limit-tasks", "2", "--limit-iterations", "3", "--evaluation.limit", "40"]
 SHORT += ["--evaluation.split", "validation", "--checkpoint.every", "1"]
+FITTED = {"moe_adapters": ["--method.ddas.iterations", "30", "--method.ddas.generic-iterations", "30"]}
+"""What is fitted between tasks takes longer than all steps of the run unless it is cut down like them."""
 
 
 def start(method: str, output: Path, fault: Inflict | None, *, resume: bool) -> int:
@@ -48,6 +50,7 @@ def start(method: str, output: Path, fault: Inflict | None, *, resume: bool) -> 
     run_command.write_run_report = lambda *_: None  # figures take longer than the run
     arguments = ["run", "--method", method, *SHORT, "--output", str(output)]
     arguments += ["--method.batch-size", "8"] if METHODS[method].trains else []
+    arguments += FITTED.get(method, [])
     if fault is not None:
         arguments += fault.arguments
         fault.prepare(output)

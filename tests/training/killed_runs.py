@@ -27,6 +27,8 @@ from cl_methods.training.run import run
 
 SHORT = ["--limit-tasks", "2", "--limit-iterations", "5", "--method.batch-size", "16"]
 SHORT += ["--evaluation.split", "validation", "--evaluation.limit", "40", "--checkpoint.every", "1"]
+FITTED = {"moe_adapters": ["--method.ddas.iterations", "30", "--method.ddas.generic-iterations", "30"]}
+"""What is fitted between tasks takes longer than all steps of the run unless it is cut down like them."""
 
 
 def start(method: str, output: Path, *, resume: bool) -> int:
@@ -37,7 +39,7 @@ def start(method: str, output: Path, *, resume: bool) -> int:
     torch.set_num_threads(1)
     log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 2)
-    config, _ = parse(["--method", method, *SHORT], "")
+    config, _ = parse(["--method", method, *SHORT, *FITTED.get(method, [])], "")
     with os.fdopen(log, "w", buffering=1) as stream:
         run(config, output, resume=resume, progress=PlainProgress(stream))
     os._exit(0)
