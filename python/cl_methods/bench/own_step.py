@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_methods import ranks
 from cl_methods.bench.world import World, fresh, without_values
 from cl_methods.datasets.task import Task
 from cl_methods.methods import METHODS, Batch, Method
 from cl_methods.methods.base import Stage
 from cl_methods.seeding import seed_everything, step_seed
 from cl_methods.training.data import TrainingSteps, one_pass, training_batches
+from cl_methods.training.gradients import average_gradients
 
 COUNTED = 1
 """The step that is looked at: not the first one, where optimisers create their moments and averages take a snapshot."""
@@ -57,13 +59,15 @@ class OwnStep:
         return loss.detach(), found
 
     def run(self) -> None:
-        """The whole step: gradients, hooks, optimiser. In closed form: one batch is learnt."""
+        """The whole step: gradients, their mean over processes, hooks, optimiser. In closed form: one batch is learnt."""
         if self.optimizer is None:
             seed_everything(step_seed(0, self.task_index, COUNTED))
             self.method.learn(self.batch)
             return
         self.optimizer.zero_grad(set_to_none=True)
         self.loss().backward()
+        if ranks.count() > 1:
+            average_gradients(self.method.trainable())
         self.method.before_step(self.batch)
         self.optimizer.step()
         self.method.after_step(COUNTED)
@@ -91,18 +95,26 @@ class OwnStep:
             value.grad = None
 
 
-def own_steps(name: str, world: World, settings: Any = None, batch_size: int | None = None) -> dict[str, OwnStep]:
+def own_steps(
+    name: str, world: World, settings: Any = None, batch_size: int | None = None, task: int = 2
+) -> dict[str, OwnStep]:
     """A prepared step per stage of a method, by the stage's name.
 
-    Where tensors have values, two steps of a first task have been learnt, so that whatever a method keeps between tasks is
-    there, and the step is one of the second task. Where they have none, it is one of the first.
+    Where tensors have values, a step of every stage of the tasks before has been taken, so that whatever a method keeps between
+    tasks is there, and the step is one of the second task or of ``task``. Where they have none, it is one of the first.
 
     Args:
         name: of the method.
         world: model and tasks.
         settings: of the method; its file's for `mini` or `mtil` when None.
         batch_size: images per step, of the task and of reference data each; the settings' when None.
+        task: whose step it is, counted from 1.
+
+    Raises:
+        ValueError: ``world`` has no such task.
     """
+    if not 1 <= task <= len(world.tasks):
+        raise ValueError(f"task: expected 1 to {len(world.tasks)}, got {task}")
     kind = METHODS[name]
     settings = settings if settings is not None else kind.default_config("mini" if world.model == "mini" else "mtil")
     settings = _brief(settings, batch_size)
@@ -110,9 +122,9 @@ def own_steps(name: str, world: World, settings: Any = None, batch_size: int | N
     method = kind(world.backbone(), settings, world.reference)
     if world.shapes:
         return dict(_stages_without_values(method, world))
-    if not method.joint:
-        _learn_first(method, world.tasks)
-    index = 0 if method.joint else 1
+    index = 0 if method.joint else task - 1
+    for earlier in range(index):
+        _learn(method, world.tasks, earlier)
     method.before_task(index, world.tasks[index])
     return _stages(method, world.tasks, index)
 
@@ -128,12 +140,12 @@ def _brief(settings: Any, batch_size: int | None) -> Any:
     return settings
 
 
-def _learn_first(method: Method, tasks: tuple[Task, ...]) -> None:
-    method.before_task(0, tasks[0])
-    for step in _stages(method, tasks, 0).values():
+def _learn(method: Method, tasks: tuple[Task, ...], index: int) -> None:
+    method.before_task(index, tasks[index])
+    for step in _stages(method, tasks, index).values():
         step.run()
     seed_everything(0)
-    method.after_task(0, tasks[0])
+    method.after_task(index, tasks[index])
 
 
 def _stages(method: Method, tasks: tuple[Task, ...], index: int) -> dict[str, OwnStep]:

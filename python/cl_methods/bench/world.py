@@ -1,4 +1,4 @@
-"""Two tasks and a model to take training steps on: the embedded tiny one, or an open_clip model's shapes without its memory."""
+"""A few tasks and a model to take training steps on: the embedded tiny one, or an open_clip model's shapes without its memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class World:
 
     Attributes:
         model: `mini` or an open_clip name.
-        tasks: two tasks of noise images with real class names.
+        tasks: at least one, of noise images with real class names.
         reference: noise images, and as many captions as asked for.
         image_size: pixels along a side.
         shapes: tensors have shapes and no values, so that steps of any size can be counted on any machine.
@@ -58,13 +58,25 @@ class World:
         return Backbone(network, source.tokenize, *transforms, device=source.device, name=self.model)
 
 
-def mini_world(captions: int = 200, device: torch.device = CPU) -> World:
-    """The pre-trained tiny model on ``device`` with 2 x 10 of its own classes; everything has values."""
-    network = load_backbone("mini", device=device)
+def mini_world(captions: int = 200, device: torch.device = CPU, *, task_count: int = 2, class_count: int = 10) -> World:
+    """The pre-trained tiny model on ``device`` with tasks of its own classes; everything has values.
+
+    Args:
+        captions: number of reference captions.
+        device: where the model is.
+        task_count, class_count: tasks, and classes of each; 144 classes in all at most.
+
+    Raises:
+        ValueError: there are not so many classes.
+    """
     names = [f"{colour} {shape}" for shape in concepts.SHAPES for colour in concepts.COLOURS]
+    if not 0 < task_count * class_count <= len(names):
+        raise ValueError(f"expected 1 to {len(names)} classes in all, got {task_count} tasks of {class_count}")
+    network = load_backbone("mini", device=device)
+    starts = range(0, task_count * class_count, class_count)
     tasks = tuple(
-        _task(f"task{index}", names[10 * index : 10 * index + 10], ("a photo of a {}.",), 32, index)
-        for index in range(2)
+        _task(f"task{index}", names[start : start + class_count], ("a photo of a {}.",), 32, index)
+        for index, start in enumerate(starts)
     )
     texts = tuple(f"a photo of a {names[row % len(names)]}." for row in range(captions))
     return World("mini", tasks, Reference(_noise(_IMAGES, 32, 9), texts), 32, False, network)

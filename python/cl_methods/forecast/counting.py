@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -87,6 +88,7 @@ def count_work(
     *,
     every_task: bool = True,
     lists: bool = True,
+    backbone: Backbone | None = None,
 ) -> RunWork:
     """Count one step of every stage, the hooks around every task, and the evaluation, in the last of ``processes``.
 
@@ -101,6 +103,7 @@ def count_work(
         every_task: False counts the first task, and of the others those with the fewest and the most tokens of class texts; the
             rest lie between these two in proportion to theirs, exact but for attention, which grows with the square of a length.
         lists: optimisers of torch work on lists of tensors, as on a GPU; False: tensor by tensor, as on a CPU.
+        backbone: the configured model without data, of which a copy is counted; None makes one.
 
     Raises:
         ValueError: the model is unknown, the method's settings are wrong, or the method needs data to be counted.
@@ -108,7 +111,7 @@ def count_work(
     """
     if ranks.joined_count() > 1:
         raise RuntimeError("processes are counted by one process alone; start the command without torchrun")
-    backbone = blank_backbone(config.model, config.pretrained)
+    backbone = blank_backbone(config.model, config.pretrained) if backbone is None else _copy(backbone)
     reference = None
     if scenario.reference is not None:
         reference = Reference(BlankImages(len(scenario.reference.images), 1), scenario.reference.captions)
@@ -134,6 +137,12 @@ def count_work(
             found.between += work.around + image * (work.encodings * (len(task.train) / processes - PROBED))
             found.stages += _planned(method, index, task, work, draws)
     return found
+
+
+def _copy(backbone: Backbone) -> Backbone:
+    """With a network of its own, which methods change."""
+    network, transforms = copy.deepcopy(backbone.model), (backbone.train_transform, backbone.eval_transform)
+    return Backbone(network, backbone.tokenize, *transforms, name=backbone.name, device=_META)
 
 
 @contextlib.contextmanager

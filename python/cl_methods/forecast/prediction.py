@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from cl_methods.backbone import Backbone, prompt
 from cl_methods.forecast.counting import RunWork, count_work
 from cl_methods.forecast.hardware import Hardware
 from cl_methods.forecast.time_model import Reached, Seconds, seconds
+from cl_methods.forecast.tokens import RememberedTokens
 from cl_methods.forecast.work import Work
 from cl_methods.methods.find import find_method
 from cl_methods.micro_batches import MicroBatches
@@ -17,7 +21,7 @@ from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
 from cl_methods.training.memory.plan import MemoryPlan
 from cl_methods.training.memory.planner import MemoryBudgetError, model_shapes, plan_memory
-from cl_methods.training.planning.counting import short_fits
+from cl_methods.training.planning.counting import blank_backbone, short_fits
 
 CONTEXT = 600 << 20
 """Bytes that CUDA and its libraries hold besides tensors; assumed."""
@@ -122,6 +126,7 @@ class Predictor:
         self.config, self.scenario = config, scenario
         self._works: dict[tuple[int, MicroBatches | None], RunWork] = {}
         self._wholes: dict[int, MemoryPlan] = {}
+        self._blank: Backbone | None = None
 
     def predict(
         self,
@@ -159,7 +164,12 @@ class Predictor:
         """:func:`~cl_methods.forecast.counting.count_work` of one of the processes."""
         key = processes, parts
         if key not in self._works:
-            self._works[key] = count_work(self.config, self.scenario, processes, parts, every_task=False)
+            if self._blank is None:
+                self._blank = blank_backbone(self.config.model, self.config.pretrained)
+                self._blank.tokenize = self._tokens(self._blank.tokenize)
+            self._works[key] = count_work(
+                self.config, self.scenario, processes, parts, every_task=False, backbone=self._blank
+            )
         return self._works[key]
 
     def plan(self, memory: int, processes: int = 1) -> tuple[MemoryPlan | None, str | None]:
@@ -186,6 +196,15 @@ class Predictor:
             return self._rehearse(available, processes), None
         except MemoryBudgetError as error:
             return whole, str(error)
+
+    def _tokens(self, tokenize: Callable[[Sequence[str]], Tensor]) -> RememberedTokens:
+        """With everything that a run surely asks for."""
+        known = RememberedTokens(tokenize)
+        reference = self.scenario.reference
+        known(() if reference is None else reference.captions)
+        for task in self.scenario.tasks:
+            known([prompt(template, name) for name in task.class_names for template in task.templates])
+        return known
 
     def _rehearse(self, budget: int | None, processes: int) -> MemoryPlan:
         config, scenario = self.config, self.scenario

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cl_methods.forecast.hardware import Hardware
+import numpy as np
+
+from cl_methods.forecast.hardware import Hardware, share_of
 from cl_methods.forecast.work import Work
 
 
@@ -111,7 +113,8 @@ def seconds(
 ) -> Seconds:
     """Seconds of ``work`` in each of ``processes``, one GPU each.
 
-    ``Σ_operations max(FLOPs / peak, bytes / bandwidth)`` on the device; the host's time per operation beside it; ``2 (N-1)/N`` of
+    ``Σ_operations max(FLOPs / peak, bytes / bandwidth)`` on the device, either at the share that an operation of this size reaches
+    where the hardware has such figures; the host's time per operation beside it; ``2 (N-1)/N`` of
     every summed and ``(N-1)/N`` of every gathered tensor over the slowest link of a ring.
 
     Args:
@@ -129,14 +132,7 @@ def seconds(
     if processes < 1 or workers < 0:
         raise ValueError(f"expected processes >= 1 and workers >= 0, got {processes} and {workers}")
     reached = reached or Reached()
-    peak, bandwidth = hardware.peak(precision) * reached.products, hardware.bandwidth * 1e9 * reached.memory
-    products = memory = 0.0
-    for (flops, moved), times in work.calls.items():
-        arithmetic, traffic = flops / peak, moved / bandwidth
-        if arithmetic > traffic:
-            products += times * arithmetic
-        else:
-            memory += times * traffic
+    products, memory = _device_seconds(work, hardware, precision, reached)
     sent = sum(2 * size * n for size, n in work.summed.items()) + sum(size * n for size, n in work.gathered.items())
     share = (processes - 1) / processes
     exchanges = sum(work.summed.values()) + sum(work.gathered.values())
@@ -150,3 +146,16 @@ def seconds(
         ahead=workers > 0,
         asynchronous=asynchronous,
     )
+
+
+def _device_seconds(work: Work, hardware: Hardware, precision: str, reached: Reached) -> tuple[float, float]:
+    """Of the operations that arithmetic limits, and of those that memory limits."""
+    if not work.calls:
+        return 0.0, 0.0
+    flops, moved = np.array(list(work.calls), dtype=np.float64).T
+    times = np.array(list(work.calls.values()), dtype=np.float64)
+    products = share_of(np.maximum(flops, 1), hardware.product_shares) * hardware.peak(precision) * reached.products
+    traffic = share_of(np.maximum(moved, 1), hardware.traffic_shares) * hardware.bandwidth * 1e9 * reached.memory
+    arithmetic, memory = flops / products, moved / traffic
+    limits = arithmetic > memory
+    return float((times * arithmetic)[limits].sum()), float((times * memory)[~limits].sum())
