@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,16 @@ def test_every_operation_runs_at_the_speed_of_what_limits_it() -> None:
     assert found.parts == pytest.approx({"arithmetic": 2, "memory": 3, "host": 5e-6, "exchange": 0, "reading": 0})
     assert (found.total, found.binds) == (pytest.approx(5), "memory")
     assert seconds(work, GPU, reached=Reached(products=0.5, memory=1, call=0)).total == pytest.approx(7)
+
+
+def test_small_products_reach_less_of_the_peak() -> None:
+    """Half of it where the product proper takes as long as its start; what has no FLOPs has no start."""
+    slow = replace(ALL, products=0.5, start=1e-3)
+    half = 1e-3 * 0.5 * 1e12
+    for flops, share in ((half / 100, 1 / 101), (half, 1 / 2), (half * 100, 100 / 101)):
+        found = seconds(Work(Counter({(flops, 0): 3})), GPU, reached=slow)
+        assert flops / (found.products / 3) == pytest.approx(share * 0.5e12)
+    assert seconds(Work(Counter({(0, 100): 3})), GPU, reached=slow).products == 0
 
 
 def test_a_gpu_waits_for_the_host_and_a_cpu_is_the_host() -> None:

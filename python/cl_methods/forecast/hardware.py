@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
@@ -33,9 +32,6 @@ class Hardware:
         gpus: of one machine.
         network: 10^9 bits a second that leave a machine, in one direction.
         source: where the figures come from.
-        product_shares: FLOPs of one product -> share of the peak that it reaches, where somebody measured that; lines in
-            logarithms between them. Empty: every size the same.
-        traffic_shares: bytes of one operation -> share of the bandwidth, likewise; above 1 where caches serve it.
     """
 
     name: str
@@ -46,17 +42,11 @@ class Hardware:
     gpus: int = 8
     network: float = 100.0
     source: str = "given"
-    product_shares: Mapping[float, float] = field(default_factory=dict)
-    traffic_shares: Mapping[float, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("memory_gib", "bandwidth", "link", "gpus", "network"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        for name in ("product_shares", "traffic_shares"):
-            shares = getattr(self, name)
-            if not all(size > 0 and share > 0 for size, share in shares.items()):
-                raise ValueError(f"{name}: expected sizes > 0 and shares > 0, got {dict(shares)}")
+        for field in ("memory_gib", "bandwidth", "link", "gpus", "network"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field}: expected a number > 0, got {getattr(self, field)}")
         unknown = [name for name in self.tflops if name not in PRECISIONS]
         if "fp32" not in self.tflops or unknown or not all(value > 0 for value in self.tflops.values()):
             raise ValueError(
@@ -82,24 +72,6 @@ class Hardware:
         """Bytes a second along a ring of so many GPUs: its slowest part, which is the network once there are several machines."""
         link = self.link * 1e9
         return link if processes <= self.gpus else min(link, self.network * 1e9 / 8)
-
-
-def share_of(sizes: np.ndarray, shares: Mapping[float, float]) -> np.ndarray:
-    """The share that operations of these sizes reach.
-
-    Args:
-        sizes: FLOPs or bytes, each > 0, any shape.
-        shares: by size, at least 0 of them. A smaller operation than the smallest takes as long as that one, a larger one than the
-            largest reaches the same share.
-
-    Returns:
-        float64, of the shape of ``sizes``; ones where ``shares`` is empty.
-    """
-    if not shares:
-        return np.ones(np.shape(sizes))
-    known = sorted(shares)
-    found = np.exp(np.interp(np.log(sizes), np.log(known), np.log([shares[size] for size in known])))
-    return found * np.minimum(1.0, np.asarray(sizes) / known[0])
 
 
 def known_hardware() -> dict[str, Hardware]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from cl_methods.forecast.hardware import Hardware, share_of
+from cl_methods.forecast.hardware import Hardware
 from cl_methods.forecast.work import Work
 
 
@@ -15,13 +13,15 @@ class Reached:
     """How much of a peak is reached, and what does not depend on the hardware's table.
 
     The defaults are assumptions for GPUs, between what published kernels reach and what whole training steps do; nothing was
-    measured. :mod:`benchmarks.step_scaling <benchmarks>` fits the first three on the CPU at hand.
+    measured. :mod:`benchmarks.step_scaling <benchmarks>` fits shares, ``call`` and ``start`` on the CPU at hand.
 
     Attributes:
         products: share of the peak that matrix products and attention reach.
         memory: share of the memory's bandwidth that everything reaches; above 1 where caches serve much of it.
         links: share of the links' bandwidth that an exchange reaches.
         call: seconds that the host needs for one operation.
+        start: seconds that a product or attention takes on the device besides, so that small ones reach less of the peak than
+            large ones: half of ``products`` with ``start · products · peak`` FLOPs.
         exchange: seconds before an exchange moves anything.
         decoding: images a second that one data-loading process reads, decodes and transforms.
     """
@@ -30,6 +30,7 @@ class Reached:
     memory: float = 0.8
     links: float = 0.7
     call: float = 7e-6
+    start: float = 0.0
     exchange: float = 50e-6
     decoding: float = 220.0
 
@@ -37,7 +38,7 @@ class Reached:
         for name in ("products", "memory", "links"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a share > 0, got {getattr(self, name)}")
-        for name in ("call", "exchange"):
+        for name in ("call", "start", "exchange"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected seconds >= 0, got {getattr(self, name)}")
         if not self.decoding > 0:
@@ -113,9 +114,9 @@ def seconds(
 ) -> Seconds:
     """Seconds of ``work`` in each of ``processes``, one GPU each.
 
-    ``Σ_operations max(FLOPs / peak, bytes / bandwidth)`` on the device, either at the share that an operation of this size reaches
-    where the hardware has such figures; the host's time per operation beside it; ``2 (N-1)/N`` of
-    every summed and ``(N-1)/N`` of every gathered tensor over the slowest link of a ring.
+    ``Σ_operations max(start + FLOPs / peak, bytes / bandwidth)`` on the device, without ``start`` where there are no FLOPs; the
+    host's time per operation beside it; ``2 (N-1)/N`` of every summed and ``(N-1)/N`` of every gathered tensor over the slowest
+    link of a ring.
 
     Args:
         work: of one process.
@@ -132,7 +133,14 @@ def seconds(
     if processes < 1 or workers < 0:
         raise ValueError(f"expected processes >= 1 and workers >= 0, got {processes} and {workers}")
     reached = reached or Reached()
-    products, memory = _device_seconds(work, hardware, precision, reached)
+    peak, bandwidth = hardware.peak(precision) * reached.products, hardware.bandwidth * 1e9 * reached.memory
+    products = memory = 0.0
+    for (flops, moved), times in work.calls.items():
+        arithmetic, traffic = flops / peak + (reached.start if flops else 0.0), moved / bandwidth
+        if arithmetic > traffic:
+            products += times * arithmetic
+        else:
+            memory += times * traffic
     sent = sum(2 * size * n for size, n in work.summed.items()) + sum(size * n for size, n in work.gathered.items())
     share = (processes - 1) / processes
     exchanges = sum(work.summed.values()) + sum(work.gathered.values())
@@ -146,16 +154,3 @@ def seconds(
         ahead=workers > 0,
         asynchronous=asynchronous,
     )
-
-
-def _device_seconds(work: Work, hardware: Hardware, precision: str, reached: Reached) -> tuple[float, float]:
-    """Of the operations that arithmetic limits, and of those that memory limits."""
-    if not work.calls:
-        return 0.0, 0.0
-    flops, moved = np.array(list(work.calls), dtype=np.float64).T
-    times = np.array(list(work.calls.values()), dtype=np.float64)
-    products = share_of(np.maximum(flops, 1), hardware.product_shares) * hardware.peak(precision) * reached.products
-    traffic = share_of(np.maximum(moved, 1), hardware.traffic_shares) * hardware.bandwidth * 1e9 * reached.memory
-    arithmetic, memory = flops / products, moved / traffic
-    limits = arithmetic > memory
-    return float((times * arithmetic)[limits].sum()), float((times * memory)[~limits].sum())
