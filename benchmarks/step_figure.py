@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 COLOURS = {"zscl": "#0072B2", "moe_adapters": "#D55E00", "mulki": "#009E73", "clap4clip": "#CC79A7"}
 NAMES = {"zscl": "ZSCL", "moe_adapters": "MoE-Adapters", "mulki": "MulKI", "clap4clip": "CLAP4CLIP"}
 COUNTED = "#999999"
-MODEL = "start"
+MODEL = "sizes"
 """Of the two time models, the one whose predictions are drawn."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,13 @@ def test_a_file_describes_other_hardware(tmp_path: Path) -> None:
         found.peak("bf16")
 
 
+def test_caches_serve_small_operations_faster_and_the_smallest_take_equally_long() -> None:
+    card = replace(find_hardware("h100"), bandwidth=1.0, traffic_shares={1e6: 9.0, 1e4: 1.0, 1e8: 0.5})
+    sizes = (0, 1e2, 1e4, 1e5, 1e6, 1e10)
+    assert [card.bytes_a_second(size) / 1e9 for size in sizes] == pytest.approx([1e-4, 1e-2, 1, 3, 9, 0.5])
+    assert replace(card, traffic_shares={}).bytes_a_second(1e2) == 1e9
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -48,6 +56,10 @@ def test_a_file_describes_other_hardware(tmp_path: Path) -> None:
         (
             "{name: mine, tflops: {bf16: 10}, memory_gib: 8, bandwidth: 4, link: 1}",
             "tflops: expected numbers > 0 for fp32",
+        ),
+        (
+            "{name: mine, tflops: {fp32: 10}, memory_gib: 8, bandwidth: 4, link: 1, traffic_shares: {1000: 0}}",
+            "traffic_shares: expected sizes > 0 and shares > 0, got {1000.0: 0.0}",
         ),
     ],
 )

@@ -65,6 +65,12 @@ def test_small_products_reach_less_of_the_peak() -> None:
     assert seconds(Work(Counter({(0, 100): 3})), GPU, reached=slow).products == 0
 
 
+def test_memory_is_as_fast_as_it_is_for_operations_of_this_size() -> None:
+    card = replace(GPU, traffic_shares={1e7: 4.0, 1e9: 1.0})
+    found = seconds(Work(Counter({(0, 10**7): 100, (0, 10**11): 1})), card, reached=replace(ALL, memory=0.5))
+    assert found.memory == pytest.approx((100 * 1e-4 / 4 + 1) / 0.5)
+
+
 def test_a_gpu_waits_for_the_host_and_a_cpu_is_the_host() -> None:
     work = Work(Counter({(0, 100): 1000}))  # 1 µs in all; the host needs 1 ms
     ahead, alone = (seconds(work, GPU, reached=ALL, asynchronous=flag) for flag in (True, False))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
@@ -32,6 +34,8 @@ class Hardware:
         gpus: of one machine.
         network: 10^9 bits a second that leave a machine, in one direction.
         source: where the figures come from.
+        traffic_shares: bytes of one operation -> share of ``bandwidth`` that caches give it, where somebody measured that, with
+            straight lines of logarithms between them. Empty: 1 for all.
     """
 
     name: str
@@ -42,11 +46,14 @@ class Hardware:
     gpus: int = 8
     network: float = 100.0
     source: str = "given"
+    traffic_shares: Mapping[float, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for field in ("memory_gib", "bandwidth", "link", "gpus", "network"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field}: expected a number > 0, got {getattr(self, field)}")
+        if not all(size > 0 and share > 0 for size, share in self.traffic_shares.items()):
+            raise ValueError(f"traffic_shares: expected sizes > 0 and shares > 0, got {dict(self.traffic_shares)}")
         unknown = [name for name in self.tflops if name not in PRECISIONS]
         if "fp32" not in self.tflops or unknown or not all(value > 0 for value in self.tflops.values()):
             raise ValueError(
@@ -67,6 +74,19 @@ class Hardware:
         if precision not in self.tflops:
             raise ValueError(f"precision: {self.name} has figures for {', '.join(self.tflops)}, got {precision!r}")
         return self.tflops[precision] * 1e12
+
+    def bytes_a_second(self, size: float) -> float:
+        """Of an operation that reads and writes ``size`` bytes, at least 0.
+
+        One that is smaller than the smallest of ``traffic_shares`` takes as long as that; one that is larger than the largest
+        reaches the same share.
+        """
+        if not self.traffic_shares:
+            return self.bandwidth * 1e9
+        known = sorted(self.traffic_shares)
+        shares = [math.log(self.traffic_shares[one]) for one in known]
+        share = math.exp(float(np.interp(math.log(max(size, known[0])), [math.log(one) for one in known], shares)))
+        return self.bandwidth * 1e9 * share * min(1.0, max(size, 1.0) / known[0])
 
     def between(self, processes: int) -> float:
         """Bytes a second along a ring of so many GPUs: its slowest part, which is the network once there are several machines."""

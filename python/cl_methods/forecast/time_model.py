@@ -133,10 +133,11 @@ def seconds(
     if processes < 1 or workers < 0:
         raise ValueError(f"expected processes >= 1 and workers >= 0, got {processes} and {workers}")
     reached = reached or Reached()
-    peak, bandwidth = hardware.peak(precision) * reached.products, hardware.bandwidth * 1e9 * reached.memory
+    peak = hardware.peak(precision) * reached.products
     products = memory = 0.0
     for (flops, moved), times in work.calls.items():
-        arithmetic, traffic = flops / peak + (reached.start if flops else 0.0), moved / bandwidth
+        arithmetic = flops / peak + (reached.start if flops else 0.0)
+        traffic = moved / (hardware.bytes_a_second(moved) * reached.memory)
         if arithmetic > traffic:
             products += times * arithmetic
         else:
