@@ -31,8 +31,8 @@ def draw(found: dict[str, Any]) -> Figure:
         panel.set_axis_off()
     handles = [Line2D([], [], color=colour, marker="o", ls="", label=NAMES[name]) for name, colour in COLOURS.items()]
     handles += [
-        Line2D([], [], color="black", marker="o", ls="", label="seconds, measured"),
-        Line2D([], [], color="black", marker="x", ls="", label="seconds, predicted unseen"),
+        Line2D([], [], color="black", marker="o", ls="", label="processor seconds, measured (left)"),
+        Line2D([], [], color="black", marker="x", ls="", label="predicted, step not seen"),
         Line2D([], [], color=COUNTED, label="GFLOPs, counted (right)"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=7.5)
@@ -41,7 +41,7 @@ def draw(found: dict[str, Any]) -> Figure:
 
 def _title(axis: str, mini: bool, rows: list[dict[str, Any]]) -> str:
     models = {row["model"] for row in rows}
-    return axis if len(models) > 1 else f"{axis} ({'mini' if mini else models.pop()})"
+    return f"{axis} of ViT" if len(models) > 1 else f"{axis} ({'mini' if mini else models.pop()})"
 
 
 def _panel(panel: Axes, title: str, rows: list[dict[str, Any]]) -> None:
@@ -53,17 +53,22 @@ def _panel(panel: Axes, title: str, rows: list[dict[str, Any]]) -> None:
         panel.plot(at, [row["seconds"] for row in own], "o", color=colour, markersize=4.5)
         panel.plot(at, [row["predicted"][MODEL] for row in own], "x", color=colour, markersize=6)
     values = sorted({row["value"] for row in rows})
-    seconds = [row[name] for row in rows for name in ("seconds",)] + [row["predicted"][MODEL] for row in rows]
+    seconds = [row["seconds"] for row in rows] + [row["predicted"][MODEL] for row in rows]
     flops = [row["flops"] / 1e9 for row in rows]
     # Both scales span the same number of decades, so that what is proportional to FLOPs runs along its line.
     decades = 1.25 * max(max(seconds) / min(seconds), max(flops) / min(flops)) ** 0.5
     for part, shown in ((panel, seconds), (right, flops)):
         middle = (max(shown) * min(shown)) ** 0.5
         part.set(yscale="log", ylim=(middle / max(decades, 2), middle * max(decades, 2)))
-        part.tick_params(labelsize=6.5, which="both")
+        digits = (1, 2, 5) if decades > 4 else (1, 1.5, 2, 3, 4, 5, 7)
+        ticks = [digit * 10.0**power for power in range(-4, 4) for digit in digits]
+        low, high = part.get_ylim()
+        part.set_yticks([tick for tick in ticks if low <= tick <= high], [f"{t:g}" for t in ticks if low <= t <= high])
+        part.minorticks_off()
+        part.tick_params(labelsize=6.5)
         part.spines["top"].set_visible(False)
     panel.set(xscale="log")
     panel.set_title(title, fontsize=8.5)
     panel.set_xticks(values, [f"{value:,g}" for value in values])
     panel.minorticks_off()
-    right.tick_params(colors=COUNTED, which="both")
+    right.tick_params(colors=COUNTED)
