@@ -6,6 +6,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 
 from cl_methods.text import printable
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         text = printable(" ".join(str(error).split())) or type(error).__name__
-        print(f"clk {verb}: error: {text} (--debug shows where)", file=sys.stderr)
+        with suppress(OSError):  # a full disk may be that of the log too
+            print(f"clk {verb}: error: {text} (--debug shows where)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"clk {verb}: stopped", file=sys.stderr)

@@ -4,10 +4,10 @@ Each method runs once undisturbed. Then a second run suffers one fault after the
 same result. After every fault: the expected exit status, one sentence and no traceback, and everything that had been
 reported as saved is there and intact.
 
-usage: faults.py FOLDER [METHOD:FAULT,FAULT … | METHOD …]
+usage: faults.py FOLDER [METHOD:FAULT,FAULT … | METHOD … | random:COUNT:SEED]
 
 All methods if none is named. A method whose faults are not named suffers nine of them, which differ from method to method;
-METHOD:all is all of them.
+METHOD:all is all of them. random:60:1 are 60 faults, at moments that the seed decides as it does them, of six methods.
 
 Every run is `clk run` in a child that is forked after the imports, which take longer than the runs.
 """
@@ -22,9 +22,10 @@ import re
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from inflicting import DAMAGES, FAULTS, WITHOUT_TRAINING, Inflict
+from inflicting import DAMAGES, FAULTS, WITHOUT_TRAINING, Inflict, struck_in
 
 from cl_methods import cli
 from cl_methods.commands import run as run_command
@@ -32,6 +33,8 @@ from cl_methods.methods import METHODS
 from cl_methods.training.checkpoints import DamagedError, RunDirectory
 
 SHARE = 9
+RANDOM_METHODS = 6
+TWO_AT_ONCE = "two at once"
 SHORT = ["--limit-tasks", "2", "--limit-iterations", "3", "--evaluation.limit", "40"]
 SHORT += ["--evaluation.split", "validation", "--checkpoint.every", "1"]
 FITTED = {"moe_adapters": ["--method.ddas.iterations", "30", "--method.ddas.generic-iterations", "30"]}
@@ -40,11 +43,20 @@ FITTED = {"moe_adapters": ["--method.ddas.iterations", "30", "--method.ddas.gene
 
 def start(method: str, output: Path, fault: Inflict | None, *, resume: bool) -> int:
     """`clk run` in a child, with a fault to come; its exit status, negative if a signal ended it."""
+    return wait(begin(method, output, fault, resume=resume))
+
+
+def wait(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def begin(method: str, output: Path, fault: Inflict | None, *, resume: bool, log: Path | None = None) -> int:
+    """The same, without waiting: its process."""
     sys.stdout.flush()
     process = os.fork()
     if process:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    log = os.open(log_of(output), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        return process
+    log = os.open(log or log_of(output), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     run_command.write_run_report = lambda *_: None  # figures take longer than the run
@@ -57,8 +69,9 @@ def start(method: str, output: Path, fault: Inflict | None, *, resume: bool) -> 
     try:
         status = cli.main([*arguments, *(["--resume"] if resume else [])])
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # a log that is full
+                stream.flush()
     os._exit(status)
 
 
@@ -77,9 +90,9 @@ def without_times(path: Path) -> dict:
 class Sufferer:
     """Runs of one method in one folder."""
 
-    def __init__(self, method: str, folder: Path) -> None:
+    def __init__(self, method: str, folder: Path, seed: str = "") -> None:
         self.method, self.folder = method, folder
-        self.moments, self.number, self.count = random.Random(method), 0, 0
+        self.moments, self.number, self.count = random.Random(method + seed), 0, 0
         self.latest = 6 if METHODS[method].trains else 3  # of two tasks only the evaluation is reported
         status = start(method, folder / "whole", None, resume=False)
         assert status == 0, log_of(folder / "whole").read_text()
@@ -87,7 +100,12 @@ class Sufferer:
         self._new_run()
 
     def _new_run(self) -> None:
+        """Every other one is a link to where it lies."""
         self.output, self.resume, self.sentence = self.folder / f"run{self.number}", False, None
+        if self.number % 2:
+            place = self.folder / "elsewhere" / f"run{self.number}"
+            place.mkdir(parents=True)
+            self.output.symlink_to(place)
         self.number += 1
 
     def suffer(self, name: str) -> None:
@@ -97,15 +115,29 @@ class Sufferer:
                 self.suffer("kill")
             self._damage(name)
             return
+        if name == TWO_AT_ONCE:
+            self._two_at_once()
+            return
         for _ in range(8):
             fault = Inflict(name, self.moments.randrange(1, self.latest))
+            struck_in(self.output).unlink(missing_ok=True)
             status = start(self.method, self.output, fault, resume=self.resume)
             text = log_of(self.output).read_text()
             self._check_sentence(text)
             if status == 0:
+                if fault.status == 0 and struck_in(self.output).exists():
+                    self._told(name, "went on")
+                    self._compare()
+                    return
                 self._compare()
                 continue
             self.resume = True
+            if name == "folder deleted":
+                self._check_end(fault, status, text)
+                assert not self.output.exists()
+                self._told(name, f"exit {status}")
+                self._new_run()
+                return
             self._check_fault(fault, status, text)
             return
         raise AssertionError(f"{self.method}: {name} never struck")
@@ -142,12 +174,31 @@ class Sufferer:
             assert re.search(self.sentence, text), f"{self.sentence!r} is not said:\n{text}"
         self.sentence = None
 
-    def _check_fault(self, fault: Inflict, status: int, text: str) -> None:
-        fault.repair(self.output)
+    def _two_at_once(self) -> None:
+        """Both may do all of it, one after the other; otherwise one is refused, and nothing of the other's is touched."""
+        logs = [self.folder / f"{self.output.name}-{number}.log" for number in range(2)]
+        children = [begin(self.method, self.output, None, resume=self.resume, log=log) for log in logs]
+        statuses = [wait(child) for child in children]
+        texts = [log.read_text() for log in logs]
+        where = f"{self.method}: two at once: exits {statuses}\n" + "\n".join(texts)
+        assert 0 in statuses, where
+        for status, text in zip(statuses, texts, strict=True):
+            assert "Traceback" not in text, where
+            assert status == 0 or (status == 2 and re.search("is in use by process|already holds a run", text)), where
+        self._check_sentence("\n".join(texts))
+        self._told(TWO_AT_ONCE, f"exits {statuses}")
+        self._compare()
+
+    def _check_end(self, fault: Inflict, status: int, text: str) -> str:
         where = f"{self.method}: {fault.name} at event {fault.event}: exit {status}\n{text}"
         assert status == fault.status, where
         assert "Traceback" not in text, where
         assert re.search(fault.sentence, text), where
+        return where
+
+    def _check_fault(self, fault: Inflict, status: int, text: str) -> None:
+        fault.repair(self.output)
+        where = self._check_end(fault, status, text)
         assert isinstance(json.loads((self.output / "run.json").read_text()), dict), where
         fault.check_saved(self.output)
         self._told(fault.name, f"exit {status}")
@@ -162,22 +213,36 @@ class Sufferer:
 def faults_of(method: str, *, everything: bool) -> list[str]:
     """What a method can suffer: all of it, or a share that goes round with the methods."""
     if not METHODS[method].trains:
-        return WITHOUT_TRAINING
-    names = [*FAULTS, *DAMAGES]
+        return [*WITHOUT_TRAINING, TWO_AT_ONCE]
+    names = [*FAULTS, *DAMAGES, TWO_AT_ONCE]
     if METHODS[method].closed_form:
-        names = [name for name in names if name in DAMAGES or not FAULTS[name].optimiser]
+        names = [name for name in names if name not in FAULTS or not FAULTS[name].optimiser]
     first = SHARE * list(METHODS).index(method)
     return names if everything else [names[(first + number) % len(names)] for number in range(SHARE)]
 
 
+def at_random(count: int, seed: str) -> list[str]:
+    """What ``main`` takes: so many faults of six methods."""
+    draw = random.Random(seed)
+    methods = draw.sample([name for name in METHODS if METHODS[name].trains], RANDOM_METHODS)
+    chosen: dict[str, list[str]] = {method: [] for method in methods}
+    for number in range(count):
+        method = methods[number % RANDOM_METHODS]
+        chosen[method].append(draw.choice(faults_of(method, everything=True)))
+    return [f"{method}:{','.join(names)}" for method, names in chosen.items()]
+
+
 def main(folder: Path, wanted: list[str]) -> None:
     os.environ["CLK_CACHE"] = str(folder / "cache")
-    began, count = time.monotonic(), 0
+    began, count, seed = time.monotonic(), 0, ""
+    if wanted and wanted[0].startswith("random:"):
+        _, number, seed = wanted[0].split(":")
+        wanted = at_random(int(number), seed)
     methods = dict(entry.partition(":")[::2] for entry in wanted or METHODS)
     for method, names in methods.items():
         chosen = names.split(",") if names not in ("", "all") else faults_of(method, everything=names == "all")
         (folder / method).mkdir(parents=True)
-        sufferer = Sufferer(method, folder / method)
+        sufferer = Sufferer(method, folder / method, seed)
         order = random.Random(len(method)).sample(chosen, len(chosen))
         for name in order:
             sufferer.suffer(name)

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,19 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from privileges import close, open_again
 
 from cl_methods.commands import run as run_command
 from cl_methods.training import run as run_module
 from cl_methods.training.checkpoints import RunDirectory, atomic
+from cl_methods.training.checkpoints.atomic import sha256
 from cl_methods.training.progress import PlainProgress
 
-WITHOUT_TRAINING = ["sigterm", "sigint", "kill", "two signals", "no room"]
+WITHOUT_TRAINING = ["sigterm", "sigint", "kill", "two signals", "no room", "read-only", "log full", "no memory"]
 SMALL = 4096
 
 
 @dataclass(frozen=True)
 class Fault:
-    """How a run ends: exit status, sentence, and whether only optimiser steps can suffer it."""
+    """How a run ends: exit status, sentence, and whether only optimiser steps can suffer it. Status 0: it goes on to its end."""
 
     status: int
     sentence: str
@@ -48,6 +51,14 @@ FAULTS = {
     "folder gone": Fault(2, r"cannot be written \(No such file or directory\).*--resume"),
     "loss is NaN": Fault(2, r"loss is not finite at step \d+ of task \w+: .*The (last|same)|No checkpoint", True),
     "weight is NaN": Fault(2, r"weights are not finite after step \d+ of task", True),
+    "folder deleted": Fault(2, r"cannot be written \(No such file or directory\).*--resume"),
+    "read-only": Fault(2, r"cannot be written \(Permission denied\); make the folder writable.*--resume"),
+    "no room for the result": Fault(2, r"result\.json cannot be written \(No space left on device\).*--resume"),
+    "sigterm in a write": Fault(
+        143, r"SIGTERM: stopping after this step.*\n(.*\n)*stopped .*(continue with --resume|which is complete)"
+    ),
+    "log full": Fault(0, ""),
+    "no memory": Fault(2, r"no memory left \(.*can't allocate memory.*(The last good|No checkpoint).*--memory-budget"),
     "worker killed": Fault(2, r"DataLoader worker.*a process that reads images has died.*--resume"),
 }
 
@@ -66,7 +77,7 @@ class Inflict:
         self.name, self.event = name, event
         self.status, self.sentence = FAULTS[name].status, FAULTS[name].sentence
         self.arguments = ["--workers", "1"] if name == "worker killed" else []
-        self._saved, self.output = Path(), Path()
+        self.output = Path()
 
     def prepare(self, output: Path) -> None:
         """In the child: arrange the fault, and write down what is reported as saved."""
@@ -89,13 +100,16 @@ class Inflict:
         RunDirectory.save, RunDirectory.write_json = saving, writing
         if self.name in ("loss is NaN", "weight is NaN"):
             self._poison(run_module.build_method)
-        elif self.name == "kill in a write":
-            self._kill_in_a_write()
+        elif self.name in ("kill in a write", "sigterm in a write"):
+            self._signal_in_a_write(signal.SIGKILL if self.name == "kill in a write" else signal.SIGTERM)
+        elif self.name == "no room for the result":
+            self._no_room_for_the_result()
         else:
             run_command.progress_for = lambda: Striking(self)
 
     def strike(self) -> None:
         """In the child, in the middle of the run."""
+        struck_in(self.output).touch()
         if self.name in ("sigterm", "sigint"):
             os.kill(os.getpid(), getattr(signal, self.name.upper()))
         elif self.name == "two signals":
@@ -110,6 +124,16 @@ class Inflict:
             os.fsync = no_room
         elif self.name == "folder gone":
             self.output.rename(self.output.with_suffix(".away"))
+        elif self.name == "folder deleted":
+            shutil.rmtree(self.output.resolve())
+        elif self.name == "read-only":
+            close(self.output)
+        elif self.name == "log full":
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, 1)
+            os.dup2(full, 2)
+        elif self.name == "no memory":
+            torch.empty(1 << 50, dtype=torch.uint8)
         elif self.name == "worker killed":
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, signal.SIGKILL)
@@ -121,6 +145,8 @@ class Inflict:
         if away.exists():
             assert not output.exists(), "a run directory that was taken away came back by itself"
             away.rename(output)
+        if self.name == "read-only":
+            open_again(output)
 
     def check_saved(self, output: Path) -> None:
         """Whatever the run had reported as saved is there, intact, and can be read."""
@@ -164,17 +190,32 @@ class Inflict:
 
         run_module.build_method = building
 
-    def _kill_in_a_write(self) -> None:
+    def _signal_in_a_write(self, number: int) -> None:
         synchronise, calls = atomic.synchronise, 0
 
-        def killing(path):
+        def signalling(path):
             nonlocal calls
             calls += 1
-            if calls >= 3 * self.event + 2:  # the first two calls write run.json and config.yaml
-                os.kill(os.getpid(), signal.SIGKILL)
+            if calls == 3 * self.event + 2:  # the first two calls write run.json and config.yaml
+                os.kill(os.getpid(), number)
             synchronise(path)
 
-        atomic.synchronise = killing
+        atomic.synchronise = signalling
+
+    def _no_room_for_the_result(self) -> None:
+        write_json = RunDirectory.write_json
+
+        def writing(directory, name, content):
+            if name == "result.json":
+                os.fsync = no_room
+            write_json(directory, name, content)
+
+        RunDirectory.write_json = writing
+
+
+def struck_in(output: Path) -> Path:
+    """A file that a fault leaves beside the run when it strikes."""
+    return output.with_suffix(".struck")
 
 
 class Striking(PlainProgress):
@@ -240,7 +281,30 @@ def _rows_of_another_run(output: Path) -> str:
     return r"rows\.json is damaged .*the rows in the checkpoints are used"
 
 
+def _of_another_version(output: Path) -> str:
+    """Intact, and with something in it that this version does not know."""
+    folder = _newest(output)
+    state = torch.load(folder / "state.pt", weights_only=True)
+    torch.save({**state, "progress": {**state["progress"], "hours": 1.0}}, folder / "state.pt")
+    names = [line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    (folder / "SHA256SUMS").write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in names))
+    return r"passed over: .*state\.pt cannot be read .*hours"
+
+
+def _clock_set_back(output: Path) -> str:
+    """The newest files are the oldest by their times, and all of them are of the future."""
+    paths = [
+        *(one.path for one in RunDirectory(output).found()),
+        *(path for path in output.iterdir() if path.is_file()),
+    ]
+    for age, path in enumerate(paths):
+        os.utime(path, (2**32 - age, 2**32 - age))
+    return ""
+
+
 DAMAGES = {
+    "another version": _of_another_version,
+    "clock set back": _clock_set_back,
     "checkpoint altered": _flip,
     "checkpoint cut off": _cut_off,
     "checkpoint file gone": _file_gone,

@@ -8,7 +8,7 @@ from pathlib import Path
 SOME = [
     "finetune:sigterm,sigint,two signals,no room,folder gone,checkpoint altered,rows gone,weight is NaN,worker killed",
     "moe_adapters:kill in a write,file too large,loss is NaN,rows of another run,checkpoint file gone",
-    "ranpac:kill,checkpoint cut off,rows damaged",
+    "ranpac:kill,checkpoint cut off,rows damaged,read-only,no memory,log full,another version",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -92,3 +93,27 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_can_be_resumed(tiny_run, tmp_pat
     assert signal.getsignal(signal.SIGINT) is before
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["task00-step000005"]
     assert tiny_run(tmp_path / "run", resume=True)["accuracy"] == whole["accuracy"]
+
+
+def test_a_log_that_cannot_be_written_for_a_while_does_not_end_the_run():
+    class Disk(io.StringIO):
+        full = False
+
+        def write(self, text: str) -> int:
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(text)
+
+    disk = Disk()
+    progress = PlainProgress(disk)
+    progress.note("first")
+    disk.full = True
+    progress.note("second")
+    progress.note("third")
+    disk.full = False
+    progress.note("fourth")
+    progress.note("fifth")
+    lines = disk.getvalue().splitlines()
+    assert lines[0] == "first"
+    assert lines[1].startswith("(2 lines before this one came late, or not at all")
+    assert lines[2:] == ["fourth", "fifth"]

@@ -237,6 +237,21 @@ def test_a_checkpoint_survives_a_crash_while_its_successor_is_written(tiny_run, 
     assert before[-1].method_state()
 
 
+def test_a_run_of_a_later_version_is_left_as_it_is(tiny_run, tmp_path):
+    with pytest.raises(InterruptedError):
+        tiny_run(tmp_path / "run", progress=StopAt(15))
+    path = tmp_path / "run" / "run.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps({**description, "format": description["format"] + 1}))
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    with pytest.raises(RunDirectoryError, match=r"files of format 2, written by cl_kernels .*reads formats up to 1"):
+        tiny_run(tmp_path / "run", resume=True)
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+    del description["format"]  # as before there were formats
+    path.write_text(json.dumps(description))
+    tiny_run(tmp_path / "run", resume=True)
+
+
 def test_aliased_and_strided_tensors_are_stored(tmp_path):
     shared = torch.arange(12.0).view(3, 4)
     state = {"a": shared, "b": shared, "t": shared.t(), "row": shared[1], "flag": torch.tensor(True)}

@@ -38,7 +38,7 @@ td.best { font-weight: 700; } img { max-width: 100%; height: auto; margin: .6rem
 
 
 def write_run_report(result: dict[str, Any], output: Path, console: Console, *, name: Path | None = None) -> None:
-    """:func:`print_run_report`; write ``report.md``, ``accuracy.png`` and ``matrix.png``.
+    """Write ``report.md``, ``accuracy.png`` and ``matrix.png``; then :func:`print_run_report`.
 
     Tables for every label space that was measured; the figures are of the first.
 
@@ -48,11 +48,12 @@ def write_run_report(result: dict[str, Any], output: Path, console: Console, *, 
         console: where to print.
         name: what ``output`` is going to be called; None for what it is called.
     """
-    first, tables = print_run_report(result, name or output, console)
+    first, tables = _run_tables(result, name or output)
     figures.save(figures.accuracy_over_time(first), output / "accuracy.png")
     figures.save(figures.matrix(first), output / "matrix.png")
     pictures = "\n![accuracy per task over time](accuracy.png)\n\n![accuracy matrix](matrix.png)\n"
     write_tables(tables, output, pictures)
+    print_tables(tables, console)
     console.print(
         f"result.json, report.md, accuracy.png and matrix.png are in {name or output}",
         soft_wrap=True,
@@ -61,12 +62,13 @@ def write_run_report(result: dict[str, Any], output: Path, console: Console, *, 
     )
 
 
-def print_run_report(result: dict[str, Any], output: Path, console: Console) -> tuple[Board, list[TextTable]]:
-    """Print the accuracy matrix and the summary of one run, for every label space that was measured.
+def print_run_report(result: dict[str, Any], output: Path, console: Console) -> None:
+    """Print the accuracy matrix and the summary of one run, for every label space that was measured."""
+    print_tables(_run_tables(result, output)[1], console)
 
-    Returns:
-        The board of the first label space, and all tables.
-    """
+
+def _run_tables(result: dict[str, Any], output: Path) -> tuple[Board, list[TextTable]]:
+    """The board of the first label space, and the tables of all."""
     boards, _ = arrange([{**result, "path": str(output)}])
     tables = []
     for board in boards:
@@ -75,7 +77,6 @@ def print_run_report(result: dict[str, Any], output: Path, console: Console) -> 
         tables += [table for table in (incremental, novelty_table(board)) if table is not None]
     first = boards[0]
     tables += [cost_table(first)] if first.compared() else []
-    print_tables(tables, console)
     return first, tables
 
 

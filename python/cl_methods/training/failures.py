@@ -13,6 +13,13 @@ from cl_methods.training.checkpoints import RunDirectory
 from cl_methods.training.checkpoints.atomic import WriteError
 from cl_methods.training.loop import NonFiniteLossError
 
+_NO_MEMORY = "can't allocate memory"
+"""What torch says where the host has none left; a GPU that has none left raises a class of its own."""
+
+
+class NoMemoryError(RuntimeError):
+    """The host or the GPU has no memory left. The message says what is kept and what needs less."""
+
 
 class WorkerDiedError(RuntimeError):
     """A data-loading process was killed or crashed. The message says what is kept and what to try."""
@@ -28,7 +35,7 @@ def last_good(directory: RunDirectory) -> str:
     return f"The last good state is {found[-1].path}."
 
 
-def explain(error: RuntimeError, directory: RunDirectory) -> RuntimeError:
+def explain(error: RuntimeError | MemoryError, directory: RunDirectory) -> RuntimeError | MemoryError:
     """The error that a run ends with: itself, or one that says more.
 
     A loss that is not finite is also described in ``diverged.json``.
@@ -42,6 +49,12 @@ def explain(error: RuntimeError, directory: RunDirectory) -> RuntimeError:
         except WriteError as further:
             text += f" ({further})"
         return NonFiniteLossError(text, task=error.task, step=error.step, terms=error.terms)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY in str(error):
+        reason = (str(error).splitlines() or ["out of memory"])[0].rstrip(". ")
+        return NoMemoryError(
+            f"no memory left ({reason}). {last_good(directory)} Go on with --resume and a --memory-budget below what there is "
+            "(`--dry-run` says what a step needs): batches then go through the model in parts, and results do not depend on it"
+        )
     if "DataLoader worker" in str(error):
         reason = str(error).splitlines()[0].rstrip(". ")
         return WorkerDiedError(

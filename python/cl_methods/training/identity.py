@@ -16,11 +16,15 @@ from cl_methods.training.checkpoints import RunDirectoryError
 from cl_methods.training.config import RunConfig, differences
 from cl_methods.training.environment import describe_environment
 
+FORMAT = 1
+"""Of the files in a run directory. A version that reads other files, or reads them otherwise, has the next number."""
+
 
 def describe_run(config: RunConfig, scenario: Scenario, method: Method, device: torch.device) -> dict[str, Any]:
     """Settings, fingerprints of data and weights, environment and command, as plain values."""
     origin = getattr(method.backbone, "origin", None)
     return {
+        "format": FORMAT,
         "config": config.as_dict(),
         "scenario_fingerprint": scenario.fingerprint(),
         "tasks": [task.name for task in scenario.tasks],
@@ -40,8 +44,15 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], path: Path, note
         note: told if the environment is another one.
 
     Raises:
-        RunDirectoryError: something that decides the result differs.
+        RunDirectoryError: something that decides the result differs, or a later version wrote the run.
     """
+    written = before.get("format", FORMAT)
+    if not isinstance(written, int) or written > FORMAT:
+        version = before.get("environment", {}).get("cl_kernels", "a later version")
+        raise RunDirectoryError(
+            f"resume: the run in {path} has files of format {written}, written by cl_kernels {version}; this version reads "
+            f"formats up to {FORMAT}. Go on with that version, or choose another directory"
+        )
     changed = differences(before["config"], now["config"])
     if changed:
         raise RunDirectoryError(

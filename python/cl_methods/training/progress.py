@@ -112,11 +112,16 @@ class RunProgress(AbstractContextManager["RunProgress"]):
 
 
 class PlainProgress(RunProgress):
-    """A line at the start and the end of things, and every few seconds in between."""
+    """A line at the start and the end of things, and every few seconds in between.
+
+    A log that cannot be written, because its disk is full or its reader gone, does not end the run; once it can be written again it
+    says so.
+    """
 
     def __init__(self, stream: TextIO | None = None, interval: float = 5.0) -> None:
         super().__init__()
         self.stream, self.interval, self._printed = stream or sys.stdout, interval, 0.0
+        self._lost = 0
 
     def run_started(
         self, method: str, scenario: str, tasks: int, steps: Sequence[int], *, closed_form: bool = False
@@ -150,7 +155,16 @@ class PlainProgress(RunProgress):
 
     def note(self, text: str) -> None:
         """See the base class."""
-        print(printable(text), file=self.stream, flush=True)
+        lost = (
+            f"({self._lost} lines before this one came late, or not at all: the log could not be written)\n"
+            if self._lost
+            else ""
+        )
+        try:
+            print(f"{lost}{printable(text)}", file=self.stream, flush=True)
+            self._lost = 0
+        except OSError:
+            self._lost += 1
 
 
 class RichProgress(RunProgress):

@@ -138,7 +138,7 @@ class Run:
         """Do what is left to do and write ``result.json``."""
         try:
             return self._execute()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             with ranks.alone():  # the others may be elsewhere
                 explained = explain(error, self.directory)
             if explained is error:
