@@ -125,6 +125,10 @@ def test_what_lies_on_the_host_counts_on_a_gpu_alone(on_a_gpu: _Planner) -> None
     assert plain.peak - host.peak == rehearsal.optimiser
     on_a_gpu.host_apart = False
     assert len({on_a_gpu.plan(None, Levers(**one)).peak for one in changes}) == 1
+    # While a GPU computes on a batch, the next one is copied there.
+    config = settings_of("zscl")
+    pixels = (config.batch_size + config.reference_batch_size) * 3 * 16 * 16 * 4
+    assert plain.peak - on_a_gpu.plan(None, Levers()).peak == pixels + 8 * config.batch_size
     on_a_gpu.host_apart = True
 
 

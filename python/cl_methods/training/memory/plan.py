@@ -25,7 +25,8 @@ class MemoryPlan:
         carried: what the method holds besides: teachers, anchors, averages, adapters, cached features.
         optimiser: its state.
         gradients: of what trains.
-        step: inputs, activations and buffers of a training step, at the moment when they are most.
+        step: inputs, activations and buffers of a training step, at the moment when they are most; on a GPU the next step's inputs
+            with them.
         left_out: what could not be predicted; None if nothing.
         levers: what else saves memory in this plan.
         processes: how many share the encoding of a batch; the bytes are those of the one with most of it.

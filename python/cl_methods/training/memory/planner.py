@@ -123,6 +123,7 @@ class _Planner:
             self._peaks[key] = found.step(*key)
         held = found.model + found.carried + found.optimiser + found.gradients
         offloaded = found.averages if levers.offload == "averages" and self.host_apart else 0
+        ahead = found.copied_ahead if self.host_apart else 0
         return MemoryPlan(
             self.budget,
             parts,
@@ -131,7 +132,7 @@ class _Planner:
             found.carried - offloaded,
             self._state(levers.optimizer_state),
             found.gradients,
-            max(0, self._peaks[key] - held, self._update(levers.optimizer_state)),
+            max(0, self._peaks[key] - held, self._update(levers.optimizer_state)) + ahead,
             found.left_out,
             levers,
             found.processes,

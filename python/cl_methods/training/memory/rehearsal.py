@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from cl_methods import ranks
 from cl_methods.backbone import Backbone, Precision
+from cl_methods.datasets.copying import TO_DEVICE
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Method
 from cl_methods.micro_batches import MicroBatches, leaving_out_middle_parts
@@ -45,6 +46,7 @@ class Rehearsal:
             (teachers, anchors, averages, adapters, cached features); of the optimiser's state.
         averages: of these, averages of weights.
         gradients: bytes of the gradients.
+        copied_ahead: bytes of a batch, of which a GPU holds the next one while it computes on the present one.
         optimizer: fresh in every respect but the first step.
         preparation: the most bytes before the first step.
         left_out: what could not be rehearsed, as a phrase; None if nothing.
@@ -106,6 +108,9 @@ class Rehearsal:
         self.gradients = 0
         self.step(parts)
         self.gradients = _bytes(value.grad for value in self._trainable)
+        batch = self._batch()
+        self.copied_ahead = _bytes(getattr(batch, name) for name in TO_DEVICE)
+        del batch
         self.optimiser = _bytes(value for state in self.optimizer.state.values() for value in state.values())
         self.averages = _bytes(self.method.averaged_weights().values())
         self.carried = self.memory.bytes - self.model - self.optimiser - self.gradients
