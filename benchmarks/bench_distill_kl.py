@@ -63,6 +63,10 @@ def ours(*inputs, **options):
     return clk.distill_kl(*inputs, temperature=T, target="kl", **options)
 
 
+def ours_in_bf16(*features):
+    return ours(*features)
+
+
 def _step(function, inputs, options):
     loss = function(*inputs, **options)
     return [loss.detach(), *torch.autograd.grad(loss, inputs[:1])]
@@ -70,19 +74,27 @@ def _step(function, inputs, options):
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "{}x{}x512".format(*size))
 @pytest.mark.parametrize(
-    "implementation", [published_distillation, compiled, reference, ours], ids=lambda function: function.__name__
+    "implementation",
+    [published_distillation, compiled, reference, *([ours_in_bf16] if DEVICE == "cuda" else []), ours],
+    ids=lambda function: function.__name__,
 )
 def bench_feature_distill_kl(measure, implementation, size):
     (N, M), d = size, 512
     generator = torch.Generator().manual_seed(0)
     features = [F.normalize(torch.randn(rows, d, generator=generator), dim=-1).to(DEVICE) for rows in (N, N, M)]
+    half = implementation is ours_in_bf16
+    if half:
+        features = [tensor.bfloat16() for tensor in features]
+    exact = [tensor.float() for tensor in features]
     features[0].requires_grad_()
+    exact[0].requires_grad_()
     measure(
         lambda: _step(implementation, features, {}),
-        _step(published_distillation, features, {}),
-        tolerance=1e-4,
+        _step(published_distillation, exact, {}),
+        tolerance=5e-2 if half else 1e-4,
         flops=6 * N * M * d,  # two products for the logits, one for the gradient
-        floor_bytes=4 * (3 * N + M) * d,
+        floor_bytes=(2 if half else 4) * (3 * N + M) * d,
+        half=half,
     )
 
 

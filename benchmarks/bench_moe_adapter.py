@@ -3,6 +3,7 @@
 ``published_block`` is the public pattern of MoE-Adapters: a dense (B, E) matrix of gates, a sort of its non-zeros, a Python loop
 over all experts, and an index_add of flattened fp32 rows. ``vectorised`` gathers the weights of each sample for batched products.
 The matrix products alone have no routing, biases, activation or residual: they are the floor of whoever works with torch.mm.
+In bf16, on a GPU, routers choose in fp32 everywhere, and all are checked against the definition in fp32 on the same numbers.
 """
 
 from __future__ import annotations
@@ -18,20 +19,22 @@ from cl_kernels.routed import routed_adapter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 K, SCALE = 2, 0.1
+HALF = "vit_b16_64_bf16"
 SHAPES = {  # B, L, D, R, E
     "vit_b16": (32, 197, 768, 64, 22),
     "vit_b16_64": (64, 197, 768, 64, 22),
+    **({HALF: (64, 197, 768, 64, 22)} if DEVICE == "cuda" else {}),
     "one_pair": (32, 197, 768, 64, 22),  # every sample chooses the same two experts
     "mini": (64, 17, 96, 64, 22),
 }
 
 
-def inputs(shape, one_pair=False):
+def inputs(shape, one_pair=False, dtype=torch.float32):
     B, L, D, R, E = shape
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size, scale=1.0):
-        return (torch.randn(size, generator=generator) * scale).to(DEVICE)
+        return (torch.randn(size, generator=generator) * scale).to(DEVICE, dtype)
 
     x = normal(B, L, D)
     if one_pair:
@@ -46,7 +49,7 @@ def squared_variation(values):
 
 def published_block(x, w_gate, down_weight, down_bias, up_weight, up_bias):
     experts = len(down_weight)
-    top, chosen = (x[:, 0] @ w_gate).topk(K + 1, dim=1)
+    top, chosen = (x[:, 0].float() @ w_gate.float()).topk(K + 1, dim=1)
     gates = torch.zeros(len(x), experts, device=x.device).scatter(1, chosen[:, :K], top[:, :K].softmax(1))
     squared_variation(gates.sum(0)) + squared_variation((gates > 0).sum(0))  # computed and thrown away
     order, sorted_by_expert = torch.nonzero(gates).sort(0)
@@ -74,8 +77,8 @@ def reference(x, w_gate, *weights):
 
 
 def vectorised(x, w_gate, down_weight, down_bias, up_weight, up_bias):
-    top, chosen = (x[:, 0] @ w_gate).topk(K, dim=1)
-    gates = top.softmax(1) * SCALE
+    top, chosen = (x[:, 0].float() @ w_gate.float()).topk(K, dim=1)
+    gates = (top.softmax(1) * SCALE).to(x.dtype)
     hidden = torch.einsum("bld,bkrd->bklr", x, down_weight[chosen]) + down_bias[chosen][:, :, None]
     hidden = F.relu(hidden) * gates[:, :, None, None]
     biases = torch.einsum("bk,bkd->bd", gates, up_bias[chosen])
@@ -102,8 +105,9 @@ def matrix_products(x, w_gate, down_weight, down_bias, up_weight, up_bias):
     down = [down_weight[ids].flatten(0, 1).contiguous() for ids in chosen]  # (k R, D)
     up = [up_weight[ids].transpose(1, 2).flatten(0, 1).contiguous() for ids in chosen]  # (k R, D)
     grad, columns = torch.randn_like(x), down[0].shape[0]
-    narrow, wide = torch.randn(L, columns, device=x.device), torch.empty(L, D, device=x.device)
-    weight, transposed = torch.empty(columns, D, device=x.device), torch.empty(D, columns, device=x.device)
+    narrow, wide, weight, transposed = (
+        torch.randn(size, device=x.device).to(x.dtype) for size in ((L, columns), (L, D), (columns, D), (D, columns))
+    )
 
     def run(step):
         for b in range(B):
@@ -120,18 +124,21 @@ def matrix_products(x, w_gate, down_weight, down_bias, up_weight, up_bias):
 
 
 PEERS = [published_block, reference, vectorised, compiled, matrix_products, ours]
-# Compiling takes longer than all the rest: one shape shows what it brings.
-CASES = [(peer, shape) for shape in SHAPES for peer in PEERS if peer is not compiled or shape == "vit_b16"]
+# Compiling takes longer than all the rest: one shape shows what it brings. Plain sums in bf16 lose a tenth of a bias' gradient.
+LEFT_OUT = {(compiled, shape) for shape in SHAPES if shape != "vit_b16"} | {(vectorised, HALF)}
+CASES = [(peer, shape) for shape in SHAPES for peer in PEERS if (peer, shape) not in LEFT_OUT]
 
 
 @pytest.mark.parametrize("step", [False, True], ids=["forward", "step"])
 @pytest.mark.parametrize(("implementation", "shape"), [pytest.param(p, s, id=f"{p.__name__}-{s}") for p, s in CASES])
 def bench_moe_adapter(measure, implementation, shape, step):
     B, L, D, R, E = SHAPES[shape]
-    tensors = inputs(SHAPES[shape], shape == "one_pair")
+    half = shape == HALF
+    tensors = inputs(SHAPES[shape], shape == "one_pair", torch.bfloat16 if half else torch.float32)
     floor = {
         "flops": 4 * B * L * K * D * R * (3 if step else 1),
-        "floor_bytes": 4 * (2 * B * L * D + 2 * E * D * R) * (2 if step else 1),
+        "floor_bytes": (2 if half else 4) * (2 * B * L * D + 2 * E * D * R) * (2 if step else 1),
+        "half": half,
     }
     if implementation is matrix_products:
         products = matrix_products(*tensors)
@@ -140,8 +147,9 @@ def bench_moe_adapter(measure, implementation, shape, step):
         tensor.requires_grad_(step)
     upstream = torch.randn(B, L, D, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
-    def run(function=implementation):
+    def run(function=implementation, tensors=tensors):
         out = function(*tensors)
-        return [out.detach(), *torch.autograd.grad(out, tensors, upstream)] if step else [out]
+        return [out.detach(), *torch.autograd.grad(out, tensors, upstream.to(out.dtype))] if step else [out]
 
-    measure(run, run(reference), tolerance=1e-4, **floor)
+    exact = [tensor.detach().float().requires_grad_(step) for tensor in tensors]
+    measure(run, run(reference, exact), tolerance=5e-2 if half else 1e-4, **floor)

@@ -49,7 +49,8 @@ beside() {  # the same among others, in the background, where shells ignore inte
 }
 
 bench() {  # bench NAME SECONDS FILE EXPRESSION
-    step "$1" "$2" "$PYTHON" -m pytest -c benchmarks/pytest.ini "benchmarks/$3" -k "$4" --benchmark-json="$OUTPUT/gpu_$1.json"
+    step "$1" "$2" "$PYTHON" -m pytest -c benchmarks/pytest.ini "benchmarks/$3" -k "$4" \
+        --benchmark-max-time=0.4 --benchmark-json="$OUTPUT/gpu_$1.json"
 }
 
 if [[ -n ${WHEELS:-} ]]; then
