@@ -47,7 +47,7 @@ them and the run's own tasks DIR/result.json is one that `clk compare` takes; el
 examples:
   clk evaluate runs/zscl                                                        are the numbers still the same?
   clk evaluate runs/zscl --evaluation.label-space task seen all --output runs/zscl-agnostic
-  clk evaluate runs/moe --method.detector.scope batch --output runs/moe-batch
+  clk evaluate runs/moe --method.ddas.scope batch --output runs/moe-batch
   clk evaluate runs/zscl --scenario mtil --order CIFAR10,CUB200 --data.root /data       datasets that it has not learnt
   clk evaluate runs/zscl --checkpoints 0,last --evaluation.limit 200"""
 

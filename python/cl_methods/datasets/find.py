@@ -212,7 +212,7 @@ def _check_sizes(spec: DatasetSpec, listing: Listing, options: SplitOptions, fou
     raise DataError(
         f"{listing.place} gives {_said(found)} images of {spec.name} for training, validation and test where the published split "
         f"{options.family} has {_said(published)}{hint}. Images are missing or the split is another one; `--data.sizes any` "
-        "takes it as it is"
+        "(of `clk data check`: `--sizes any`) takes it as it is"
     )
 
 
