@@ -17,10 +17,10 @@ import torch
 
 from cl_kernels.profile import peak_memory_bytes, resident_bytes, start_peak_memory
 from cl_methods.backbone import Backbone
+from cl_methods.backbone.open_clip_loading import untrained_open_clip
 from cl_methods.datasets.images import TensorImages
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import METHODS, Batch
-from cl_methods.open_clip_loading import untrained_open_clip
 from cl_methods.seeding import seed_everything
 from cl_methods.training.memory.levers import Levers, use_levers
 from cl_methods.training.memory.optimizer_state import with_state

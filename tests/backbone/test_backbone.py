@@ -15,7 +15,7 @@ from tiny_clip import CONTEXT, build_backbone, open_clip, tokenize
 from torch import Tensor, nn
 
 from cl_methods.backbone import Backbone, load_backbone, prompt
-from cl_methods.open_clip_loading import image_transforms
+from cl_methods.backbone.open_clip_loading import image_transforms
 
 TEXTS = ["ant", "a photo of bee", "the long description of a cat", "eel"]
 PREPROCESS = {"size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "interpolation": "bicubic"}

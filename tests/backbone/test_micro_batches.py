@@ -12,11 +12,11 @@ from tiny_clip import build_backbone
 from torch import Tensor, nn
 
 from cl_methods.backbone import Backbone
+from cl_methods.backbone.micro_batches import MicroBatches, current_part
 from cl_methods.components.adapters import MountedAdapters
 from cl_methods.components.prompt_attention import MountedPrompts
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import METHODS, Batch
-from cl_methods.micro_batches import MicroBatches, current_part
 from cl_methods.training.task import TaskTraining
 
 WAYS = {

@@ -9,7 +9,7 @@ import torch
 from open_clip.transformer import QuickGELU
 from torch import nn
 
-from cl_methods.quick_gelu import fuse_quick_gelu, quick_gelu, separate_quick_gelu
+from cl_methods.backbone.quick_gelu import fuse_quick_gelu, quick_gelu, separate_quick_gelu
 
 
 def test_the_bits_of_open_clip_and_its_gradient():

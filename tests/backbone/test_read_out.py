@@ -8,10 +8,10 @@ from tiny_clip import build_backbone, tokenize
 from torch import Tensor
 
 from cl_kernels.profile import OperationCount
+from cl_methods.backbone.micro_batches import MicroBatches
+from cl_methods.backbone.read_out import leaves_out, read_out_of_images
 from cl_methods.components.adapters import MountedAdapters
 from cl_methods.components.backward_order import differentiate_last
-from cl_methods.micro_batches import MicroBatches
-from cl_methods.read_out import leaves_out, read_out_of_images
 
 TEXTS = ["a photo of a cat", "a dog", "sky"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cl_kernels.profile import OperationCount
 from cl_methods.backbone import Backbone
-from cl_methods.self_attention import fuse_attention, separate_attention, takes_self_attention
+from cl_methods.backbone.self_attention import fuse_attention, separate_attention, takes_self_attention
 
 import open_clip  # isort: skip
 

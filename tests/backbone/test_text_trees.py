@@ -10,10 +10,10 @@ from tiny_clip import build_backbone, tokenize
 from torch import Tensor
 
 from cl_methods.backbone import Backbone
+from cl_methods.backbone.micro_batches import MicroBatches
+from cl_methods.backbone.text_trees import plant
 from cl_methods.components.adapters import MountedAdapters
 from cl_methods.components.prompt_attention import MountedPrompts
-from cl_methods.micro_batches import MicroBatches
-from cl_methods.text_trees import plant
 
 TEXTS = ["a photo of ant", "a photo of bee", "bee", "a photo of ant", "a photo", "the cat", "a photo of antelopes"]
 
@@ -50,7 +50,7 @@ def test_rows_are_bounded_and_padding_sees_itself() -> None:
 @pytest.mark.parametrize("mounted", ["nothing", "adapters", "prompts"])
 @pytest.mark.parametrize("text", [{"pool_type": "argmax"}, {"pool_type": "eos", "eos_id": 99}, {"ls_init_value": 0.3}])
 def test_features_are_those_of_rows(mounted: str, text: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cl_methods.text_trees.CAPACITY", 14)
+    monkeypatch.setattr("cl_methods.backbone.text_trees.CAPACITY", 14)
     backbone = build_backbone(**text)
     tokens = tokenize(TEXTS)
     plain = backbone.frozen_text_features(tokens)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from cl_methods.backbone.open_clip_loading import image_transforms
 from cl_methods.bench import decoding, evaluation, kernels
 from cl_methods.bench.agreement import CheckError
 from cl_methods.bench.world import open_clip_world
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.datasets.texts import classes
-from cl_methods.open_clip_loading import image_transforms
 
 
 def test_published_sizes_of_an_evaluation() -> None:

@@ -15,6 +15,7 @@ import torch
 from miniatures import ORIGINALS, write_shards
 from PIL import Image
 
+from cl_methods.backbone.open_clip_loading import image_transforms
 from cl_methods.datasets.cache_benchmark import measure_decoding
 from cl_methods.datasets.cache_folder import CacheFolder, CacheWarning
 from cl_methods.datasets.find import SplitOptions, find_dataset
@@ -24,7 +25,6 @@ from cl_methods.datasets.loading import evaluation_batches, read_images
 from cl_methods.datasets.sources import ArrayImages
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.datasets.two_stage import two_stage
-from cl_methods.open_clip_loading import image_transforms
 from cl_methods.scenarios.mini.transforms import eval_transform as mini_transform
 
 import open_clip  # isort: skip  # after what prepares torchvision

@@ -9,12 +9,12 @@ import torch
 
 from cl_kernels.profile.static import comparable_attention
 from cl_methods import ranks
+from cl_methods.backbone.micro_batches import MicroBatches
 from cl_methods.commands.configuration import parse
 from cl_methods.forecast.counting import RunWork, count_work
 from cl_methods.forecast.sizes import scenario_without_files
 from cl_methods.forecast.work import Work, WorkCount
 from cl_methods.methods import METHODS
-from cl_methods.micro_batches import MicroBatches
 from cl_methods.ranks.simulated import simulated
 from cl_methods.training.building import build_method, select_scenario
 from cl_methods.training.config import RunConfig

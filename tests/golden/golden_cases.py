@@ -16,7 +16,7 @@ from cl_methods.backbone import Backbone
 from cl_methods.datasets.images import TensorImages
 from cl_methods.datasets.task import Reference, Task
 
-import open_clip  # isort: skip  # after cl_methods.backbone, which prepares torchvision
+import open_clip  # isort: skip  # after cl_methods.backbone.model, which prepares torchvision
 
 FOLDER = Path(os.environ.get("CL_GOLDEN_DIR", Path(__file__).parent / "data"))
 

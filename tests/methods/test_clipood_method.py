@@ -17,7 +17,7 @@ from cl_methods.backbone import Backbone
 from cl_methods.datasets.task import Task
 from cl_methods.methods import METHODS
 
-import open_clip  # isort: skip  # after cl_methods.backbone, which prepares torchvision
+import open_clip  # isort: skip  # after cl_methods.backbone.model, which prepares torchvision
 
 SYNCHRONISING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero", "aten::equal"}
 

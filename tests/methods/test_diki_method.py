@@ -20,7 +20,7 @@ from cl_methods.datasets.images import TensorImages
 from cl_methods.datasets.task import Task
 from cl_methods.methods import DIKI, Batch, Method, ZeroShot
 
-import open_clip  # isort: skip  # after cl_methods.backbone, which prepares torchvision
+import open_clip  # isort: skip  # after cl_methods.backbone.model, which prepares torchvision
 
 Batches = Callable[..., list[Batch]]
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero", "aten::equal"}

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trained import SHORT, Batches, learn, state, train
 
+from cl_methods.backbone.micro_batches import MicroBatches
 from cl_methods.components.weights import _BUCKET, consolidation_value, fold_consolidation_gradient, sharing
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import METHODS, ZSCL
 from cl_methods.methods.zscl_config import ZSCLConfig
-from cl_methods.micro_batches import MicroBatches
 from cl_methods.training.memory.host_optimizer import HostOptimizer
 from cl_methods.training.memory.levers import Levers, use_levers
 from cl_methods.training.memory.live import LiveMemory

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cl_methods.backbone import Backbone
 from cl_methods.datasets.images import TensorImages
 
-import open_clip  # isort: skip  # after cl_methods.backbone, which prepares torchvision
+import open_clip  # isort: skip  # after cl_methods.backbone.model, which prepares torchvision
 
 CONTEXT, END = 12, 99
 

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 
 from cl_methods import ranks
 from cl_methods.backbone import Backbone
+from cl_methods.backbone.micro_batches import MicroBatches
 from cl_methods.commands.configuration import parse
-from cl_methods.micro_batches import MicroBatches
 from cl_methods.sharding import local, whole_state
 from cl_methods.training.distributed import processes
 from cl_methods.training.progress import RunProgress

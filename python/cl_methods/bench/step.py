@@ -13,6 +13,8 @@ from torch import Tensor
 
 import cl_kernels as clk
 from cl_methods.backbone import Backbone, prompt
+from cl_methods.backbone.quick_gelu import separate_quick_gelu
+from cl_methods.backbone.self_attention import separate_attention
 from cl_methods.bench.agreement import compare, full_precision
 from cl_methods.bench.counting import Counting
 from cl_methods.bench.measuring import interleaved, live_memory, peak_memory
@@ -22,8 +24,6 @@ from cl_methods.bench.public_zscl import PublicZSCL, copy_weights
 from cl_methods.bench.rows import OURS, Row
 from cl_methods.bench.world import CAPTIONS, CPU, World, fresh, mini_world, open_clip_world
 from cl_methods.methods import METHODS
-from cl_methods.quick_gelu import separate_quick_gelu
-from cl_methods.self_attention import separate_attention
 
 PUBLIC = "public procedure"
 PUBLISHED_BATCH = 64

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from cl_methods.backbone import Backbone, load_backbone
+from cl_methods.backbone.open_clip_loading import untrained_open_clip
 from cl_methods.datasets.images import TensorImages
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.datasets.texts import classes
-from cl_methods.open_clip_loading import untrained_open_clip
 from cl_methods.scenarios.mini import concepts
 
 CAPTIONS = 15_840

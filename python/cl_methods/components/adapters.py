@@ -15,10 +15,10 @@ from cl_kernels.moe_adapter import dropout
 from cl_kernels.nn import AdapterExperts
 from cl_methods import lazy_open_clip
 from cl_methods.backbone import Backbone
-from cl_methods.micro_batches import Part, current_part
-from cl_methods.read_out import current_read_out, leaves_out, read_parts
-from cl_methods.self_attention import self_attention, takes_self_attention
-from cl_methods.text_trees import open_clip_blocks, reads_trees
+from cl_methods.backbone.micro_batches import Part, current_part
+from cl_methods.backbone.read_out import current_read_out, leaves_out, read_parts
+from cl_methods.backbone.self_attention import self_attention, takes_self_attention
+from cl_methods.backbone.text_trees import open_clip_blocks, reads_trees
 
 _states: ContextVar[dict[int, tuple[int | None, bool, bool]]] = ContextVar("adapters", default={})  # noqa: B039  # never changed in place
 
@@ -113,7 +113,7 @@ class MountedAdapters(nn.Module):
     ``x₁ = x + Attn(LN₁ x)``, ``out = x₁ + MLP(LN₂ x₁) + Σ_e g_e A_e(x₁)``: the adapters read x₁ without LayerNorm.
     Nothing but the ``forward`` of these block instances changes: the model's state-dict names stay, :meth:`remove` undoes it,
     and outside :meth:`active` the blocks run their own code. Which router is active is a context variable, so that activations that
-    are computed again (:mod:`cl_methods.micro_batches`) go the same way.
+    are computed again (:mod:`cl_methods.backbone.micro_batches`) go the same way.
 
     Source: Yu et al., "Boosting Continual Learning of Vision-Language Models via Mixture-of-Experts Adapters", CVPR 2024.
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cl_methods.backbone import Backbone
+from cl_methods.backbone.text_trees import open_clip_blocks, reads_trees
 from cl_methods.components.adapters import block_parts, carries_adapters
-from cl_methods.text_trees import open_clip_blocks, reads_trees
 
 Compile = Literal["none", "blocks", "cuda_graphs"]
 

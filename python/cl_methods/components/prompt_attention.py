@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from cl_methods import lazy_open_clip
 from cl_methods.backbone import Backbone
+from cl_methods.backbone.micro_batches import current_part
+from cl_methods.backbone.text_trees import reads_trees
 from cl_methods.components.adapters import residual_blocks
-from cl_methods.micro_batches import current_part
-from cl_methods.text_trees import reads_trees
 
 _Injection = tuple[int | Tensor, Tensor | float | None]
 _injections: ContextVar[dict[int, _Injection]] = ContextVar("prompts", default={})  # noqa: B039  # never changed in place

@@ -12,6 +12,7 @@ import torch
 from cl_kernels.profile.static import comparable_attention
 from cl_methods import ranks
 from cl_methods.backbone import Backbone
+from cl_methods.backbone.micro_batches import MicroBatches
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.evaluation.options import evaluated_images
 from cl_methods.forecast.steps import reference_size
@@ -19,7 +20,6 @@ from cl_methods.forecast.tasks import PROBED, TaskWork, count_task
 from cl_methods.forecast.work import Work, WorkCount
 from cl_methods.methods.base import Method
 from cl_methods.methods.find import find_method
-from cl_methods.micro_batches import MicroBatches
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
 from cl_methods.training.planning.counting import blank_backbone, short_fits

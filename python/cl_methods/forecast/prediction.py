@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from cl_methods.backbone import Backbone, prompt
+from cl_methods.backbone.micro_batches import MicroBatches
 from cl_methods.forecast.counting import RunWork, count_work
 from cl_methods.forecast.hardware import Hardware
 from cl_methods.forecast.time_model import Reached, Seconds, seconds
 from cl_methods.forecast.tokens import RememberedTokens
 from cl_methods.forecast.work import Work
 from cl_methods.methods.find import find_method
-from cl_methods.micro_batches import MicroBatches
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
 from cl_methods.training.memory.plan import MemoryPlan

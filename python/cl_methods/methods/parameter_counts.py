@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from cl_methods.backbone import Backbone
+from cl_methods.backbone.open_clip_loading import untrained_open_clip
 from cl_methods.datasets.images import TensorImages
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import METHODS, Method
-from cl_methods.open_clip_loading import untrained_open_clip
 
 
 @dataclass(frozen=True)

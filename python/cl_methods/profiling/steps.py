@@ -115,7 +115,7 @@ def load(model: str, device: str) -> Backbone:
             backbone.model, backbone.tokenize, backbone.train_transform, backbone.eval_transform, name=model, device=device
         )  # fmt: skip
     else:
-        from cl_methods.open_clip_loading import untrained_open_clip
+        from cl_methods.backbone.open_clip_loading import untrained_open_clip
 
         backbone = Backbone(*untrained_open_clip(model, device), name=model, device=device)
     if device == "meta":  # a number that methods read when they are made

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cl_methods.backbone import Backbone
+from cl_methods.backbone.micro_batches import MicroBatches
 from cl_methods.datasets.task import Task
 from cl_methods.methods.base import Method, Stage
-from cl_methods.micro_batches import MicroBatches
 from cl_methods.seeding import derive_seed, seed_everything
 from cl_methods.sharding import load_method_state, load_optimizer_state
 from cl_methods.training.data import TrainingSteps, one_pass, training_batches

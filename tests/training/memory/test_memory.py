@@ -13,10 +13,10 @@ from shortened import shortened
 from tiny_clip import build_backbone, noise_images
 
 from cl_methods.backbone import Precision
+from cl_methods.backbone.micro_batches import MicroBatches
 from cl_methods.cli import main
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import METHODS, Batch
-from cl_methods.micro_batches import MicroBatches
 from cl_methods.training.memory.live import LiveMemory
 from cl_methods.training.memory.planner import MemoryBudgetError, MemoryPlan, plan_memory
 from cl_methods.training.memory.rehearsal import Rehearsal

@@ -13,10 +13,10 @@ import torch
 from test_memory import given, real_step, settings_of
 from tiny_clip import build_backbone
 
+from cl_methods.backbone.micro_batches import MicroBatches
 from cl_methods.cli import main
 from cl_methods.components.expert_adamw import ExpertAdamW
 from cl_methods.methods import METHODS
-from cl_methods.micro_batches import MicroBatches
 from cl_methods.scenarios import ScenarioOptions
 from cl_methods.scenarios import load as load_scenario
 from cl_methods.seeding import seed_everything

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cl_methods.micro_batches import MicroBatches
+from cl_methods.backbone.micro_batches import MicroBatches
 from cl_methods.training.memory.levers import Levers
 from cl_methods.training.sizes import format_size
 

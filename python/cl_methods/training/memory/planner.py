@@ -11,11 +11,11 @@ import torch
 from cl_kernels.profile import resident_bytes
 from cl_methods import ranks
 from cl_methods.backbone import Backbone, Precision, load_backbone
+from cl_methods.backbone.micro_batches import MicroBatches
+from cl_methods.backbone.open_clip_loading import shapes_of_open_clip
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Method
 from cl_methods.methods.find import find_method
-from cl_methods.micro_batches import MicroBatches
-from cl_methods.open_clip_loading import shapes_of_open_clip
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
 from cl_methods.training.memory.eight_bit_optimizer import update_bytes

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from cl_methods import ranks
 from cl_methods.backbone import Backbone, Precision
+from cl_methods.backbone.micro_batches import MicroBatches, leaving_out_middle_parts
 from cl_methods.datasets.copying import TO_DEVICE
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Method
-from cl_methods.micro_batches import MicroBatches, leaving_out_middle_parts
 from cl_methods.ranks.simulated import simulated
 from cl_methods.training.gradients import BUCKET_BYTES
 from cl_methods.training.memory.live import LiveMemory, TooLongError

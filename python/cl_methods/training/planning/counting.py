@@ -10,11 +10,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cl_methods.backbone import Backbone, load_backbone
+from cl_methods.backbone.open_clip_loading import untrained_open_clip
 from cl_methods.datasets.images import ImageSource
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Method, Stage
 from cl_methods.methods.find import find_method
-from cl_methods.open_clip_loading import untrained_open_clip
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
 from cl_methods.training.planning.reference_draws import ReferenceDraws

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cl_methods import lazy_open_clip
-from cl_methods.self_attention import takes_self_attention
+from cl_methods.backbone.self_attention import takes_self_attention
 
 
 class ReadOut:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_methods import lazy_open_clip, ranks
-from cl_methods.micro_batches import Encoder, MicroBatches, Part, encode_in_parts
-from cl_methods.quick_gelu import fuse_quick_gelu
-from cl_methods.read_out import ReadOut, read_out_of_images, reading
-from cl_methods.self_attention import fuse_attention
+from cl_methods.backbone.micro_batches import Encoder, MicroBatches, Part, encode_in_parts
+from cl_methods.backbone.quick_gelu import fuse_quick_gelu
+from cl_methods.backbone.read_out import ReadOut, read_out_of_images, reading
+from cl_methods.backbone.self_attention import fuse_attention
+from cl_methods.backbone.text_trees import TextTrees, plant, takes_trees
 from cl_methods.sharding import ShardedModel
-from cl_methods.text_trees import TextTrees, plant, takes_trees
 from cl_methods.weights import WeightsOrigin, file_sha256, fingerprint
 
 Transform = Callable[[Any], Tensor]
@@ -32,7 +32,8 @@ class Backbone:
     """An open_clip model and what belongs to it.
 
     Where gradients are recorded, its residual blocks attend with the fewest operations
-    (:func:`~cl_methods.self_attention.fuse_attention`), and QuickGELU keeps half as much (:mod:`cl_methods.quick_gelu`).
+    (:func:`~cl_methods.backbone.self_attention.fuse_attention`), and QuickGELU keeps half as much
+    (:mod:`cl_methods.backbone.quick_gelu`).
 
     Attributes:
         model: the open_clip model, its state-dict names unchanged.
@@ -46,7 +47,7 @@ class Backbone:
         precision: of the towers where gradients are recorded: ``bf16`` computes under autocast, from fp32 weights to fp32 features
             and gradients. What needs no gradient (teachers, evaluation, cached features) is always computed in fp32.
         trims_last_block: whether what trains on it may leave out what the last blocks compute and nobody reads
-            (:mod:`cl_methods.read_out`).
+            (:mod:`cl_methods.backbone.read_out`).
     """
 
     def __init__(
@@ -398,7 +399,7 @@ def load_backbone(model: str, pretrained: str | None = None, *, device: str | to
         )
         parts = network, mini.tokenize, mini.train_transform, mini.eval_transform
         return Backbone(*parts, name=model, device=device, origin=origin)
-    from cl_methods.open_clip_loading import load_open_clip
+    from cl_methods.backbone.open_clip_loading import load_open_clip
 
     loaded, origin = load_open_clip(model, pretrained)
     return Backbone(*loaded, name=model, device=device, origin=origin)
@@ -411,7 +412,7 @@ def planned_weights(model: str, pretrained: str | None) -> str:
         ValueError, FileNotFoundError: as there, for what is on disk; a tag is not looked for, so that nothing is downloaded.
     """
     if pretrained is not None and model != "mini" and not Path(pretrained).is_file():
-        from cl_methods.open_clip_loading import check_tag
+        from cl_methods.backbone.open_clip_loading import check_tag
 
         check_tag(model, pretrained)
         return f"weights of {model}: tag {pretrained!r} of open_clip, downloaded unless they are on disk"
