@@ -15,7 +15,8 @@ from tiny_clip import CONTEXT, build_backbone, open_clip, tokenize
 from torch import Tensor, nn
 
 from cl_methods.backbone import Backbone, load_backbone, prompt
-from cl_methods.backbone.open_clip_loading import image_transforms
+from cl_methods.backbone.text_tower import TextTower
+from cl_methods.backbone.transforms import image_transforms
 
 TEXTS = ["ant", "a photo of bee", "the long description of a cat", "eel"]
 PREPROCESS = {"size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "interpolation": "bicubic"}
@@ -69,8 +70,10 @@ def test_class_embeddings_in_one_pass(backbone: Backbone, monkeypatch: pytest.Mo
     for name in names:
         mean = untrimmed(backbone, tokenize([template.format(name) for template in templates])).mean(dim=0)
         rows.append(mean / mean.norm())
-    calls, original = [], backbone._tree_features
-    monkeypatch.setattr(backbone, "_tree_features", lambda trees: calls.append(len(trees.rows)) or original(trees))
+    calls, original = [], TextTower._features_of
+    monkeypatch.setattr(
+        TextTower, "_features_of", lambda self, trees: calls.append(len(trees.rows)) or original(self, trees)
+    )
     found = backbone.class_embeddings(names, templates)
     torch.testing.assert_close(found, torch.stack(rows).detach(), rtol=1e-5, atol=1e-6)
     assert calls == [6]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cl_methods.backbone import Backbone
 from cl_methods.backbone.micro_batches import MicroBatches
+from cl_methods.backbone.text_tower import TextTower
 from cl_methods.backbone.text_trees import plant
 from cl_methods.components.adapters import MountedAdapters
 from cl_methods.components.prompt_attention import MountedPrompts
@@ -88,6 +89,6 @@ def test_others_fall_back_to_rows(why: str, monkeypatch: pytest.MonkeyPatch) -> 
         block.forward = block.forward
     if why == "micro-batches":
         backbone.micro_batches = MicroBatches(frozen_texts=2)
-    monkeypatch.setattr(backbone, "_tree_features", None)
+    monkeypatch.setattr(TextTower, "tree_features", None)
     tokens = tokenize(TEXTS)
     assert torch.equal(backbone.prompt_features(tokens), backbone.frozen_text_features(tokens))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_methods.backbone.open_clip_loading import image_transforms
+from cl_methods.backbone.transforms import image_transforms
 from cl_methods.bench import decoding, evaluation, kernels
 from cl_methods.bench.agreement import CheckError
 from cl_methods.bench.world import open_clip_world

@@ -15,7 +15,7 @@ import torch
 from miniatures import ORIGINALS, write_shards
 from PIL import Image
 
-from cl_methods.backbone.open_clip_loading import image_transforms
+from cl_methods.backbone.transforms import image_transforms
 from cl_methods.datasets.cache_benchmark import measure_decoding
 from cl_methods.datasets.cache_folder import CacheFolder, CacheWarning
 from cl_methods.datasets.find import SplitOptions, find_dataset

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from cl_methods import lazy_open_clip, ranks
-from cl_methods.backbone.micro_batches import Encoder, MicroBatches, Part, encode_in_parts
+from cl_methods import ranks
+from cl_methods.backbone.micro_batches import Encoder, MicroBatches
+from cl_methods.backbone.passes import Precision, TowerPass
 from cl_methods.backbone.quick_gelu import fuse_quick_gelu
-from cl_methods.backbone.read_out import ReadOut, read_out_of_images, reading
+from cl_methods.backbone.read_out import read_out_of_images, reading
 from cl_methods.backbone.self_attention import fuse_attention
-from cl_methods.backbone.text_trees import TextTrees, plant, takes_trees
+from cl_methods.backbone.text_tower import TextTower
+from cl_methods.backbone.transforms import Transform
 from cl_methods.sharding import ShardedModel
-from cl_methods.weights import WeightsOrigin, file_sha256, fingerprint
+from cl_methods.weights import WeightsOrigin
 
-Transform = Callable[[Any], Tensor]
-Precision = Literal["fp32", "bf16"]
 _TEXT_CHUNK = 1024
-MINI_WEIGHTS = "mini_model.safetensors"
-"""File of a folder with weights of the embedded tiny model's architecture, which no configuration of open_clip describes."""
 
 
 class Backbone:
@@ -79,7 +74,7 @@ class Backbone:
     @property
     def text_tower(self) -> Any:
         """The module that holds ``token_embedding``, ``transformer`` and ``ln_final``: the model itself, or its ``text``."""
-        return getattr(self.model, "text", self.model)
+        return self._text.module
 
     def encode_images(self, images: Tensor, *, normalise: bool = True) -> Tensor:
         """L2-normalised features f / ||f||.
@@ -117,8 +112,10 @@ class Backbone:
         Raises:
             ValueError: ``tokens`` is not (N, L) with L up to the context length.
         """
-        if tokens.ndim != 2 or tokens.shape[1] > self._context_length:
-            raise ValueError(f"tokens: expected (N, L) with L <= {self._context_length}, got {tuple(tokens.shape)}")
+        if tokens.ndim != 2 or tokens.shape[1] > self._text.context_length:
+            raise ValueError(
+                f"tokens: expected (N, L) with L <= {self._text.context_length}, got {tuple(tokens.shape)}"
+            )
         encode = self._text_features if self.sharded is None else self.sharded.encode_texts
         features = self._encode(encode, tokens if trimmed else self.trim_texts(tokens), "texts")
         return features / features.norm(dim=-1, keepdim=True) if normalise else features
@@ -128,8 +125,8 @@ class Backbone:
 
         Done on the CPU, once per set of texts, so that training steps neither compute padding nor wait for the device.
         """
-        if tokens.device.type == "cpu" and len(tokens) and self._trimmable:
-            tokens = tokens[:, : int(self._readout(tokens).max()) + 1]
+        if tokens.device.type == "cpu" and len(tokens) and self._text.trimmable:
+            tokens = tokens[:, : int(self._text.readout(tokens).max()) + 1]
         return tokens.to(self.device, non_blocking=True)
 
     @torch.no_grad()
@@ -152,7 +149,7 @@ class Backbone:
     def _text_chunks(self, tokens: Tensor, chunk: int, normalise: bool) -> Tensor:
         if len(tokens) <= chunk:
             return self.encode_texts(tokens, normalise=normalise)
-        order = self._readout(tokens).argsort(stable=True) if self._trimmable else torch.arange(len(tokens))
+        order = self._text.readout(tokens).argsort(stable=True) if self._text.trimmable else torch.arange(len(tokens))
         features = torch.cat([self.encode_texts(tokens[rows], normalise=normalise) for rows in order.split(chunk)])
         return features[order.argsort().to(features.device)]
 
@@ -170,12 +167,9 @@ class Backbone:
             (N, d).
         """
         divided = self.micro_batches is not None or self.sharded is not None
-        if divided or not self._trimmable or not takes_trees(self.text_tower.transformer):
+        if divided or not self._text.takes_trees:
             return self.frozen_text_features(tokens)
-        trees = plant(tokens, self._readout(tokens) + 1)
-        computed = [(self._tree_features(part.to(self.device)), texts) for part, texts in trees.parts()]
-        order = torch.cat([texts for _, texts in computed]).argsort()
-        features = torch.cat([features for features, _ in computed])[order.to(self.device)]
+        features = self._text.tree_features(tokens, self.device)
         return features / features.norm(dim=-1, keepdim=True)
 
     def class_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -236,120 +230,21 @@ class Backbone:
         frozen.micro_batches = self.micro_batches
         return frozen
 
-    def _encode(self, encode: Encoder, batch: Tensor, kind: str) -> Tensor:
-        """``encode(batch)`` for a ``kind`` of batch, ``images`` or ``texts``: all at once, or as :attr:`micro_batches` says, and in
-        shares where several processes compute together (:mod:`cl_methods.ranks`).
-        """
-        parts, total = self.micro_batches, len(batch)
-        if self.precision == "bf16" and torch.is_grad_enabled():
-            encode = partial(_in_bf16, encode, self.device.type)
-        if parts is None and ranks.count() == 1:
-            return encode(batch)
-        self._check_uncoupled(kind, "micro_batches" if ranks.count() == 1 else "processes")
-        # fewer samples than processes: everyone encodes all of them, and what is counted on the way counts once
-        shared = total >= ranks.count() > 1
-        rows = ranks.share(total) if shared else range(total)
-        own = self._encode_parts(
-            encode,
-            batch[rows.start : rows.stop],
-            Part(rows.start, len(rows), total, repeated=not shared and ranks.rank() > 0),
-            kind,
-        )
-        return ranks.gather_rows(own, total) if shared else own
-
-    def _encode_parts(self, encode: Encoder, batch: Tensor, place: Part, kind: str) -> Tensor:
-        parts = self.micro_batches or MicroBatches()
-        transformer = getattr(self._tower(kind), "transformer", None)
-        return encode_in_parts(
-            encode,
-            batch,
-            getattr(parts, kind if torch.is_grad_enabled() else f"frozen_{kind}"),
-            blocks=getattr(transformer, "resblocks", ()) if parts.blocks else (),
-            keep_last=parts.keep_last,
-            place=place,
-        )
-
-    def _tower(self, kind: str) -> Any:
-        return self.text_tower if kind == "texts" else self.model.visual
-
-    def _check_uncoupled(self, kind: str, setting: str) -> None:
-        """Refuse to cut a batch whose samples are normalised together."""
-        modules = self._tower(kind).modules()
-        coupling = next((module for module in modules if isinstance(module, _BatchNorm) and module.training), None)
-        if coupling is not None:
-            raise ValueError(
-                f"{setting}: the {kind} of {self.name} are normalised over their batch ({type(coupling).__name__}), "
-                "which cannot be cut into parts; expected a model without batch normalisation, or "
-                + ("a budget that needs no parts" if setting == "micro_batches" else "one process")
-            )
-
     @property
-    def _context_length(self) -> int:
-        return self.text_tower.context_length
-
-    @property
-    def _pool_type(self) -> str | None:
-        tower = self.text_tower
-        return getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
-
-    @property
-    def _trimmable(self) -> bool:
-        """Whether later positions cannot matter: a causal mask, and one read-out position found from the token ids."""
-        tower = self.text_tower
-        own_layout = all(hasattr(tower, part) for part in ("token_embedding", "positional_embedding", "ln_final"))
-        causal = getattr(tower, "attn_mask", None) is not None and not getattr(tower, "use_pad_mask", False)
-        plain = getattr(tower, "cls_emb", None) is None and not getattr(tower, "output_tokens", False)
-        return own_layout and causal and plain and self._pool_type in ("argmax", "eos")
-
-    @property
-    def _end_id(self) -> int | None:
-        tower = self.text_tower
-        return getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
-
-    def _readout(self, tokens: Tensor) -> Tensor:
-        """(N,) position at which each text is read."""
-        if self._pool_type == "eos":
-            return (tokens == torch.tensor(self._end_id)).int().argmax(dim=-1)
-        return tokens.argmax(dim=-1)
+    def _text(self) -> TextTower:
+        return TextTower(self.model)
 
     def _image_features(self, images: Tensor) -> Tensor:
         with reading(read_out_of_images(self.model.visual) if self.trims_last_block else None):
             return self.model.encode_image(images)
 
     def _text_features(self, tokens: Tensor) -> Tensor:
-        if not self._trimmable:
-            return self.model.encode_text(tokens)
-        tower, length = self.text_tower, tokens.shape[1]
-        dtype = tower.transformer.get_cast_dtype()
-        x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
-        with reading(ReadOut(partial(self._readout, tokens)) if self.trims_last_block else None):
-            x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
-        if x.shape[1] < length:  # the last block computed nothing but the position that is read
-            return self._projected(tower.ln_final(x)[:, 0])
-        pool = lazy_open_clip.transformer.text_global_pool
-        return self._projected(pool(tower.ln_final(x), tokens, self._pool_type, eos_token_id=self._end_id))
+        return self._text.features(tokens, trims_last_block=self.trims_last_block)
 
-    def _tree_features(self, trees: TextTrees) -> Tensor:
-        """Features (n, d) before normalisation of the texts in ``trees``."""
-        tower = self.text_tower
-        dtype = tower.transformer.get_cast_dtype()
-        x = tower.token_embedding(trees.tokens).to(dtype) + tower.positional_embedding[trees.depths].to(dtype)
-        block = tower.transformer.resblocks[0]
-        x = tower.transformer(x, attn_mask=trees.mask(block.attn.num_heads, dtype))
-        return self._projected(tower.ln_final(x[trees.rows, trees.places]))
-
-    def _projected(self, x: Tensor) -> Tensor:
-        projection = self.text_tower.text_projection
-        if projection is None:
-            return x
-        return projection(x) if isinstance(projection, nn.Linear) else x @ projection
-
-
-def _in_bf16(encode: Encoder, device_type: str, batch: Tensor) -> Tensor:
-    """``encode(batch)`` under autocast, in fp32 again; every call has its own 16-bit copies of the weights."""
-    with torch.autocast(device_type, torch.bfloat16):
-        features = encode(batch)
-    return features.float()
+    def _encode(self, encode: Encoder, batch: Tensor, kind: Literal["images", "texts"]) -> Tensor:
+        tower = self.text_tower if kind == "texts" else self.model.visual
+        way = TowerPass(tower, kind, self.name, self.device.type, self.micro_batches, self.precision)
+        return way.encode(encode, batch)
 
 
 def prompt(template: str, class_name: str) -> str:
@@ -361,61 +256,3 @@ def prompt(template: str, class_name: str) -> str:
     if template.count("{}") != 1:
         raise ValueError(f"template: expected exactly one '{{}}', got {template!r}")
     return template.replace("{}", class_name)
-
-
-def load_backbone(model: str, pretrained: str | None = None, *, device: str | torch.device = "cpu") -> Backbone:
-    """The embedded tiny model (``"mini"``), or any open_clip model with weights on disk.
-
-    Training images are cropped at random (90-100 % of the area, bicubic, no flip); evaluation images are resized and
-    centre-cropped: the transforms of the published MTIL runs.
-
-    Args:
-        model: ``"mini"``, or an open_clip name such as ``"ViT-B-16-quickgelu"``, or ``"local-dir:PATH"``, a folder such as
-            ``clk export`` writes.
-        pretrained: path of a file in any form that :func:`cl_methods.weights.read_weights` reads, or an open_clip tag.
-            None: only with ``"mini"`` and ``"local-dir:"``, which bring their weights.
-        device: where to put the model.
-
-    Raises:
-        ValueError: the model's name is unknown, or weights are needed and not named; they do not fit the model, or were
-            trained with another activation than it has.
-        FileNotFoundError: the weights are neither on disk nor can they be downloaded.
-    """
-    folder = Path(model.removeprefix("local-dir:"))
-    if model == "mini" or (model.startswith("local-dir:") and (folder / MINI_WEIGHTS).is_file()):
-        if pretrained is not None:
-            raise ValueError(f"pretrained: {model!r} brings its own weights; got {pretrained!r}")
-        from cl_methods.scenarios import mini
-
-        network = mini.load_model() if model == "mini" else mini.load_model(folder / MINI_WEIGHTS)
-        file = mini.CHECKPOINT if model == "mini" else folder / MINI_WEIGHTS
-        origin = WeightsOrigin(
-            model=model,
-            source="embedded" if model == "mini" else str(file),
-            form="safetensors",
-            sha256=file_sha256(file),
-            fingerprint=fingerprint(network.state_dict()),
-            activation="GELU",
-        )
-        parts = network, mini.tokenize, mini.train_transform, mini.eval_transform
-        return Backbone(*parts, name=model, device=device, origin=origin)
-    from cl_methods.backbone.open_clip_loading import load_open_clip
-
-    loaded, origin = load_open_clip(model, pretrained)
-    return Backbone(*loaded, name=model, device=device, origin=origin)
-
-
-def planned_weights(model: str, pretrained: str | None) -> str:
-    """One line about the weights that :func:`load_backbone` would load: of those on disk where they come from, after loading them.
-
-    Raises:
-        ValueError, FileNotFoundError: as there, for what is on disk; a tag is not looked for, so that nothing is downloaded.
-    """
-    if pretrained is not None and model != "mini" and not Path(pretrained).is_file():
-        from cl_methods.backbone.open_clip_loading import check_tag
-
-        check_tag(model, pretrained)
-        return f"weights of {model}: tag {pretrained!r} of open_clip, downloaded unless they are on disk"
-    origin = load_backbone(model, pretrained).origin
-    assert origin is not None
-    return origin.sentence()

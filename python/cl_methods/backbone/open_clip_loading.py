@@ -1,4 +1,4 @@
-"""open_clip models with weights on disk, their tokenizers and the image transforms of the published runs."""
+"""open_clip models with weights on disk, with their tokenizers and transforms."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_methods import lazy_open_clip
+from cl_methods.backbone.transforms import Transform, image_transforms
 from cl_methods.weights import (
     WeightsError,
     WeightsFile,
@@ -28,9 +29,6 @@ _LOCAL = "local-dir:"
 _BIG_VISION = (".npz", ".npy")
 _FOLDER_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 _LISTED = 6
-
-Transform = Callable[[Any], Tensor]
-
 
 Parts = tuple[nn.Module, Callable[[Sequence[str]], Tensor], Transform, Transform]
 """Network, tokenizer, training transform, evaluation transform."""
@@ -251,26 +249,3 @@ def _origin(
         notes=(note,) if note else (),
         model_cfg=lazy_open_clip.library.get_model_config(model) if not model.startswith(_LOCAL) else None,
     )
-
-
-def image_transforms(config: dict[str, Any]) -> tuple[Transform, Transform]:
-    """(training, evaluation) transforms: PIL image or uint8 (3, H, W) tensor -> float32 (3, R, R).
-
-    Training crops 90-100 % of the area at random and never flips; evaluation resizes the short side and crops the centre.
-
-    Args:
-        config: ``size``, ``mean``, ``std``, ``interpolation`` as open_clip keeps them.
-    """
-    from torchvision.transforms import InterpolationMode, v2
-
-    size = config["size"] if isinstance(config["size"], int) else config["size"][0]
-    mode = InterpolationMode(config.get("interpolation") or "bicubic")
-    to_tensor = [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(config["mean"], config["std"]),
-        v2.ToPureTensor(),
-    ]
-    train = v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=mode, antialias=True)
-    evaluate = [v2.Resize(size, interpolation=mode, antialias=True), v2.CenterCrop(size)]
-    return v2.Compose([train, *to_tensor]), v2.Compose([*evaluate, *to_tensor])
