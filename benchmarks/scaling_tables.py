@@ -21,7 +21,13 @@ from cl_methods.forecast.hardware import find_hardware
 from cl_methods.forecast.prediction import Predictor
 from cl_methods.forecast.sizes import scenario_without_files
 
-METHOD_NAMES = ("zscl", "mulki", "moe_adapters", "clap4clip", "ranpac")
+NAMES = {
+    "zscl": "ZSCL",
+    "mulki": "MulKI",
+    "moe_adapters": "MoE-Adapters",
+    "clap4clip": "CLAP4CLIP",
+    "ranpac": "RanPAC",
+}
 MODELS = ("ViT-B-16-quickgelu", "ViT-L-14-quickgelu", "ViT-bigG-14")
 HARDWARE = ("a100", "h100", "rtx4090")
 PROCESSES = (1, 64, 8)
@@ -34,7 +40,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--method", choices=METHOD_NAMES, action="append", help="these alone")
+    parser.add_argument("--method", choices=NAMES, action="append", help="these alone")
     parser.add_argument("--model", choices=MODELS, action="append", help="these alone")
     parser.add_argument("--print", action="store_true", help="only print what the file holds")
     options = parser.parse_args()
@@ -43,7 +49,7 @@ def main() -> None:
         rows = {_key(row): row for row in json.loads(options.output.read_text())}
     if not options.print:
         for model in options.model or MODELS:
-            for method in options.method or METHOD_NAMES:
+            for method in options.method or NAMES:
                 for row in predictions(method, model, rows):
                     rows[_key(row)] = row
                     print(_key(row), f"{row['hours']:.3g} h", row["binds"], flush=True)
@@ -73,15 +79,18 @@ def table(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     cells = [(card, gpus) for card in HARDWARE for gpus in sorted(PROCESSES)]
     lines = ["", f"{model}, hours in fp32", "", "| | " + " | ".join(f"{gpus} x {card}" for card, gpus in cells) + " |"]
     lines.append("|---|" + "---:|" * len(cells))
-    for method in METHOD_NAMES:
+    for method in NAMES:
         found = [rows.get(f"{method} {model} {card} {gpus} fp32") for card, gpus in cells]
         if any(found):
-            lines.append(f"| {method} | " + " | ".join("" if row is None else hours(row) for row in found) + " |")
+            lines.append(
+                f"| {NAMES[method]} | " + " | ".join("" if row is None else hours(row) for row in found) + " |"
+            )
     return lines
 
 
 def hours(row: dict[str, Any]) -> str:
-    return f"{row['hours']:.2g} {LETTERS[row['binds']]}"
+    digits = f"{row['hours']:.0f}" if row["hours"] >= 9.5 else f"{row['hours']:.2g}"
+    return f"{digits} {LETTERS[row['binds']]}"
 
 
 if __name__ == "__main__":

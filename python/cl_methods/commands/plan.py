@@ -26,7 +26,7 @@ _WIDTH = 120
 DESCRIPTION = """Predict hours, memory and limits of a run on GPUs that are not at hand.
 
 Takes every option of `clk run`, and these:
-  --hardware NAME,…         {names}, or a YAML file with the same fields (default: h100)
+  --hardware NAME,…         {names}, or a YAML file that describes a card (default: h100)
   --processes N,…           GPUs, one process each (default: 1)
   --precision P             of matrix products: fp32 as `clk run` computes, tf32 or bf16 for what faster ones would bring
   --network GBIT            10^9 bits a second that leave a machine, in place of the table's
@@ -35,7 +35,18 @@ Takes every option of `clk run`, and these:
   --json FILE               every figure
 
 Scenario mtil needs no data here: tasks then have the published sizes. Nothing is downloaded, trained or written but FILE.
-Figures are predictions from counted work and published peaks, see docs/scaling.md.
+Figures are predictions from counted work and published peaks, see docs/scaling.md. `images at once`: how many go through an encoder
+together so that a step fits the GPU; `limit`: what a faster piece of would help most, arithmetic, memory, host (the process that
+starts the GPU's operations), exchange (between GPUs) or reading (images, see --workers).
+
+A card of your own, in 10^12 operations a second, GiB, 10^9 bytes a second of its memory and to its neighbours, 10^9 bits of network:
+  name: my card
+  tflops: {{fp32: 40, bf16: 160}}
+  memory_gib: 24
+  bandwidth: 900
+  link: 25
+  gpus: 4
+  network: 25
 
 examples:
   clk plan --method zscl --scenario mtil --model ViT-L-14 --hardware h100,rtx4090 --processes 1,8,64 --workers 8
