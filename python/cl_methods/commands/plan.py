@@ -39,7 +39,7 @@ Figures are predictions from counted work and published peaks, see docs/scaling.
 together so that a step fits the GPU; `limit`: what a faster piece of would help most, arithmetic, memory, host (the process that
 starts the GPU's operations), exchange (between GPUs) or reading (images, see --workers).
 
-A card of your own, in 10^12 operations a second, GiB, 10^9 bytes a second of its memory and to its neighbours, 10^9 bits of network:
+A card of your own, in 10^12 operations a second, GiB, 10^9 bytes a second of memory and to its neighbours, 10^9 bits of network:
   name: my card
   tflops: {{fp32: 40, bf16: 160}}
   memory_gib: 24
