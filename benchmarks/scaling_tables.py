@@ -67,7 +67,10 @@ def predictions(method: str, model: str, known: dict[str, Any]) -> Iterable[dict
         if _key(head) in known:
             continue
         predictor = predictor or Predictor(config, scenario_without_files(config))
-        yield head | predictor.predict(find_hardware(name), processes, precision=precision, fits=True).as_dict()
+        row = predictor.predict(find_hardware(name), processes, precision=precision, fits=True).as_dict()
+        if (name, precision) != (HARDWARE[0], PRECISIONS[0]):
+            del row["flops_of_a_step"]  # the same for all
+        yield head | row
 
 
 def _key(row: dict[str, Any]) -> str:
@@ -89,6 +92,9 @@ def table(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def hours(row: dict[str, Any]) -> str:
+    """Hours and their limit; nothing where weights, gradients and two moments of what is trained are more than the card holds."""
+    if 16 * row["trainable"] > find_hardware(row["card"]).memory:
+        return "–"
     digits = f"{row['hours']:.0f}" if row["hours"] >= 9.5 else f"{row['hours']:.2g}"
     return f"{digits} {LETTERS[row['binds']]}"
 
