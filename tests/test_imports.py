@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,11 @@ import cl_kernels
 KERNELS = Path(cl_kernels.__file__).parent
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "python" / "cl_methods"
+ROOMS = (
+    "cli", "commands", "bench", "forecast", "profiling", "training", "evaluation", "methods", "components", "backbone",
+    "scenarios", "datasets", "weights", "sharding", "ranks",
+)  # fmt: skip
+"""From the top floor down; :func:`test_rooms_import_downwards`."""
 OPERATIONS = sorted(path.parent.name for path in KERNELS.glob("*/reference.py"))
 
 
@@ -29,6 +35,13 @@ def imported(path: Path, package: str) -> set[str]:
             base = ".".join([*parts[: -node.level], *filter(None, [node.module])]) if node.level else node.module
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     return found
+
+
+def module_name(path: Path) -> str:
+    """As it is imported; that of a package for its ``__init__``."""
+    package = KERNELS if path.is_relative_to(KERNELS) else METHODS
+    parts = path.relative_to(package.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def sources(folder: Path) -> list[Path]:
@@ -70,24 +83,49 @@ def test_shared_modules_do_not_import_operations():
         assert not {m for m in imported(KERNELS / f"{name}.py", "cl_kernels") if m.startswith(operations)}
 
 
-def test_components_know_nothing_above():
-    above = tuple(f"cl_methods.{name}" for name in ("cli", "commands", "evaluation"))
-    for path in sources(METHODS / "components"):
-        assert not {m for m in imported(path, "cl_methods") if m.startswith(above)}, path
+def test_rooms_import_downwards():
+    """Every room of the methods knows those below it alone, also inside functions; what is in no room, none of them."""
+    floors = {room: floor for floor, room in enumerate(ROOMS)}
+    assert {path.parent.name for path in METHODS.glob("*/*.py")} - floors.keys() <= {"configs"}
+    for path in sources(METHODS):
+        own = path.relative_to(METHODS).with_suffix("").parts[0]
+        for module in imported(path, "cl_methods"):
+            room = module.split(".")[1] if module.startswith("cl_methods.") else own
+            assert room == own or floors.get(room, len(ROOMS)) > floors.get(own, len(ROOMS) - 1), (path, module)
 
 
-def test_datasets_and_components_know_no_scenario():
-    """A scenario arranges tasks; what a task is made of must not know how it is arranged."""
-    above = tuple(f"cl_methods.{name}" for name in ("scenarios", "methods", "training"))
-    for path in [*sources(METHODS / "datasets"), *sources(METHODS / "components")]:
-        assert not {m for m in imported(path, "cl_methods") if m.startswith(above)}, path
+def test_files_do_not_import_each_other_in_circles():
+    """Packages that hand on what their files define are no circle."""
+    files = {module_name(path): path for package in (KERNELS, METHODS) for path in sources(package)}
+    graph = {
+        name: {
+            module
+            for module in imported(path, name.partition(".")[0])
+            if module in files and module != name and not name.startswith(f"{module}.")
+        }
+        for name, path in files.items()
+    }
+    assert sum(map(len, graph.values())) > len(files)
+    TopologicalSorter(graph).prepare()
 
 
-@pytest.mark.parametrize("package", ["methods", "datasets", "scenarios"])
-def test_methods_and_data_do_not_import_the_command_line_or_evaluation(package):
-    above = tuple(f"cl_methods.{name}" for name in ("cli", "commands", "evaluation"))
-    for path in sources(METHODS / package):
-        assert not {m for m in imported(path, "cl_methods") if m.startswith(above)}, path
+@pytest.mark.parametrize(
+    ("room", "known"),
+    [
+        # what a run leaves on disk knows nothing of how it came about but the rows that it holds
+        ("checkpoints", ("checkpoints", "rows")),
+        # what leaves a run is read from its directory
+        ("export", ("export", "checkpoints")),
+        # counted and planned from the configuration and from single tasks, never from a run under way
+        ("planning", ("planning", "building", "config", "data")),
+        ("memory", ("memory", "planning", "config", "gradients", "sizes", "task")),
+    ],
+)
+def test_rooms_of_training_know_no_run(room, known):
+    allowed = tuple(f"cl_methods.training.{name}" for name in known)
+    for path in sources(METHODS / "training" / room):
+        inside = {m for m in imported(path, "cl_methods") if m.startswith("cl_methods.training.")}
+        assert all(module.startswith(allowed) for module in inside), (path, inside)
 
 
 def test_open_clip_is_imported_in_one_place_behind_what_prepares_torchvision():
