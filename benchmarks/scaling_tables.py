@@ -53,7 +53,8 @@ def main() -> None:
                 for row in predictions(method, model, rows):
                     rows[_key(row)] = row
                     print(_key(row), f"{row['hours']:.3g} h", row["binds"], flush=True)
-                options.output.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+                lines = ",\n".join(json.dumps(row) for row in rows.values())
+                options.output.write_text(f"[\n{lines}\n]\n")
     for model in MODELS:
         print(*table(model, rows), sep="\n")
 
