@@ -20,11 +20,18 @@ FIELDS = 4
 def serves(x: Tensor, others: Sequence[Tensor]) -> bool:
     """Whether :func:`routed_block` takes these tensors: on the CPU, compiled, all of one dtype, float32 or float64.
 
+    Stacked experts may be on the meta device too, which stands for the CPU; of others it takes values to know who gets a gradient.
+
     Args:
         x: (B, L, D).
-        others: residual, router, noise and the experts' tensors, any shapes.
+        others: residual, router, noise and the experts' tensors, any shapes; those of experts last.
     """
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    if x.dtype not in (torch.float32, torch.float64):
+        return False
+    if x.is_meta:
+        stacked = others[-FIELDS].dim() == 3
+        return stacked and dispatch.choose("moe_adapter", x.device) == "cpu" and _alike(x, others)
+    if x.device.type != "cpu":
         return False
     if torch.is_autocast_enabled("cpu") or dispatch.choose("moe_adapter", x.device) != "cpu":
         return False
@@ -32,6 +39,10 @@ def serves(x: Tensor, others: Sequence[Tensor]) -> bool:
         library.COMPILED, "routed_block", "CPU"
     ):  # a library that was built before this operation
         return False
+    return _alike(x, others)
+
+
+def _alike(x: Tensor, others: Sequence[Tensor]) -> bool:
     return all(t.dtype == x.dtype and t.device == x.device for t in others)
 
 

@@ -198,6 +198,8 @@ def test_what_it_serves():
     assert not serves(x.bfloat16(), [t.bfloat16() for t in others])
     assert not serves(x, [*others[:-1], others[-1].double()])
     assert not serves(x.to("meta"), [t.to("meta") for t in others])
+    stacks = [torch.stack(given["experts"][i::FIELDS]).to("meta") for i in range(FIELDS)]
+    assert serves(x.to("meta"), [others[0].to("meta"), *stacks])
     with use_backend("reference"):
         assert not serves(x, others)
     with torch.autocast("cpu", torch.bfloat16):

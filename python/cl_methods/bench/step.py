@@ -252,8 +252,8 @@ def check(case: str, ours: OwnStep, public: Any) -> dict[str, float]:
     """
     with full_precision():
         (loss, gradients), expected = ours.gradients(), public.gradients()
-    renamed = {re.sub(r"\.(routers|noises)\.\d+$", r".\1", name): value for name, value in gradients.items()}
-    return compare(case, (loss, renamed), expected)
+        renamed = {re.sub(r"\.(routers|noises)\.\d+$", r".\1", name): value for name, value in gradients.items()}
+        return compare(case, (loss, renamed), expected, public.exact_gradients)
 
 
 def _pair(

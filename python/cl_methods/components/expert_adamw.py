@@ -69,7 +69,7 @@ class ExpertAdamW(torch.optim.Optimizer):
             state, mask = self._state_of(value), self._masks.get(value)
             assert value.grad is not None
             parts = value, value.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
-            if mask is None:
+            if mask is None or type(mask) is not Tensor or mask.is_meta:  # of tensors without data all rows take part
                 rows.append(parts)
             else:
                 slices = zip(*map(Tensor.unbind, parts), strict=True)
@@ -136,8 +136,8 @@ class ExpertAdamW(torch.optim.Optimizer):
 
 
 def _readable(value: Tensor) -> bool:
-    """Whether masks beside ``value`` can be read without waiting: it lies on the host, and has data."""
-    return value.device.type == "cpu" and type(value) is nn.Parameter
+    """Whether masks beside ``value`` can be read without waiting: it lies on the host, or stands for what does."""
+    return value.device.type in ("cpu", "meta") and not hasattr(value, "device_mesh")
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[Tensor]]:
