@@ -26,7 +26,7 @@ class Chosen:
         if usage.is_cuda:
             self._counts = torch.empty(usage.shape, dtype=usage.dtype, pin_memory=True).copy_(usage, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(usage.device))  # which need not be the current device
         else:
             self._counts = usage
 

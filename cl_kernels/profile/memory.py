@@ -23,6 +23,7 @@ def start_peak_memory(device: torch.device) -> None:
         device: whose memory.
     """
     if device.type == "cuda":
+        torch.cuda.init()  # a device with a number does not do that by itself, and its allocator would be missing
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access(_CLEAR_PEAK, os.W_OK):
         _CLEAR_PEAK.write_text("5")

@@ -49,3 +49,12 @@ def test_extra_memory_sees_what_was_needed_for_a_moment(mebibytes, slack):
 def test_a_failure_inside_is_not_hidden():
     with pytest.raises(ZeroDivisionError), ExtraMemory(CPU):
         1 / 0  # noqa: B018
+
+
+def test_a_numbered_gpu_is_woken_before_its_peak_is_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch answers "Invalid device argument" otherwise, which would end every run on cuda:0 at its first line."""
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: calls.append("init"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
+    start_peak_memory(torch.device("cuda:1"))
+    assert calls == ["init", torch.device("cuda:1")]
