@@ -16,9 +16,10 @@ from cl_methods.components.uncertainty import by_uncertainty, uncertainty
 from cl_methods.datasets.images import ImageSource
 from cl_methods.datasets.loading import evaluation_batches
 from cl_methods.datasets.task import Reference, Task
-from cl_methods.methods.base import Batch, Facts, Method, Stage
+from cl_methods.methods.base import Batch, Facts, Stage
 from cl_methods.methods.clap_config import ClapConfig
 from cl_methods.methods.config import TrainConfig
+from cl_methods.methods.keeping_images import KeepsImages
 from cl_methods.methods.variational_adapters import VariationalHead
 from cl_methods.methods.variational_loss import variational_loss
 
@@ -26,7 +27,7 @@ _FINE_TUNING = "fine_tuning"
 _ROWS = 8192  # texts that the attention layer looks at together where every image has texts of its own; bounds memory
 
 
-class CLAP4CLIP(Method):
+class CLAP4CLIP(KeepsImages):
     """``z_c ~ N(μ_i(h_c), σ_i(h_c)²)`` around ``h_c = t_c + VGA(t, X)_c``; images score ``s f(x)·(h_c + z_c)``, i the task of c.
 
     First stage, on the task and the memory: attention (VGA) and the task's adapter. Second stage, on the memory, the same number
@@ -66,16 +67,6 @@ class CLAP4CLIP(Method):
         self.memory = ExemplarMemory(config.memory)
         self._task: Task | None = None
         self._scale = backbone.logit_scale.detach().float()
-
-    def check_tasks(self, tasks: Sequence[Task]) -> None:
-        """The memory has to hold an image of every class of the sequence."""
-        super().check_tasks(tasks)
-        self.memory.check_room(tasks)
-
-    def recall(self, tasks: Sequence[Task]) -> None:
-        """The tasks whose indices the memory holds."""
-        super().recall(tasks)
-        self.memory.tasks = list(tasks)
 
     @torch.no_grad()
     def before_task(self, index: int, task: Task) -> None:

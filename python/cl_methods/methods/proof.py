@@ -18,8 +18,9 @@ from cl_methods.components.image_batch import ImageBatch
 from cl_methods.components.learnt_classes import LearntClasses
 from cl_methods.datasets.images import ImageSource
 from cl_methods.datasets.task import Reference, Task
-from cl_methods.methods.base import Batch, Facts, Method
+from cl_methods.methods.base import Batch, Facts
 from cl_methods.methods.config import TrainConfig
+from cl_methods.methods.keeping_images import KeepsImages
 from cl_methods.methods.proof_network import ProofNetwork
 
 _PARTS = ("memory", "network", "classes")
@@ -70,7 +71,7 @@ class PROOFConfig(TrainConfig):
                 raise ValueError(f"{name}: expected 0 <= value < 1, got {getattr(self, name)}")
 
 
-class PROOF(Method):
+class PROOF(KeepsImages):
     """``L = CE(ĩ·t̃) + CE(ĩ·p̃) + CLIP(f̃, t̃_y)``, then ``argmax f̃·t̄ + ĩ·t̃ + ĩ·p̃`` over all learnt classes.
 
     f̃ and t̄ are image and text features through a sum of one projection per task, normalised; prototypes are the class means
@@ -102,16 +103,6 @@ class PROOF(Method):
         self.network: ProofNetwork | None = None
         self._features: Tensor | None = None
         self._compared: tuple[Tensor, Shared] | None = None
-
-    def check_tasks(self, tasks: Sequence[Task]) -> None:
-        """The memory has to hold an image of every class of the sequence."""
-        super().check_tasks(tasks)
-        self.memory.check_room(tasks)
-
-    def recall(self, tasks: Sequence[Task]) -> None:
-        """The tasks whose indices the memory holds."""
-        super().recall(tasks)
-        self.memory.tasks = list(tasks)
 
     def before_task(self, index: int, task: Task) -> None:
         """Take in the task's classes with texts and prototypes, and add projections and prompts for it.

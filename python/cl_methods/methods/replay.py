@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,6 +16,7 @@ from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.finetune import FineTune
+from cl_methods.methods.keeping_images import KeepsImages
 
 _MEMORY = "memory."
 
@@ -58,7 +58,7 @@ class ReplayConfig(MemoryConfig):
         check_field(self, "selection", ("random", "herding"))
 
 
-class Replay(FineTune):
+class Replay(KeepsImages, FineTune):
     """``L = CE(current) + w CE(memory)``, each image among the classes of its own task.
 
     The memory holds a bounded number of images of earlier tasks, the same for each class, as indices into the tasks'
@@ -84,16 +84,6 @@ class Replay(FineTune):
         self.memory = ExemplarMemory(config.memory)
         self._exemplars: Exemplars | None = None
         self._sizes: list[int] = []
-
-    def check_tasks(self, tasks: Sequence[Task]) -> None:
-        """The memory has to hold an image of every class of the sequence."""
-        super().check_tasks(tasks)
-        self.memory.check_room(tasks)
-
-    def recall(self, tasks: Sequence[Task]) -> None:
-        """The tasks whose indices the memory holds."""
-        super().recall(tasks)
-        self.memory.tasks = list(tasks)
 
     def before_task(self, index: int, task: Task) -> None:
         """Tokenise the training prompts of this task and of all earlier ones, and get at the images of the memory.
