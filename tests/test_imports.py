@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -24,6 +25,7 @@ ROOMS = (
 OPERATIONS = sorted(path.parent.name for path in KERNELS.glob("*/reference.py"))
 
 
+@cache
 def imported(path: Path, package: str) -> set[str]:
     """Every module that a file names in an import, at any depth of nesting; ``from a import b`` counts as ``a.b`` too."""
     parts = path.relative_to(KERNELS.parent if package == "cl_kernels" else METHODS.parent).with_suffix("").parts
