@@ -157,7 +157,7 @@ def test_commands_that_need_no_model_do_not_load_what_models_need(tmp_path, fork
         "def run(*arguments):\n"
         "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
         "        main(arguments)\n"
-        "    heavy = {'open_clip', 'torchvision', 'timm', 'torch._dynamo'} & set(sys.modules)\n"
+        "    heavy = {'matplotlib', 'open_clip', 'torchvision', 'timm', 'torch._dynamo'} & set(sys.modules)\n"
         "    found[' '.join(arguments)] = sorted(heavy)\n"
         "for verb in COMMANDS:\n"
         "    run(verb, '--help')\n"

@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
     "memory": 40,
     "memory_per_class": 1,
     "fisher_samples": 4,
+    "reference_batch_size": 11,
 }
 FROZEN = ("zero_shot", "ranpac", "loranpac", "proof", "clap4clip")
 

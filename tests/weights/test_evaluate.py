@@ -20,7 +20,7 @@ from cl_methods.cli import main
 from cl_methods.commands.configuration import parse
 from cl_methods.datasets.images import FileImages
 from cl_methods.datasets.task import Reference, Task
-from cl_methods.evaluation import report
+from cl_methods.evaluation import figures
 from cl_methods.evaluation.boards import arrange
 from cl_methods.evaluation.results import read_result
 from cl_methods.methods import METHODS
@@ -80,7 +80,7 @@ SPACES = ("--evaluation.label-space", "all", "task", "seen")
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take longer than all the rest."""
     for name in ("accuracy_over_time", "matrix"):
-        monkeypatch.setattr(report.figures, name, lambda board: Figure())
+        monkeypatch.setattr(figures, name, lambda board: Figure())
 
 
 @pytest.mark.parametrize("method", TRAINED)

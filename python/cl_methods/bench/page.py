@@ -7,11 +7,9 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from cl_methods.bench import figures
 from cl_methods.bench.history import HistoryError, changes
 from cl_methods.bench.record import Record
 from cl_methods.bench.tables import record_table
-from cl_methods.evaluation.figures import png
 from cl_methods.evaluation.tables import TextTable
 
 _STYLE = """
@@ -47,6 +45,9 @@ def write_page(records: Sequence[Record], path: Path) -> list[Path]:
     Raises:
         HistoryError: there is no record.
     """
+    from cl_methods.bench import figures  # matplotlib takes longer to load than most commands
+    from cl_methods.evaluation.figures import png
+
     if not records:
         raise HistoryError("history: there is no record to draw; `clk bench --suite step` makes one")
     groups: dict[tuple[str, str, str], list[Record]] = {}

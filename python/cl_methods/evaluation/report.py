@@ -6,12 +6,11 @@ import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from rich.console import Console
 
-from cl_methods.evaluation import diagrams, figures, latex
+from cl_methods.evaluation import latex
 from cl_methods.evaluation.boards import Board, arrange
 from cl_methods.evaluation.results import find_results, read_result
 from cl_methods.evaluation.tables import (
@@ -24,6 +23,9 @@ from cl_methods.evaluation.tables import (
     summary_table,
 )
 from cl_methods.text import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
@@ -48,6 +50,8 @@ def write_run_report(result: dict[str, Any], output: Path, console: Console, *, 
         console: where to print.
         name: what ``output`` is going to be called; None for what it is called.
     """
+    from cl_methods.evaluation import figures  # matplotlib takes longer to load than most commands
+
     first, tables = _run_tables(result, name or output)
     figures.save(figures.accuracy_over_time(first), output / "accuracy.png")
     figures.save(figures.matrix(first), output / "matrix.png")
@@ -108,6 +112,8 @@ def compare(paths: Sequence[Path], output: Path, console: Console) -> list[Board
     Raises:
         ResultError: a run is missing, incomplete or damaged.
     """
+    from cl_methods.evaluation import diagrams, figures
+
     boards, notes = arrange([read_result(path) for path in find_results(paths)])
     output.mkdir(parents=True, exist_ok=True)
     for note in notes:
@@ -148,6 +154,8 @@ def _print(table: TextTable, console: Console) -> None:
 
 
 def _write_picture(path: Path, figure: Figure) -> str:
+    from cl_methods.evaluation import figures
+
     data = figures.png(figure)
     path.write_bytes(data)
     return "data:image/png;base64," + base64.b64encode(data).decode()

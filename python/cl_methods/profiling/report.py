@@ -16,7 +16,7 @@ from rich.text import Text
 
 import cl_kernels
 from cl_kernels.profile import AdapterProfile, profile_workloads
-from cl_methods.profiling import figures, tables
+from cl_methods.profiling import tables
 from cl_methods.profiling.page import page
 from cl_methods.profiling.steps import Step, profile_name, quiet, workloads
 
@@ -66,6 +66,8 @@ def _details(step: Step, method: Any, repeats: int) -> dict[str, Any]:
 
 def write(profile: AdapterProfile, output: Path, console: Console) -> None:
     """Print headline and table; write page, figures, JSON, CSV and trace into ``output``."""
+    from cl_methods.profiling import figures  # matplotlib takes longer to load than most commands
+
     profile.save(output)
     pictures = {}
     for name, (title, figure) in figures.all_figures(profile).items():
