@@ -112,9 +112,9 @@ def compare(paths: Sequence[Path], output: Path, console: Console) -> list[Board
     Raises:
         ResultError: a run is missing, incomplete or damaged.
     """
-    from cl_methods.evaluation import diagrams, figures
-
     boards, notes = arrange([read_result(path) for path in find_results(paths)])
+    from cl_methods.evaluation import diagrams, figures  # where there is something to draw
+
     output.mkdir(parents=True, exist_ok=True)
     for note in notes:
         console.print(f"note: {printable(note)}", highlight=False, soft_wrap=True, markup=False)
