@@ -28,9 +28,9 @@ from cl_methods.training.progress import RunProgress
 from cl_methods.training.run import Run
 from cl_methods.training.signals import StoppedError
 
-SHORT = "--method weight_ensemble --device cpu --limit-tasks 1 --limit-iterations 2 --method.batch-size 12 --method.average-every 1"
+SHORT = "--method weight_ensemble --device cpu --limit-tasks 1 --limit-iterations 2 --method.batch-size 32 --method.average-every 1"
 SHORT += " --evaluation.limit 4 --checkpoint.every 1"
-SHARE = 0.85
+SHARE = 0.9
 
 
 class Losses(RunProgress):
