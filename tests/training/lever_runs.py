@@ -83,6 +83,8 @@ def run_all(folder: Path, every: list[str]) -> None:
             first = one(place, [], stop=True)["losses"] if resumed else []
             found[text] = one(place, options)
             found[text]["losses"][:0] = first
+            if ranks.first():
+                print(f"{text or 'nothing'}: {found[text]}", file=sys.stderr, flush=True)
         if ranks.first():
             print(json.dumps(found))
 

@@ -59,7 +59,7 @@ def test_every_pair_is_taken_or_refused_as_the_table_says(monkeypatch: pytest.Mo
 
 def losses(folder: Path, count: int, every: list[str]) -> dict[str, dict]:
     program = Path(__file__).with_name("lever_runs.py")
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "python", program.parent)))
+    paths = os.pathsep.join([*map(str, (ROOT, ROOT / "python", program.parent)), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, program, folder, str(count), *every]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=1500)
