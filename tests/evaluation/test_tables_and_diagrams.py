@@ -180,6 +180,28 @@ def test_bars_are_transfer_average_and_last_of_each_task(write_result):
     assert heights[2] == [80.0, 95.0, 91.0, 97.0]
 
 
+def test_titles_stay_inside_their_figures(write_result):
+    """The longest that a heading becomes, over figures as narrow as one method and two tasks make them."""
+    bins = {"count": [3] * 15, "correct": [2] * 15, "confidence": [1.5] * 15}
+    config = {
+        "method": {"name": "zscl"}, "model": "ViT-B-16-quickgelu", "data": {"split": "coop", "shots": 16},
+        "evaluation": {"label_space": "all", "split": "validation"},
+    }  # fmt: skip
+    evaluated = {"limit": 200, "images": [200, 200], "available": [400, 400]}
+    board = board_of(
+        write_result("a", method="zscl", scenario="mtil", config=config, reliability=[bins] * 2, evaluated=evaluated)
+    )
+    assert len(board.title) > 120
+    drawn = (figures.accuracy_over_time, figures.summary, figures.matrix, diagrams.bars, diagrams.reliability)
+    for figure in (draw(board) for draw in drawn):
+        FigureCanvasAgg(figure).draw()
+        (title,) = [text for text in figure.texts if text.get_text().startswith("mtil")]
+        box = title.get_window_extent()
+        assert figure.bbox.x0 <= box.x0
+        assert box.x1 <= figure.bbox.x1
+        assert all(box.y0 >= panel.get_window_extent().y1 for panel in figure.axes)
+
+
 @pytest.mark.parametrize("length", [1, 12, 60])
 def test_legends_stay_inside_their_figures(write_result, length):
     folders = [write_result(f"{n}", method="finetune", settings={"w" * length: n / 8}) for n in range(6)]

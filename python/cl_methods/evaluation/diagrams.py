@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cl_methods.evaluation.boards import Board, Group
-from cl_methods.evaluation.figures import FAINT, INK, colors_of, legend_below
+from cl_methods.evaluation.figures import FAINT, INK, colors_of, headline, legend_below
 
 _METRICS = ("transfer", "average", "last")
 _ROOM = 0.82  # of the distance between two tasks, for the bars of one
@@ -55,7 +55,7 @@ def bars(board: Board) -> Figure:
         handles += panels[0].plot([], [], "s", markersize=7, color=colors[group.label])
     labels = [board.baseline, *(group.label + ("" if group.continual else " (bound)") for group in groups)]
     legend_below(figure, handles, labels)
-    figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    headline(figure, f"{board.title}: accuracy in %", 12)
     return figure
 
 
@@ -86,8 +86,7 @@ def reliability(board: Board) -> Figure | None:
             panel.set_xlabel("confidence", fontsize=9, color=INK)
         if number % columns == 0:
             panel.set_ylabel("share of right images", fontsize=9, color=INK)
-    figure.suptitle(f"{board.title}: reliability after the last task", x=0.01, ha="left", fontsize=11, fontweight="bold",
-                    color=INK)  # fmt: skip
+    headline(figure, f"{board.title}: reliability after the last task", 11)
     return figure
 
 

@@ -20,6 +20,8 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 _OF_METHOD = {"finetune": "#D55E00", "zscl": "#0072B2", "moe_adapters": "#009E73", "joint": "#444444"}
 INK, FAINT, _BEFORE = "#222222", "#9a9a9a", "#efefef"
 _DPI = 160
+_BOLD = 0.7
+"""Width of a bold letter for its height: more than most are, so that no line of them is wider."""
 
 
 def accuracy_over_time(board: Board) -> Figure:
@@ -63,7 +65,7 @@ def accuracy_over_time(board: Board) -> Figure:
     for panel in panels[max(0, count + 1 - columns) : count + 1]:
         panel.set_xlabel("tasks learnt", fontsize=9, color=INK)
     _legend(figure, panels[0], board, groups, colors)
-    figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    headline(figure, f"{board.title}: accuracy in %", 12)
     return figure
 
 
@@ -106,7 +108,7 @@ def matrix(board: Board) -> Figure:
     )
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_visible(False)
-    figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    headline(figure, f"{board.title}: accuracy in %", 11)
     return figure
 
 
@@ -148,7 +150,7 @@ def summary(board: Board) -> Figure:
         panel.tick_params(axis="y", labelsize=9)
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.spines["bottom"].set_color(FAINT)
-    figure.suptitle(f"{board.title}: accuracy in %", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    headline(figure, f"{board.title}: accuracy in %", 12)
     return figure
 
 
@@ -161,6 +163,12 @@ def colors_of(groups: list[Group]) -> dict[str, str]:
         free = own is not None and own not in colors.values()
         colors[group.label] = own if own is not None and free else spare[len(colors) % len(spare)]
     return colors
+
+
+def headline(figure: Figure, text: str, size: int) -> None:
+    """A title over the whole figure, in as many lines as its width asks for; letters are ``size`` points high."""
+    letters = int(0.97 * 72 * figure.get_figwidth() / (_BOLD * size))
+    figure.suptitle(fill(text, letters), x=0.01, ha="left", fontsize=size, fontweight="bold", color=INK)
 
 
 def legend_below(figure: Figure, handles: list[Artist], labels: list[str]) -> None:
