@@ -132,6 +132,20 @@ def test_what_lies_on_the_host_counts_on_a_gpu_alone(on_a_gpu: _Planner) -> None
     on_a_gpu.host_apart = True
 
 
+def test_what_a_method_builds_in_a_rehearsal_goes_to_the_device(on_a_gpu: _Planner) -> None:
+    """Detectors and heads are built on the host and sent to the GPU, where their inputs are; without data there, too."""
+    rehearsal = on_a_gpu.rehearsal
+    before = rehearsal.memory.bytes
+    with rehearsal._rehearsing():
+        built = torch.nn.BatchNorm1d(5000)
+        assert built.to(rehearsal.method.backbone.device).weight.device.type == "cpu"
+        sent = built.to("cuda:1")
+    assert sent is built
+    assert {value.device for value in sent.parameters()} == {torch.device("cuda:1")}
+    assert sent.running_mean.device == torch.device("cuda:1")
+    assert rehearsal.memory.bytes - before == 4 * 4 * 5000 + 8  # and the number of batches, which stays a number
+
+
 @pytest.mark.usefixtures("without_process", "small_pieces")
 def test_8_bit_state_is_in_the_plan() -> None:
     planner = finetuning()

@@ -108,9 +108,6 @@ class Rehearsal:
         self.gradients = 0
         self.step(parts)
         self.gradients = _bytes(value.grad for value in self._trainable)
-        batch = self._batch()
-        self.copied_ahead = _bytes(getattr(batch, name) for name in TO_DEVICE)
-        del batch
         self.optimiser = _bytes(value for state in self.optimizer.state.values() for value in state.values())
         self.averages = _bytes(self.method.averaged_weights().values())
         self.carried = self.memory.bytes - self.model - self.optimiser - self.gradients
@@ -122,6 +119,7 @@ class Rehearsal:
             use_micro_batches(method, parts)
             method.backbone.precision = precision
             batch = self._batch()
+            self.copied_ahead = _bytes(getattr(batch, name) for name in TO_DEVICE)
             memory.peak = memory.bytes
             self.optimizer.zero_grad(set_to_none=True)
             terms = method.loss(batch)
@@ -160,12 +158,24 @@ class Rehearsal:
         return shapes
 
     def _shape_of(self, value: Tensor, device: torch.device) -> Tensor:
-        if value.numel() == 1:
+        if value.dim() == 0 or (value.numel() == 1 and device.type == "cpu"):
             number = torch.ones(value.shape, dtype=value.dtype) if value.is_meta else value.detach().clone()
             return nn.Parameter(number, value.requires_grad) if isinstance(value, nn.Parameter) else number
         with self._fake:
             shape = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
             return nn.Parameter(shape, value.requires_grad) if isinstance(value, nn.Parameter) else shape
+
+    def _moved(self, module: nn.Module, *to: Any, **options: Any) -> nn.Module:
+        """What ``module.to`` does: nothing to weights that are there, and others have no data on the device."""
+        device = torch._C._nn._parse_to(*to, **options)[0]
+        for part in module.modules() if device is not None and device.type != "cpu" else ():
+            held: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for tensors in held:
+                for name, value in tensors.items():
+                    if value is not None and value.device.type != device.type and value.dim():
+                        tensors[name] = self._shape_of(value, device)
+                        self.memory.count(tensors[name])
+        return module
 
     def _batch(self) -> Batch:
         backbone, count = self.method.backbone, self.batch_size
@@ -191,13 +201,14 @@ class Rehearsal:
     def _rehearsing(self) -> Iterator[None]:
         if not hasattr(self, "memory"):
             self.memory = LiveMemory(self._fake)
-        stay = unittest.mock.patch.object(
-            nn.Module, "to", lambda module, *_, **__: module
-        )  # they are where they belong
+
+        def to(module: nn.Module, *where: Any, **options: Any) -> nn.Module:
+            return self._moved(module, *where, **options)
+
         with (
             warnings.catch_warnings(),
             torch.random.fork_rng(),
-            stay,
+            unittest.mock.patch.object(nn.Module, "to", to),
             simulated(self.processes),
             leaving_out_middle_parts(),
             self.memory,
