@@ -247,6 +247,8 @@ def test_torchrun_starts_the_same_command_and_errors_are_said_once(tmp_path):
         "1",
         "--evaluation.split",
         "validation",
+        "--evaluation.limit",
+        "40",
         "--output",
         tmp_path / "run",
     ]
