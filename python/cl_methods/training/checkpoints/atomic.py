@@ -65,7 +65,7 @@ def writing(path: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         read_only = isinstance(error, OSError) and error.errno in _READ_ONLY
         remedy = "make the folder writable" if read_only else "make room or restore the folder"
-        failure = WriteError(f"{path} cannot be written ({reason}); {remedy}, then go on with --resume")
+        failure = WriteError(f"{path} cannot be written ({reason}); {remedy}, then try again (a run: with --resume)")
         failure.read_only = read_only
         raise failure from error
 
