@@ -28,15 +28,15 @@ ALL = 5
 
 
 def paint(label: int, number: int) -> Image.Image:
-    """Red and green spell the label, with a hundred of blue from 625 on; the rest of blue is the number of the image."""
+    """Red and green spell the label, with half of blue from 625 on; the rest of blue is the number of the image."""
     further, rest = divmod(label, 625)
-    return Image.new("RGB", (8, 8), (10 * (rest % 25), 10 * (rest // 25), 100 * further + 20 * number % 250))
+    return Image.new("RGB", (8, 8), (10 * (rest % 25), 10 * (rest // 25), 128 * further + 15 * number % 120))
 
 
 def spelt(image: Image.Image) -> int:
     """The label that :func:`paint` spelt."""
     red, green, blue = image.getpixel((4, 4))
-    return round(red / 10) + 25 * round(green / 10) + 625 * (blue > 90)
+    return round(red / 10) + 25 * round(green / 10) + 625 * (blue > 116)
 
 
 def write(path: Path, label: int, number: int) -> None:

@@ -40,7 +40,7 @@ def reading_backbone() -> Backbone:
 
     def read(pixels: torch.Tensor, *, normalise: bool = True) -> torch.Tensor:
         red, green, blue = (12.75 * (pixels[:, :3, 8, 8] + 1)).unbind(dim=1)
-        return F.normalize(images[red.round().long() + 25 * green.round().long() + 625 * (blue > 9)], dim=1)
+        return F.normalize(images[red.round().long() + 25 * green.round().long() + 625 * (blue > 11.6)], dim=1)
 
     backbone.encode_images = read
     backbone.prompt_features = lambda tokens: F.normalize(torch.sin(tokens.float()) @ texts, dim=1)
