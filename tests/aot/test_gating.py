@@ -86,9 +86,10 @@ def test_no_spills(target, dtype, noisy, experts):
     testing.assert_fits(info)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", testing.TARGETS)
-@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize(
+    "experts", [22, *(pytest.param(experts, marks=pytest.mark.slow) for experts in EXPERTS if experts != 22)]
+)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_no_spills_with_any_number_of_experts(target, dtype, experts):
     testing.assert_fits(compile_gating(target, dtype, True, experts)[0])
