@@ -83,7 +83,7 @@ def _before_relu(
             tl.store(gate_terms_ptr + where, scale * (tl.sum(g * h, 1) + tl.sum(along_bias, 1)), mask=row_mask)
         else:
             slots = first_slot + first_column // RP + tl.arange(0, SLOTS)
-            _, tile, tiles = tile_of_sample(L, BLOCK_ROWS)
+            _, tile, tiles = tile_of_sample()
             term = tl.sum(tl.reshape(tl.sum(g * h, 0), (SLOTS, BLOCK_C // SLOTS)), 1)
             where = (b * K + slots) * terms + part * tiles + tile
             tl.store(gate_terms_ptr + where, scale * term, mask=slots < K)
@@ -149,7 +149,7 @@ def input_gradient_kernel(
             return
         gate = tl.load(gates_ptr + sample * K + first_slot, mask=row_mask, other=0.0)[:, None] * scale
     else:
-        b, tile, _ = tile_of_sample(L, BLOCK_ROWS)
+        b, tile, _ = tile_of_sample()
         b = b.to(tl.int64)
         shared = 0
         sample = tl.zeros((BLOCK_ROWS,), tl.int64) + b

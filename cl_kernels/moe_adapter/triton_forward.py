@@ -119,7 +119,7 @@ def forward_kernel(
             return
         row_gate = tl.load(gates_ptr + sample * K + first_slot, mask=row_mask, other=0.0)[:, None] * scale
     else:
-        b, tile, _ = tile_of_sample(L, BLOCK_ROWS)
+        b, tile, _ = tile_of_sample()
         b = b.to(tl.int64)
         shared = 0
         sample = tl.zeros((BLOCK_ROWS,), tl.int64) + b

@@ -41,9 +41,9 @@ class _Plan:
         rows = self.blocks.rows
         if self.gathered:
             # Every expert, and the rows without one, may leave one tile unfinished.
-            self.grid = (triton.cdiv(self.batch * self.length, rows) + experts + 1,)
+            self.grid: tuple[int, ...] = (triton.cdiv(self.batch * self.length, rows) + experts + 1,)
         else:
-            self.grid = (triton.cdiv(self.length, rows) * self.batch,)
+            self.grid = (self.batch, triton.cdiv(self.length, rows))
         self.launches = self.slots if self.gathered else 1
 
     def constants(self, x: Tensor) -> dict[str, object]:

@@ -38,13 +38,13 @@ def gathered_rows(
 
 
 @triton.jit
-def tile_of_sample(L, BLOCK_ROWS: tl.constexpr):
+def tile_of_sample():
     """This program's sample, its tile of that sample's tokens, and how many tiles each has.
 
-    One dimension of the grid holds both: the others end at 65,535 programs, and batches do not.
+    Samples lie along the grid's first dimension: the others end at 65,535 programs, which batches do not. Numbers of both in one
+    dimension would have to be divided, which costs registers that these kernels do not have.
     """
-    tiles = (L + BLOCK_ROWS - 1) // BLOCK_ROWS
-    return tl.program_id(0) // tiles, tl.program_id(0) % tiles, tiles
+    return tl.program_id(0), tl.program_id(1), tl.num_programs(1)
 
 
 @triton.jit
