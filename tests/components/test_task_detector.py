@@ -8,22 +8,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_clip import noise_images, transform
+from trained import DETECTOR
 
 from cl_methods.backbone import Backbone
-from cl_methods.components.ddas import DDAS, DDASConfig, decide
+from cl_methods.components.ddas import DDAS, decide
 from cl_methods.datasets.images import TensorImages
-
-CONFIG = DDASConfig(
-    features="backbone",
-    code=8,
-    iterations=300,
-    generic_iterations=300,
-    batch_size=8,
-    decay_epochs=99,
-    augment=False,
-    relative=True,
-    threshold=3.0,
-)
 
 
 def stack(source: TensorImages) -> torch.Tensor:
@@ -34,7 +23,7 @@ def stack(source: TensorImages) -> torch.Tensor:
 def detector(backbone: Backbone) -> DDAS:
     """Knows generic data of medium brightness, a dark task and a bright one."""
     torch.manual_seed(0)
-    found = DDAS(backbone, CONFIG)
+    found = DDAS(backbone, DETECTOR)
     found.learn_generic(noise_images(40, 1, 1, 128))
     found.learn_task(0, noise_images(40, 2, 1, 60), noise_images(20, 3, 1, 60))
     found.learn_task(1, noise_images(40, 4, 1, 200), TensorImages(torch.zeros(0, 3, 16, 16, dtype=torch.uint8)))
@@ -60,12 +49,12 @@ def test_sample_scope_ignores_the_rest_of_the_batch(detector: DDAS) -> None:
     apart = torch.cat([detector.decide(image[None]) for image in mixed])
     assert torch.equal(detector.decide(mixed), apart)
     assert len(apart.unique()) == 2
-    detector.config = replace(CONFIG, scope="batch", relative=False, threshold=1.0)
+    detector.config = replace(DETECTOR, scope="batch", relative=False, threshold=1.0)
     assert detector.decide(mixed).unique().tolist() == [0]
 
 
 def test_only_learnt_tasks_compete(backbone: Backbone) -> None:
-    found = DDAS(backbone, CONFIG)
+    found = DDAS(backbone, DETECTOR)
     images = stack(noise_images(4, 1, 1))
     assert found.decide(images).tolist() == [-1] * 4
     found.learn_generic(noise_images(20, 1, 1, 128))
@@ -79,7 +68,7 @@ def test_training_follows_the_global_generator(backbone: Backbone, settings: dic
     states = []
     for _ in range(2):
         torch.manual_seed(4)
-        found = DDAS(backbone, replace(CONFIG, iterations=5, **settings))
+        found = DDAS(backbone, replace(DETECTOR, iterations=5, **settings))
         found.learn_task(0, noise_images(20, 1, 1), noise_images(20, 2, 1))
         states.append(found.state_dict())
     for name, value in states[0].items():
@@ -88,24 +77,24 @@ def test_training_follows_the_global_generator(backbone: Backbone, settings: dic
 
 def test_state_round_trip(detector: DDAS, backbone: Backbone) -> None:
     images = stack(noise_images(6, 3, 1, 90))
-    copy = DDAS(backbone, CONFIG)
+    copy = DDAS(backbone, DETECTOR)
     copy.load_state({name: value.clone() for name, value in detector.state_dict().items()})
     assert torch.equal(copy.errors(images), detector.errors(images))
-    copy.load_state(DDAS(backbone, CONFIG).state_dict())
+    copy.load_state(DDAS(backbone, DETECTOR).state_dict())
     assert copy.generic is None
     assert len(copy.tasks) == 0
 
 
 @pytest.mark.parametrize("depth", [0, 2])
 def test_backbone_features(backbone: Backbone, depth: int) -> None:
-    found = DDAS(backbone, replace(CONFIG, depth=depth))
+    found = DDAS(backbone, replace(DETECTOR, depth=depth))
     assert found.extractor.features(stack(noise_images(3, 1, 1))).shape == (3, 64)
 
 
 def test_settings_are_checked(backbone: Backbone) -> None:
     with pytest.raises(ValueError, match="depth: expected 0 to 2, got 3"):
-        DDAS(backbone, replace(CONFIG, depth=3))
+        DDAS(backbone, replace(DETECTOR, depth=3))
     with pytest.raises(ValueError, match="scope: expected one of sample, batch, got 'all'"):
-        replace(CONFIG, scope="all")
+        replace(DETECTOR, scope="all")
     with pytest.raises(ValueError, match="code: expected a number > 0, got 0"):
-        replace(CONFIG, code=0)
+        replace(DETECTOR, code=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,25 +9,13 @@ import pytest
 import torch
 from tiny_clip import build_backbone, transform
 from torch import Tensor
+from trained import DETECTOR, Batches, train
 
 from cl_methods.components.ddas import DDASConfig
 from cl_methods.datasets.task import Reference, Task
-from cl_methods.methods import Batch, MoEAdapters, ZeroShot
+from cl_methods.methods import MoEAdapters, ZeroShot
 from cl_methods.methods.moe_adapters import MoEAdaptersConfig
-from cl_methods.training.loop import train_on_batches
 
-Batches = Callable[..., list[Batch]]
-DETECTOR = DDASConfig(
-    features="backbone",
-    code=8,
-    iterations=300,
-    generic_iterations=300,
-    batch_size=8,
-    decay_epochs=99,
-    augment=False,
-    relative=True,
-    threshold=3.0,
-)
 SHORT: dict[str, Any] = {"lr": 2e-2, "iterations": 3, "warmup": 1, "experts": 5, "bottleneck": 8, "ddas": DETECTOR}
 CIL: dict[str, Any] = {"experts": 2, "routers": "shared", "detection": "none", "freeze": 0}
 
@@ -36,20 +23,6 @@ CIL: dict[str, Any] = {"experts": 2, "routers": "shared", "detection": "none", "
 def build(reference: Reference | None, **settings: Any) -> MoEAdapters:
     torch.manual_seed(0)
     return MoEAdapters(build_backbone(), MoEAdaptersConfig(**{**SHORT, **settings}), reference)
-
-
-def train(method: MoEAdapters, batches: list[Batch], start: int = 0, optimizer: Any = None) -> torch.optim.Optimizer:
-    return train_on_batches(
-        method,
-        batches,
-        iterations=start + len(batches) - 1,
-        warmup=1,
-        lr=method.config.lr,
-        seed=0,
-        task_index=0,
-        start_step=start,
-        optimizer=optimizer,
-    )
 
 
 def learn(method: MoEAdapters, index: int, tasks: list[Task], batches: Batches) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_methods.components.ddas import DDASConfig
 from cl_methods.datasets.task import Task
 from cl_methods.methods import Batch, Method
 from cl_methods.seeding import seed_everything
@@ -15,6 +16,19 @@ from cl_methods.training.loop import train_on_batches
 
 Batches = Callable[..., list[Batch]]
 SHORT: dict[str, Any] = {"lr": 1e-3, "iterations": 3, "warmup": 1}
+
+DETECTOR = DDASConfig(
+    features="backbone",
+    code=8,
+    iterations=300,
+    generic_iterations=300,
+    batch_size=8,
+    decay_epochs=99,
+    augment=False,
+    relative=True,
+    threshold=3.0,
+)
+"""Tells tasks of noise apart after a second of training."""
 
 
 def train(

@@ -15,7 +15,7 @@ import cl_kernels as clk
 from cl_methods.datasets.images import Subset
 from cl_methods.datasets.task import Reference
 from cl_methods.evaluation.options import EvaluationOptions
-from cl_methods.methods import METHODS
+from cl_methods.methods import METHODS, Batch, Method
 from cl_methods.methods.finetune import FineTune
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.building import build_method, select_scenario
@@ -33,16 +33,8 @@ def config(name: str, **changes: Any) -> RunConfig:
     return RunConfig(name, METHODS[name].default_config("mini"), **values)
 
 
-def real_step(settings: RunConfig) -> int:
-    """FLOPs of the first step of a run, with the kernels' definitions and attention as the products that it is."""
-    scenario = select_scenario(settings)
-    method, task = build_method(settings, scenario, torch.device("cpu")), scenario.tasks[0]
-    method.before_task(0, task)
-    stage = method.stages(task)[0]
-    method.stage = stage
-    method.before_stage(stage)
-    steps = TrainingSteps.of_stage(method, scenario.tasks, 0, stage, seed=0)
-    batch = next(training_batches(steps, start_step=0, iterations=1, device=torch.device("cpu")))
+def gradient_flops(method: Method, batch: Batch) -> int:
+    """FLOPs of a batch's loss and gradients, with the kernels' definitions and attention as the products that it is."""
     with (
         clk.use_backend("reference"),
         sdpa_kernel(SDPBackend.MATH),
@@ -51,6 +43,19 @@ def real_step(settings: RunConfig) -> int:
         method.loss(batch)["loss"].backward()
         method.before_step(batch)
     return int(counter.get_total_flops())
+
+
+def real_step(settings: RunConfig) -> int:
+    """FLOPs of the first step of a run."""
+    scenario = select_scenario(settings)
+    method, task = build_method(settings, scenario, torch.device("cpu")), scenario.tasks[0]
+    method.before_task(0, task)
+    stage = method.stages(task)[0]
+    method.stage = stage
+    method.before_stage(stage)
+    steps = TrainingSteps.of_stage(method, scenario.tasks, 0, stage, seed=0)
+    batch = next(training_batches(steps, start_step=0, iterations=1, device=torch.device("cpu")))
+    return gradient_flops(method, batch)
 
 
 @pytest.mark.parametrize("name", ["finetune", "zscl", "moe_adapters", "diki", "proof", "clap4clip"])
@@ -76,14 +81,7 @@ def real_tasks(settings: RunConfig, scenario: Scenario) -> list[int]:
         total = 0
         for batch in training_batches(steps, start_step=0, iterations=stage.iterations, device=torch.device("cpu")):
             optimizer.zero_grad(set_to_none=True)
-            with (
-                clk.use_backend("reference"),
-                sdpa_kernel(SDPBackend.MATH),
-                FlopCounterMode(display=False) as counter,
-            ):
-                method.loss(batch)["loss"].backward()
-                method.before_step(batch)
-            total += int(counter.get_total_flops())
+            total += gradient_flops(method, batch)
             optimizer.step()
             method.after_step(batch.step)
         method.after_task(index, task)
