@@ -115,25 +115,23 @@ def addresses(tensors: dict[str, Tensor]) -> set[int]:
 def test_equal_copies_share_their_storage(tasks: list[Task], reference: Reference, batches: Batches) -> None:
     """The start of the first task is the zero-shot teacher's; the ensemble begins as the start; later tasks have their own."""
     method = zscl(reference)
-    assert method._teacher is not None
-    teacher = dict(method._teacher.model.named_parameters())
+    teacher = method.teacher.weights
     method.before_task(0, tasks[0])
-    assert addresses(method._start) <= addresses(teacher)
+    assert addresses(method.weights.start) <= addresses(teacher)
     assert method.averaged_weights() == {}
     before = {name: value.clone() for name, value in teacher.items()}
     train(method, batches(0, 4))
-    assert len(method.averaged_weights()) == len(method._start)
-    assert not addresses(method.averaged_weights()) & addresses(method._start)
+    assert len(method.averaged_weights()) == len(method.weights.start)
+    assert not addresses(method.averaged_weights()) & addresses(method.weights.start)
     assert all(torch.equal(value, before[name]) for name, value in teacher.items())
     method.after_task(0, tasks[0])
     method.before_task(1, tasks[1])
-    assert not addresses(method._start) & (addresses(teacher) | addresses(dict(method.trainable())))
+    assert not addresses(method.weights.start) & (addresses(teacher) | addresses(dict(method.trainable())))
     previous = zscl(reference, teacher="previous")
     learn(previous, tasks[:1], batches)
     previous.before_task(1, tasks[1])
-    assert previous._teacher is not None
-    assert addresses(previous._start) <= addresses(dict(previous._teacher.model.named_parameters()))
-    assert not addresses(previous._start) & addresses(dict(previous.trainable()))
+    assert addresses(previous.weights.start) <= addresses(previous.teacher.weights)
+    assert not addresses(previous.weights.start) & addresses(dict(previous.trainable()))
 
 
 def test_only_equal_tensors_are_shared() -> None:

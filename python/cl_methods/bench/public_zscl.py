@@ -31,11 +31,11 @@ class PublicZSCL:
 
     def __init__(self, ours: OwnStep, model: Any, class_tokens: Tensor, caption_tokens: Tensor) -> None:
         method: Any = ours.method
-        self.model, self.teacher = model, method._teacher.model
+        self.model, self.teacher = model, method.teacher.model.model
         self.config, self.batch = method.config, ours.batch
         self.class_tokens, self.caption_tokens = class_tokens, caption_tokens
         self.named = [(name, value) for name, value in model.named_parameters() if name != "logit_scale"]
-        self.start = {name: method._start[name] for name, _ in self.named}
+        self.start = {name: method.weights.start[name] for name, _ in self.named}
         config = self.config
         self.optimizer = torch.optim.AdamW(
             [value for _, value in self.named], lr=config.lr, weight_decay=config.weight_decay, betas=config.betas

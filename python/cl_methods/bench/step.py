@@ -183,7 +183,7 @@ def zscl_rows(options: StepOptions) -> list[Row]:
 def _zscl(world: World, settings: Any, batch: int | None = None) -> tuple[OwnStep, PublicZSCL]:
     ours = own_steps("zscl", world, settings, batch)["train"]
     method: Any = ours.method
-    ours.forget = method._teacher_images.clear  # of a set as large as ImageNet most images are met for the first time
+    ours.forget = method.teacher.forget_images  # of a set as large as ImageNet most images are met for the first time
     backbone = _public_backbone(world)
     if not world.shapes:
         _leave_start(ours)

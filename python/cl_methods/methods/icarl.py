@@ -14,7 +14,7 @@ import cl_kernels as clk
 from cl_methods.backbone import Backbone
 from cl_methods.checks import check_at_least, check_field
 from cl_methods.components.exemplars import Selection, encode_source, herded
-from cl_methods.components.reference_features import FrozenFeatures
+from cl_methods.components.frozen_teacher import FrozenTeacher
 from cl_methods.datasets.images import Subset
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts
@@ -76,35 +76,26 @@ class ICaRL(Replay):
         super().__init__(backbone, config, reference)
         self.means: list[Tensor] = []
         self.task_names: list[str] = []
-        self._teacher: Backbone | None = None
-        self._teacher_texts: Tensor | None = None
-        self._teacher_images = FrozenFeatures(self._encode_with_teacher, backbone.device)
+        self.teacher = FrozenTeacher(backbone.device)
         self._scale = float(backbone.logit_scale.detach())
 
     def before_task(self, index: int, task: Task) -> None:
         """Copy the model as the teacher and have it encode the class texts of earlier tasks."""
         super().before_task(index, task)
-        self._teacher_images.clear()
         if self._exemplars is not None and not self.config.aliased_teacher:
             assert self._texts is not None
-            self._teacher = self.backbone.frozen_copy()
-            with torch.no_grad():
-                self._teacher_texts = self._teacher.encode_texts(self._texts[self._sizes[0] :], trimmed=True)
-
-    @torch.no_grad()
-    def _encode_with_teacher(self, images: Tensor) -> Tensor:
-        assert self._teacher is not None
-        return self._teacher.encode_images(images)
+            self.teacher.becomes(self.backbone)
+            self.teacher.encode_texts(self._texts[self._sizes[0] :])
 
     def further_terms(self, features: Tensor, batch: Batch, classes: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """``{"distillation"}`` of features (B + B_memory, d); the text features ``classes`` (C, d) serve an aliased teacher."""
         if self.config.aliased_teacher:
             teacher, texts = features.detach(), torch.cat(classes[1:]).detach()
         else:
-            assert self._teacher_texts is not None
+            assert self.teacher.texts is not None
             assert batch.reference_images is not None
-            stored = self._teacher_images.get(batch.reference_images, batch.reference_indices)
-            teacher, texts = torch.cat([self._encode_with_teacher(batch.images), stored]), self._teacher_texts
+            stored = self.teacher.image_features(batch.reference_images, batch.reference_indices)
+            teacher, texts = torch.cat([self.teacher.encode_images(batch.images), stored]), self.teacher.texts
         distillation = clk.feature_distill_kl(
             features,
             teacher,
@@ -119,8 +110,7 @@ class ICaRL(Replay):
     def after_task(self, index: int, task: Task) -> None:
         """Fill the memory by herding, and take the means of what every class keeps under the new weights."""
         super().after_task(index, task)
-        self._teacher, self._teacher_texts = None, None
-        self._teacher_images.clear()
+        self.teacher.retires()
         self.means = [
             self._class_means(known, rows) for known, rows in zip(self.memory.tasks, self.memory.indices, strict=True)
         ]
@@ -158,7 +148,7 @@ class ICaRL(Replay):
         means = {f"{_EXTRA}means.{place}": value for place, value in enumerate(self.means)}
         if self.task_names:
             means[f"{_EXTRA}task_names"] = torch.tensor(list(json.dumps(self.task_names).encode()), dtype=torch.uint8)
-        images = {f"{_EXTRA}images.{name}": value for name, value in self._teacher_images.state_dict().items()}
+        images = {f"{_EXTRA}images.{name}": value for name, value in self.teacher.state_dict().items()}
         return {**super().state_dict(), **means, **images}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -170,4 +160,4 @@ class ICaRL(Replay):
         count = sum(name.startswith("means.") for name in extra)
         self.means = [extra[f"means.{place}"].to(self.backbone.device, copy=True) for place in range(count)]
         images = {name[len("images.") :]: value for name, value in extra.items() if name.startswith("images.")}
-        self._teacher_images.load_state_dict(images)
+        self.teacher.load_state_dict(images)

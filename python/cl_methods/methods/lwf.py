@@ -79,5 +79,5 @@ class LwF(ZSCL):
         if not self.settings.aliased_teacher:
             return super().teacher_features(student, batch)
         assert self._reference_tokens is not None
-        self._teacher_texts = self.backbone.frozen_text_features(self._reference_tokens)
+        self.teacher.texts = self.backbone.frozen_text_features(self._reference_tokens)
         return student.detach()

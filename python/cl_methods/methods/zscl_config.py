@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
 from cl_methods.checks import check_at_least, check_field, check_fraction
+from cl_methods.datasets.task import Reference
 from cl_methods.methods.config import TrainConfig
 from cl_methods.methods.settings import scenario_settings
 
@@ -144,6 +145,27 @@ class ZSCLConfig(TrainConfig):
         """Whether the weights from before the first task are needed."""
         teaches = self.distils and self.teacher != "previous"
         return teaches or "zero_shot" in (self.moving_average, self.wise_merge)
+
+    def check_reference(self, reference: Reference | None) -> None:
+        """Refuse to distil on what is not there.
+
+        Raises:
+            ValueError: the scenario's ``reference`` lacks images or captions that these settings ask for.
+        """
+        if not self.distils:
+            return
+        if self.reference_images == "reference" and (reference is None or not reference.has_images):
+            raise ValueError(
+                "reference_images: this scenario has no reference set to distil on (scenario folders takes it from the "
+                "folder _reference in data.root); "
+                "set reference_images='task' and reference_texts='classes' to distil on each task's own data (LwF)"
+            )
+        if self.reference_texts == "captions" and (
+            reference is None or not (reference.captions or reference.random_texts)
+        ):
+            raise ValueError(
+                "reference_texts: this scenario has no captions; expected 'random' or 'classes' instead of 'captions'"
+            )
 
     def __post_init__(self) -> None:
         super().__post_init__()
