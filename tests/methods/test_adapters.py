@@ -17,7 +17,7 @@ from cl_methods.components.adapters import MountedAdapters
 from cl_methods.components.ddas import DDASConfig
 from cl_methods.datasets.task import Task
 from cl_methods.methods import Batch, MoEAdapters
-from cl_methods.methods.moe_adapters import MoEAdaptersConfig
+from cl_methods.methods.moe_adapters_config import MoEAdaptersConfig
 
 SYNCHRONISING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero", "aten::equal"}
 

@@ -14,7 +14,7 @@ from trained import DETECTOR, Batches, train
 from cl_methods.components.ddas import DDASConfig
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods import MoEAdapters, ZeroShot
-from cl_methods.methods.moe_adapters import MoEAdaptersConfig
+from cl_methods.methods.moe_adapters_config import MoEAdaptersConfig
 
 SHORT: dict[str, Any] = {"lr": 2e-2, "iterations": 3, "warmup": 1, "experts": 5, "bottleneck": 8, "ddas": DETECTOR}
 CIL: dict[str, Any] = {"experts": 2, "routers": "shared", "detection": "none", "freeze": 0}

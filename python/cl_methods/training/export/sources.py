@@ -14,7 +14,8 @@ from cl_methods.backbone import Backbone, load_backbone
 from cl_methods.backbone.open_clip_loading import loaded_from
 from cl_methods.methods.base import Method
 from cl_methods.methods.find import named_in_data
-from cl_methods.methods.moe_adapters import MoEAdapters, MoEAdaptersConfig
+from cl_methods.methods.moe_adapters import MoEAdapters
+from cl_methods.methods.moe_adapters_config import MoEAdaptersConfig
 from cl_methods.methods.settings import build_settings
 from cl_methods.training.export.files import clip_part, write_adapter, write_model
 from cl_methods.training.export.learnt import Adapter, ExportError, read_learnt
