@@ -41,6 +41,13 @@ SCHEMAS = {
     # logits their sum would round away the probabilities' digits.
     "distill_kl": "(Tensor student, Tensor teacher, float temperature, bool kl) -> (Tensor loss, Tensor stats)",
     "distill_kl_backward": "(Tensor grad, Tensor student, Tensor teacher, Tensor stats, float temperature) -> Tensor",
+    # Of the compiled library alone: the mean of the above along dimension 1 of teacher and student (N, M, …), of one dtype
+    # -> loss () in that dtype, stats (4, N · …). Gradients that are not needed come back with zero elements.
+    "distillation": "(Tensor teacher, Tensor student, float temperature) -> (Tensor loss, Tensor stats)",
+    "distillation_backward": (
+        "(Tensor grad, Tensor teacher, Tensor student, Tensor stats, float temperature, bool need_teacher, bool need_student) -> "
+        "(Tensor grad_teacher, Tensor grad_student)"
+    ),
     # student (N, d), teacher (K, N, d_t), anchors (M, d), teacher_anchors (M, d_t), weight (K, N) fp32/fp64, logit_scale () times
     # factor -> loss (), row_stats (1 + K, N): log-sum-exps over the anchors of student and teachers, column_stats (2 + K, M):
     # log-sum-exp over the rows of the student, weighted sum of the teachers' probabilities, log-sum-exps of the teachers.

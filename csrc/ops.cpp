@@ -1,6 +1,7 @@
 // Every compiled operation, in one place. Schemas live in cl_kernels/schemas.py, because they must exist where nothing was compiled;
 // this file registers the implementations of this library against them.
 #include "distill_kl/distill.h"
+#include "distillation/distillation.h"
 #include "gating/gating.h"
 #include "moe_adapter/adapter.h"
 #include "moe_adapter/routed.h"
@@ -18,6 +19,8 @@ STABLE_TORCH_LIBRARY_IMPL(cl_kernels, CPU, m) {
   m.impl("squared_distance_backward", TORCH_BOX(&clk::squared_distance_backward_cpu));
   m.impl("distill_kl", TORCH_BOX(&clk::distill_kl_cpu));
   m.impl("distill_kl_backward", TORCH_BOX(&clk::distill_kl_backward_cpu));
+  m.impl("distillation", TORCH_BOX(&clk::distillation_cpu));
+  m.impl("distillation_backward", TORCH_BOX(&clk::distillation_backward_cpu));
   m.impl("feature_distill_kl", TORCH_BOX(&clk::feature_distill_kl_cpu));
   m.impl("feature_distill_kl_backward", TORCH_BOX(&clk::feature_distill_kl_backward_cpu));
 }

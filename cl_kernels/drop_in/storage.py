@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,16 @@ def own_storage(parameters: list[Tensor]) -> list[Tensor]:
     Args:
         parameters: are given new memory where theirs is shared.
     """
-    alone = _references(torch.empty(1))
     for p in parameters:
-        if _references(p) > alone:
+        if _references(p) > _alone():
             p.data = p.data.clone()
     return [p.data for p in parameters]
+
+
+@functools.cache
+def _alone() -> int:
+    """What :func:`_references` says of memory that one tensor has."""
+    return _references(torch.empty(1))
 
 
 def _references(tensor: Tensor) -> int:

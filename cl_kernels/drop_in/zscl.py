@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_kernels.distill_kl import distill_kl
+from cl_kernels.drop_in.distillation import distillation as mean_distillation
 from cl_kernels.drop_in.patch import Patch
 from cl_kernels.drop_in.squared_distance import compiled, squared_distance
 from cl_kernels.drop_in.storage import own_storage
@@ -88,37 +88,9 @@ def _distillation(original: FunctionType, differentiate_teacher: bool = True) ->
         autocast = torch.is_autocast_enabled(s.device.type)
         if autocast and s.dtype not in (torch.float32, torch.float64):
             return original(t, s, T)
-        loss = distill_kl(s, t, temperature=T, dim=1)
-        if differentiate_teacher and t.requires_grad and torch.is_grad_enabled():
-            loss = loss + _TeacherGradient.apply(t, s.detach(), float(T))
-        return loss.to(s.dtype)
+        return mean_distillation(t if differentiate_teacher else t.detach(), s, float(T))
 
     return _like(original, distillation)
-
-
-class _TeacherGradient(torch.autograd.Function):
-    """Zero, with the gradient of the distillation in the teacher's logits: ``T / rows · p_t (Σ p_t log p_s − log p_s)``."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, s: Tensor, T: float) -> Tensor:
-        ctx.save_for_backward(t, s)
-        ctx.temperature = T
-        return t.new_zeros((), dtype=torch.promote_types(t.dtype, torch.float32))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        t, s = ctx.saved_tensors
-        T = ctx.temperature
-        rows, dim = t.numel() // t.shape[1], 1
-        turned = t.dim() == 2 and t.stride(0) == 1 and s.stride(0) == 1
-        if turned:  # along the rows as they lie in memory: over dim 1 torch would copy them first
-            t, s, dim = t.t(), s.t(), 0
-        log_p_s = (s / T).log_softmax(dim)
-        p_t = (t / T).softmax(dim)
-        # p_t (log p_s − Σ p_t log p_s), as of a softmax whose incoming gradient is log p_s
-        found = torch.ops.aten._softmax_backward_data(log_p_s, p_t, dim, p_t.dtype)
-        found = found.mul_(grads[0] * (-T / rows)).to(t.dtype)
-        return found.t() if turned else found, None, None
 
 
 def _merge_we(original: FunctionType) -> Callable:

@@ -206,6 +206,7 @@ def test_operations(helpers):
     }.items():
         before, after = (operations(f[name], *arguments) for f in (published, vars(helpers)))
         assert before >= 100 * after, (name, before, after)
+        assert after == (3 if name == "l2_loss" else 1), name
     assert operations(published["l2_loss"], model, other) >= 20 * operations(on_lists, model, other)
 
 

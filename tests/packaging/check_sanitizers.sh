@@ -22,6 +22,6 @@ export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktra
 export PYTHONPATH="$work/source" OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 # Peak memory means nothing here: what is freed stays in the address sanitizer's quarantine.
 "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -k "not compile and not peak_memory" \
-    "$root"/tests/{gating,weight_average,moe_adapter,distill_kl}/test_cpu.py "$root"/tests/moe_adapter/test_routed_block.py "$root"/tests/drop_in/test_zscl_helpers.py
+    "$root"/tests/{gating,weight_average,moe_adapter,distill_kl}/test_cpu.py "$root"/tests/moe_adapter/test_routed_block.py "$root"/tests/drop_in/test_{zscl_helpers,logit_distillation}.py
 "$python" "$root/tests/fuzz/fuzz_cases.py" --cases "$cases"
 echo "sanitizers: nothing found"
