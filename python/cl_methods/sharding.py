@@ -11,11 +11,13 @@ Backbones and methods are taken as they come (``Any``): both of them know this m
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cl_methods import ranks
@@ -35,7 +37,9 @@ class ShardedModel:
 
         self.model = model = backbone.model
         self._skeleton = _without_weights(model)
-        mesh = init_device_mesh(backbone.device.type, (ranks.count(),))
+        # DTensor remembers meshes, and takes those of one name and size for the same.
+        name = f"processes of group {dist.group.WORLD.group_name}"  # type: ignore[union-attr]
+        mesh = init_device_mesh(backbone.device.type, (ranks.joined_count(),), mesh_dim_names=(name,))
         scalars = {value for value in model.parameters() if value.ndim == 0}  # which have no rows
         for part in (
             *_blocks(model.visual),
@@ -67,7 +71,7 @@ def shard(backbone: Any) -> None:
 
     From then on all processes encode together, and the same number of times. Copies that were made before stay whole.
     """
-    if ranks.count() > 1:
+    if ranks.joined_count() > 1:
         backbone.sharded = ShardedModel(backbone)
 
 
@@ -86,6 +90,7 @@ def gathered(backbone: Any) -> Iterator[None]:
         yield
     finally:
         backbone.sharded, backbone.model = sharded, sharded.model
+        gc.collect()  # blocks refer to themselves, and the copy of a large tower must not wait until somebody notices
 
 
 def is_sharded(value: Tensor) -> bool:

@@ -2,11 +2,11 @@
 
 usage: distributed_runs.py FOLDER COUNTS METHODS [OPTION ...]
 
-COUNTS and METHODS are separated by commas; ``2x3`` are two processes whose encoders take three samples at a time, and
-``4!RANK@STEP`` are four of which one is killed after a step. Options are those of ``clk run``. Every run is that of ``clk run
---resume`` in processes that are forked after the imports, which take longer than the runs. FOLDER/COUNT/METHOD is the run
-directory; ``losses.json`` has what every step reported, ``gradients.safetensors`` the gradients of the first one, and
-``bytes.json`` the bytes of weights, gradients and optimiser state that each process held then.
+COUNTS and METHODS are separated by commas; ``2x3`` are two processes whose encoders take three samples at a time, and with
+``--distributed fsdp`` compute blocks again; ``4!RANK@STEP`` are four of which one is killed after a step. Options are those of
+``clk run``. Every run is that of ``clk run --resume`` in processes that are forked after the imports, which take longer than
+the runs. FOLDER/COUNT/METHOD is the run directory; ``losses.json`` has what every step reported, ``gradients.safetensors`` the
+gradients of the first one, and ``bytes.json`` the bytes of weights, gradients and optimiser state that each process held then.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def run_all(folder: Path, methods: list[str], options: list[str], size: int | No
             config, _ = parse(["--method", method, "--device", "cpu", *options], "")
             one = Run(config, folder / method, resume=True, overwrite=False, progress=recorder)
             if size is not None:
-                use_parts(one.method, MicroBatches(images=size, texts=size))
+                use_parts(one.method, MicroBatches(images=size, texts=size, blocks=config.distributed == "fsdp"))
             one.execute()
             held = ranks.gather_values(recorder.bytes)
             if ranks.first():

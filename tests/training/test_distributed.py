@@ -152,6 +152,13 @@ def test_sharded_weights_learn_the_same_in_a_half_of_the_memory(program, folder)
     assert sum(halves[0].values()) < 0.505 * sum(whole[0].values())
 
 
+def test_shares_of_two_and_three_images_go_through_sharded_weights_in_as_many_parts(program, folder):
+    """One image at a time, of ten on four processes, and blocks computed again: all gather their weights together."""
+    done = program(folder / "fsdp", "4x1", "zscl", *SHORT, *KINDS["zscl"], "--distributed", "fsdp")
+    assert done.returncode == 0, done.stderr
+    compare(in_one(program, folder, "zscl"), folder / "fsdp" / "4x1" / "zscl")
+
+
 @pytest.mark.slow
 def test_sharded_runs_go_on_with_other_numbers_of_processes(program, folder):
     """Two that shard are killed in the second task; three that shard go on, and end as one process does."""
@@ -180,8 +187,6 @@ def test_methods_that_need_whole_weights_are_not_sharded(tmp_path):
     with pytest.raises(ValueError, match=r"distributed: moe_adapters needs whole weights .* lwf, .*zscl"):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="memory_budget: plans for a process that holds whole weights, got 1GiB"):
-        parse(["--method", "zscl", "--distributed", "fsdp", "--memory-budget", "1GiB"], "")
 
 
 def test_shares_that_are_encoded_in_parts(program, folder):

@@ -8,7 +8,7 @@ when its gradient is due (Chen et al., "Training deep nets with sublinear memory
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -126,24 +126,27 @@ def leaving_out_middle_parts() -> Iterator[None]:
 def encode_in_parts(
     encode: Encoder,
     batch: Tensor,
-    size: int | None,
+    size: int | Sequence[int] | None,
     *,
     blocks: Iterable[nn.Module] = (),
     keep_last: bool = False,
+    again: bool = True,
     place: Part | None = None,
 ) -> Tensor:
     """``encode(batch)``, at most ``size`` samples at a time.
 
-    Where gradients are recorded, only the parts' inputs are kept, and ``encode`` runs again in the backward pass. What encoders
-    look up there must be in a ``ContextVar``: it is restored to what it was in the forward pass. Random numbers that do not come
-    from :meth:`Part.draw` are those of the parts, not of the whole batch.
+    Where gradients are recorded, only the parts' inputs are kept, and ``encode`` runs again in the backward pass; without ``again``
+    the inputs of ``blocks`` are kept too, and nothing but these runs again. What encoders look up there must be in a
+    ``ContextVar``: it is restored to what it was in the forward pass. Random numbers that do not come from :meth:`Part.draw` are
+    those of the parts, not of the whole batch.
 
     Args:
         encode: (n, …) -> (n, d), row by row: no row may depend on another.
         batch: (N, …).
-        size: samples per part; a batch that is one part is not computed again. None: all.
+        size: samples per part, or the samples of every part; a batch that is one part is not computed again. None: all.
         blocks: modules inside ``encode`` whose activations are computed again one after the other.
         keep_last: do not compute the last part's activations again.
+        again: whether a part may run again as a whole.
         place: where ``batch`` lies in a larger one, of which other processes encode the rest; None: it is the whole.
 
     Returns:
@@ -155,14 +158,14 @@ def encode_in_parts(
     blocks, recorded = list(blocks), torch.is_grad_enabled()
     drawn: dict[tuple[int, str], Tensor] = {}
     outputs: list[Tensor] = []
-    for number, rows in enumerate(batch.split(size) if total else (batch,)):
-        first = number * size
+    first, parts = 0, batch.split(size) if total else (batch,)
+    for number, rows in enumerate(parts):
         part = Part(place.first + first, len(rows), place.total, repeated=place.repeated, _drawn=drawn)
-        last = first + len(rows) == total
-        if _middle_left_out.get() and number and not last:
-            outputs.append(outputs[0].new_empty(outputs[0].shape))
+        first, last = first + len(rows), number == len(parts) - 1
+        if _middle_left_out.get() and number and not last and (again or not recorded):
+            outputs.append(outputs[0].new_empty(len(rows), *outputs[0].shape[1:]))
             continue
-        keep = not recorded or total <= size or (keep_last and last)
+        keep = not (recorded and again) or len(parts) == 1 or (keep_last and last)
         run = partial(_with_blocks, encode, blocks if recorded else [])
         if keep:
             with as_part(part):

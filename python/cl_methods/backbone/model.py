@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -216,6 +217,7 @@ class Backbone:
 
     def frozen_copy(self) -> Backbone:
         """A copy with weights of its own that take no gradient, in evaluation mode; whole where this one is sharded."""
+        gc.collect()  # blocks refer to themselves: the copy that this one replaces would stay until somebody notices
         model: Any = copy.deepcopy(self.model) if self.sharded is None else self.sharded.whole()
         model.eval().requires_grad_(False)
         frozen = Backbone(
@@ -243,7 +245,8 @@ class Backbone:
 
     def _encode(self, encode: Encoder, batch: Tensor, kind: Literal["images", "texts"]) -> Tensor:
         tower = self.text_tower if kind == "texts" else self.model.visual
-        way = TowerPass(tower, kind, self.name, self.device.type, self.micro_batches, self.precision)
+        sharded = self.sharded is not None
+        way = TowerPass(tower, kind, self.name, self.device.type, self.micro_batches, self.precision, sharded)
         return way.encode(encode, batch)
 
 

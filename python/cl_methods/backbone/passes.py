@@ -27,6 +27,9 @@ class TowerPass:
         device_type: where it runs.
         micro_batches: how many samples go through together, to bound memory; None: all.
         precision: where gradients are recorded.
+        sharded: whether each process holds some rows of the weights alone (:mod:`cl_methods.sharding`): all processes then encode
+            the same number of parts, and in a backward pass, where the weights of one block are whole at a time, only the blocks'
+            activations are computed again.
     """
 
     tower: Any
@@ -35,6 +38,7 @@ class TowerPass:
     device_type: str
     micro_batches: MicroBatches | None
     precision: Precision
+    sharded: bool = False
 
     def encode(self, encode: Encoder, batch: Tensor) -> Tensor:
         """``encode(batch)``: (N, …) -> (N, d), in shares where several processes compute together (:mod:`cl_methods.ranks`).
@@ -52,18 +56,22 @@ class TowerPass:
         shared = total >= ranks.count() > 1
         rows = ranks.share(total) if shared else range(total)
         place = Part(rows.start, len(rows), total, repeated=not shared and ranks.rank() > 0)
-        own = self._in_parts(encode, batch[rows.start : rows.stop], place)
+        most, least = (-(-total // ranks.count()), total // ranks.count()) if shared else (total, total)
+        own = self._in_parts(encode, batch[rows.start : rows.stop], place, most, least)
         return ranks.gather_rows(own, total) if shared else own
 
-    def _in_parts(self, encode: Encoder, batch: Tensor, place: Part) -> Tensor:
+    def _in_parts(self, encode: Encoder, batch: Tensor, place: Part, most: int, least: int) -> Tensor:
         parts = self.micro_batches or MicroBatches()
         transformer = getattr(self.tower, "transformer", None)
+        size: int | None = getattr(parts, self.kind if torch.is_grad_enabled() else f"frozen_{self.kind}")
+        sizes = None if size is None or not self.sharded else _same_number(len(batch), most, least, size)
         return encode_in_parts(
             encode,
             batch,
-            getattr(parts, self.kind if torch.is_grad_enabled() else f"frozen_{self.kind}"),
+            sizes or size,
             blocks=getattr(transformer, "resblocks", ()) if parts.blocks else (),
             keep_last=parts.keep_last,
+            again=not self.sharded,
             place=place,
         )
 
@@ -77,6 +85,12 @@ class TowerPass:
                 "which cannot be cut into parts; expected a model without batch normalisation, or "
                 + ("a budget that needs no parts" if setting == "micro_batches" else "one process")
             )
+
+
+def _same_number(total: int, most: int, least: int, size: int) -> list[int]:
+    """Sizes of parts of a share of ``total``, as many as a share of ``most`` has and one of ``least`` can have."""
+    parts = min(-(-most // size), least)
+    return [total * (number + 1) // parts - total * number // parts for number in range(parts)]
 
 
 def _in_bf16(encode: Encoder, device_type: str, batch: Tensor) -> Tensor:

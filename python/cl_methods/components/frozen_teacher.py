@@ -37,6 +37,7 @@ class FrozenTeacher:
 
     def becomes(self, student: Backbone) -> None:
         """Follow a copy of what the ``student`` is now; features of the model before are forgotten."""
+        self.model = None  # two teachers at a time would need twice the memory
         self.model = student.frozen_copy()
         self.forget_images()
 

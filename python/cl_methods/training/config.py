@@ -108,11 +108,6 @@ class RunConfig:
             parse_size(self.memory_budget)
         if self.distributed not in ("replicated", "fsdp"):
             raise ValueError(f"distributed: expected replicated or fsdp, got {self.distributed!r}")
-        if self.distributed == "fsdp" and self.memory_budget is not None:
-            raise ValueError(
-                f"memory_budget: plans for a process that holds whole weights, got {self.memory_budget} with distributed fsdp; "
-                "leave one of the two out (every further process takes its share of a batch, and of its activations)"
-            )
         if self.compile not in get_args(Compile):
             raise ValueError(f"compile: expected one of {', '.join(get_args(Compile))}, got {self.compile!r}")
         if self.compile != "none" and self.memory_budget is not None:
@@ -150,9 +145,8 @@ class RunConfig:
 
     @property
     def plans_memory(self) -> bool:
-        """Whether a step's memory is predicted before the run: with a budget or a lever, whole weights and plain blocks."""
-        whole = self.distributed != "fsdp" and self.compile == "none"
-        return whole and (self.memory_budget is not None or bool(self.levers.options))
+        """Whether a step's memory is predicted before the run: with a budget or a lever, and plain blocks."""
+        return self.compile == "none" and (self.memory_budget is not None or bool(self.levers.options))
 
     @property
     def levers(self) -> Levers:

@@ -218,7 +218,7 @@ class Evaluating:
             joint=method.joint,
             rows=together,
             training=TrainingProgress(),
-            peak_memory=0,
+            peaks=[0],
             description=description,
         )
         return {**result, "train": earlier["train"], "evaluated_from": description["evaluated_from"]}

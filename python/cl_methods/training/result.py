@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -21,7 +22,7 @@ def run_result(
     joint: bool,
     rows: Rows,
     training: TrainingProgress,
-    peak_memory: int,
+    peaks: Sequence[int],
     description: dict[str, Any],
 ) -> dict[str, Any]:
     """What a complete run found, what it cost and what it depends on, as plain values.
@@ -37,7 +38,8 @@ def run_result(
         method: its name.
         joint: trained on all tasks at once.
         rows: what evaluations found: T rows of accuracies, or one for joint training, or none if nothing was trained.
-        training, peak_memory: costs.
+        training: costs.
+        peaks: peak memory of every process, in bytes.
         description: the content of ``run.json``.
     """
     tasks, options = scenario.tasks, config.evaluation
@@ -62,11 +64,11 @@ def run_result(
         "train": {
             "seconds": seconds,
             "samples_per_second": training.samples / seconds if seconds else None,
-            "peak_memory_bytes": peak_memory,
+            "peak_memory_bytes": max(peaks),
             "trainable_parameters": max(training.trainable_parameters, default=0),
             "seconds_per_task": training.seconds,
             "samples": training.samples,
-            **_memory(description.get("memory_plan"), peak_memory),
+            **_memory(description.get("memory_plan"), peaks),
         },
         "evaluation_seconds": rows.seconds,
         "data": scenario.notes,
@@ -123,11 +125,11 @@ def _percent(measured: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: 100.0 * value for name, value in measures.items()} for measures in measured]
 
 
-def _memory(plan: dict[str, Any] | None, measured: int) -> dict[str, Any]:
-    """``memory``: the plan, and how far the measured peak is from its prediction as a share of it; nothing without a plan."""
+def _memory(plan: dict[str, Any] | None, peaks: Sequence[int]) -> dict[str, Any]:
+    """``memory``: the plan, the peaks of all processes, and how far the highest is from the prediction as a share of it."""
     if plan is None:
         return {}
-    return {"memory": {"plan": plan, "difference": measured / plan["peak"] - 1}}
+    return {"memory": {"plan": plan, "measured": list(peaks), "difference": max(peaks) / plan["peak"] - 1}}
 
 
 def _class_incremental(

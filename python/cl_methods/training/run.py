@@ -202,11 +202,11 @@ class Run:
             joint=self.method.joint,
             rows=self.rows,
             training=self.training,
-            peak_memory=max(ranks.gather_values(peak_memory_bytes(self.device))),
+            peaks=ranks.gather_values(peak_memory_bytes(self.device)),
             description=self.description,
         )
         if self.memory_plan is not None:
-            self.reporter.note(self.memory_plan.measured(result["train"]["peak_memory_bytes"]))
+            self.reporter.note(self.memory_plan.measured(result["train"]["memory"]["measured"]))
         self.directory.write_json("result.json", result)
         return result
 

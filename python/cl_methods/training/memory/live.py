@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Self
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from cl_methods.sharding import local
 
 _REAL = 1 << 16
 """Numbers that a new tensor may have and be real; where a hook looks at values, it looks at small tensors."""
@@ -22,7 +26,8 @@ class TooLongError(RuntimeError):
 class LiveMemory(TorchDispatchMode):
     """Bytes of the tensors that are alive, and the most at any time: every operation's results until their last reference goes.
 
-    Counts real tensors and fake ones alike; each storage once. What an operation needs only while it runs is not seen.
+    Counts real tensors and fake ones alike; each storage once, with the size that it has after ``resize_``. Of sharded tensors the
+    rows that this process holds count. What an operation needs only while it runs is not seen.
 
     Attributes:
         bytes: alive now, of what was made inside the ``with`` or passed to :meth:`count`.
@@ -31,17 +36,37 @@ class LiveMemory(TorchDispatchMode):
 
     Args:
         fake: makes large new tensors without data; None: all are real.
+        all_empty: whether it makes small ones of ``torch.empty`` too, such as the buffers of sharded weights.
     """
 
-    def __init__(self, fake: FakeTensorMode | None = None) -> None:
+    def __init__(self, fake: FakeTensorMode | None = None, *, all_empty: bool = False) -> None:
         super().__init__()
+        self._all_empty = all_empty
         self.bytes = self.peak = 0
         self.operations_left: int | None = None
         self._fake = fake
-        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            resize(storage, size)
+            self._resized(storage)
+            return storage
+
+        self._resizing = mock.patch.object(torch.UntypedStorage, "resize_", resized)
+
+    def __enter__(self) -> Self:
+        self._resizing.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._resizing.__exit__(*error)
 
     def count(self, tensor: Tensor) -> None:
         """Count the memory behind ``tensor`` (any shape), unless it is counted already."""
+        tensor = local(tensor)
         self._add(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
 
     def leave_out(self, tensor: Tensor) -> None:
@@ -51,19 +76,29 @@ class LiveMemory(TorchDispatchMode):
     def _add(self, storage: torch.UntypedStorage, size: int) -> None:
         key = id(storage)
         known = self._storages.get(key)
-        if known is not None and known() is storage:
+        if known is not None and known[0]() is storage:
             return
 
         def gone(_: Any) -> None:
-            self._storages.pop(key, None)
-            self.bytes -= size
+            self.bytes -= self._storages.pop(key)[1]
 
-        self._storages[key] = weakref.ref(storage, gone)
+        self._storages[key] = weakref.ref(storage, gone), size
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
 
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        known = self._storages.get(id(storage))
+        if known is not None and known[0]() is storage:
+            self._storages[id(storage)] = known[0], storage.nbytes()
+            self.bytes += storage.nbytes() - known[1]
+            self.peak = max(self.peak, self.bytes)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # which asks for the same of its rows
+        if self._others():
+            return func(*args, **kwargs)
         if func is torch.ops.prim.device.default:
             return args[0].device if self._fake is None else args[0].fake_device
         if self.operations_left is not None:
@@ -72,16 +107,22 @@ class LiveMemory(TorchDispatchMode):
                 raise TooLongError
         made = func(*args, **kwargs) if self._fake is None or _given(args, kwargs) else self._make(func, args, kwargs)
         for value in tree_iter(made):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.device.type != "meta":
                 self.count(value)
         return made
+
+    def _others(self) -> bool:
+        """Whether somebody else is looking at shapes, as DTensor does of its results."""
+        active = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        return active is not None and active is not self._fake
 
     def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operation that takes no tensor."""
         assert self._fake is not None
         with self._fake:
             made = func(*args, **kwargs)
-        if isinstance(made, Tensor) and made.is_floating_point() and made.numel() > _REAL:
+        smallest = 0 if self._all_empty and func is torch.ops.aten.empty.memory_format else _REAL
+        if isinstance(made, Tensor) and made.is_floating_point() and made.numel() > smallest:
             return made
         return func(*args, **kwargs)
 

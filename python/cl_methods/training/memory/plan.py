@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,6 +31,9 @@ class MemoryPlan:
         left_out: what could not be predicted; None if nothing.
         levers: what else saves memory in this plan.
         processes: how many share the encoding of a batch; the bytes are those of the one with most of it.
+        sharded: whether each of them holds its rows alone of weights, gradients and optimiser state.
+        outside: the most bytes of tensors before and after a task's steps, where sharded weights are whole: loaded, copied for a
+            teacher, evaluated; 0 where they are not sharded.
     """
 
     budget: int | None
@@ -43,11 +47,14 @@ class MemoryPlan:
     left_out: str | None
     levers: Levers = field(default_factory=Levers)
     processes: int = 1
+    sharded: bool = False
+    outside: int = 0
 
     @property
     def peak(self) -> int:
-        """The most bytes at any time of a training step."""
-        return self.process + self.model + self.carried + self.optimiser + self.gradients + self.step
+        """The most bytes at any time of a training step, and with sharded weights of what is around the steps."""
+        step = self.model + self.carried + self.optimiser + self.gradients + self.step
+        return self.process + max(step, self.outside)
 
     def fits(self, budget: int) -> bool:
         """Whether it leaves the reserve of a budget of so many bytes free."""
@@ -70,15 +77,19 @@ class MemoryPlan:
         }
         return ", ".join(f"{name} {format_size(value)}" for name, value in named.items() if value)
 
-    def measured(self, peak: int) -> str:
-        """How the prediction did against a measured ``peak``, in a sentence."""
-        apart = 100 * (peak / self.peak - 1)
-        return f"measured peak memory {format_size(peak)}, predicted for a training step {format_size(self.peak)} ({apart:+.1f} %)"
+    def measured(self, peaks: Sequence[int]) -> str:
+        """How the prediction did against the measured peak of every process, in a sentence."""
+        apart = 100 * (max(peaks) / self.peak - 1)
+        each = ", ".join(format_size(peak) for peak in peaks)
+        where = f" of {len(peaks)} processes" if len(peaks) > 1 else ""
+        return f"measured peak memory{where} {each}, predicted for a training step {format_size(self.peak)} ({apart:+.1f} %)"
 
     def lines(self) -> list[str]:
         """The plan in words, a line for each fact."""
         budget = "" if self.budget is None else f" of a budget of {format_size(self.budget)}"
         each = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        if self.sharded:
+            each += ", weights sharded"
         lines = [f"predicted peak memory of a training step{each}: {format_size(self.peak)}{budget}", self.shares]
         if self.levers.options:
             lines.append(f"with {', '.join(self.levers.options)}")
@@ -90,6 +101,11 @@ class MemoryPlan:
             lines.append(
                 f"{cut.images} images and {cut.texts} texts at a time, whose activations are computed {again} in the backward "
                 f"pass; {cut.frozen_images} and {cut.frozen_texts} where no gradient is needed"
+            )
+        if self.process + self.outside == self.peak:
+            lines.append(
+                f"of these {format_size(self.outside)} between the steps, while weights are whole: loaded, copied for a "
+                "teacher, or evaluated"
             )
         if self.left_out is not None:
             lines.append(f"not counted: {self.left_out}")

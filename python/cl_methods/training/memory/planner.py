@@ -61,9 +61,13 @@ def plan_memory(
     *,
     levers: Levers | None = None,
     processes: int = 1,
+    sharded: bool = False,
     on_gpu: bool | None = None,
+    evaluated: int = 64,
 ) -> MemoryPlan:
     """The fastest way to train within ``budget``: all at once, else in the largest parts that fit, else block by block.
+
+    Sharded weights are whole one block at a time, so there only blocks are computed again, in the largest parts that fit.
 
     Every way is rehearsed on tensors without data (:class:`~cl_methods.training.memory.rehearsal.Rehearsal`), so the figures are
     those of the method's own code with its settings.
@@ -77,7 +81,9 @@ def plan_memory(
         budget: bytes; None: predict the peak of everything at once.
         levers: what else saves memory; a plan uses what it is given, and proposes the rest where nothing fits. None: nothing.
         processes: how many share the encoding of a batch.
+        sharded: whether each of them, of two at least, holds its rows of the weights alone (FSDP2).
         on_gpu: whether tensors lie in a memory of their own; None: as the backbone does.
+        evaluated: images of an evaluation that are encoded together; looked at where weights are sharded.
 
     Raises:
         MemoryBudgetError: nothing fits with a reserve of 8 %; the message says what would.
@@ -86,7 +92,19 @@ def plan_memory(
     levers = Levers() if levers is None else levers
     load_library(levers.optimizer_state)
     first = None if budget is None else _parts(_SIZES[0])
-    rehearsal = Rehearsal(method, settings, backbone, tasks, reference, first, processes)
+    host_apart = backbone.device.type != "cpu" if on_gpu is None else on_gpu
+    rehearsal = Rehearsal(
+        method,
+        settings,
+        backbone,
+        tasks,
+        reference,
+        first,
+        processes,
+        sharded=sharded,
+        gloo=not host_apart,
+        evaluated=evaluated,
+    )
     planner = _Planner(rehearsal, backbone, budget, on_gpu)
     check_optimizer(planner.rehearsal.optimizer, levers.optimizer_state)
     whole = planner.plan(None, levers)
@@ -136,6 +154,8 @@ class _Planner:
             found.left_out,
             levers,
             found.processes,
+            found.sharded,
+            found.outside,
         )
 
     def fits(self, plan: MemoryPlan) -> bool:
@@ -146,18 +166,23 @@ class _Planner:
     def ways(self) -> Iterator[MicroBatches]:
         """Parts from the fastest to the smallest."""
         largest = self.rehearsal.largest_batch
+        if self.rehearsal.sharded:
+            share = -(-largest // self.rehearsal.processes)
+            yield from (_parts(size, blocks=True) for size in _SIZES if size < max(2, 2 * share))
+            return
         yield from (_parts(size) for size in _SIZES if size < max(2, largest))
         yield from (_parts(size, blocks=True) for size in _SIZES if size <= _BLOCKWISE)
 
     def smallest(self, levers: Levers) -> MemoryPlan:
         """The plan that needs least."""
-        ways = (None, _parts(1), _parts(1, blocks=True))
+        ways = (None, *(() if self.rehearsal.sharded else (_parts(1),)), _parts(1, blocks=True))
         return min((self.plan(parts, levers) for parts in ways), key=lambda plan: plan.peak)
 
     def proposal(self, levers: Levers) -> str:
         """Which lever would make it fit, as the middle of a sentence; all of them together if none alone does; else nothing."""
-        adamw = takes_eight_bits(self.rehearsal.optimizer)
-        others = list(levers.others(host_apart=self.host_apart, adamw=adamw))
+        whole = not self.rehearsal.sharded  # the other levers want whole weights
+        adamw = whole and takes_eight_bits(self.rehearsal.optimizer)
+        others = list(levers.others(host_apart=whole and self.host_apart, adamw=adamw))
         for tried in (others, [levers.with_all(others)] if len(others) > 1 else []):
             plans = [plan for plan in map(self.smallest, tried) if self.fits(plan)]
             if plans:
@@ -186,7 +211,10 @@ def plan_run(config: RunConfig, scenario: Scenario, device: torch.device) -> Mem
     method = find_method(config.method)
     if not method.trains or method.closed_form:
         return None
-    backbone = model_shapes(config, device)
+    processes = ranks.joined_count()
+    sharded = config.distributed == "fsdp" and processes > 1
+    # Exchanges of sharded weights are rehearsed on the CPU: those of a GPU ask for its streams.
+    backbone = model_shapes(config, torch.device("cpu") if sharded else device)
     return plan_memory(
         method,
         config.effective_settings(),
@@ -195,7 +223,10 @@ def plan_run(config: RunConfig, scenario: Scenario, device: torch.device) -> Mem
         scenario.reference,
         config.memory_bytes,
         levers=config.levers,
-        processes=ranks.joined_count(),
+        processes=processes,
+        sharded=sharded,
+        on_gpu=device.type != "cpu",
+        evaluated=config.evaluation.batch_size,
     )
 
 

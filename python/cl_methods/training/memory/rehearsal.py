@@ -20,7 +20,9 @@ from cl_methods.backbone.micro_batches import MicroBatches, leaving_out_middle_p
 from cl_methods.datasets.copying import TO_DEVICE
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Method
+from cl_methods.ranks.pretended import PretendedGroup
 from cl_methods.ranks.simulated import simulated
+from cl_methods.sharding import gathered, local, shard
 from cl_methods.training.gradients import BUCKET_BYTES
 from cl_methods.training.memory.live import LiveMemory, TooLongError
 from cl_methods.training.memory.stand_ins import IMAGES, blank_transform, stand_ins_for
@@ -48,9 +50,10 @@ class Rehearsal:
         gradients: bytes of the gradients.
         copied_ahead: bytes of a batch, of which a GPU holds the next one while it computes on the present one.
         optimizer: fresh in every respect but the first step.
-        preparation: the most bytes before the first step.
+        outside: the most bytes outside of the steps, where sharded weights are whole: as they are loaded, copied for a teacher, and
+            evaluated; 0 where weights are not sharded.
         left_out: what could not be rehearsed, as a phrase; None if nothing.
-        processes: as given.
+        processes, sharded: as given.
 
     Args:
         method: its class.
@@ -60,6 +63,9 @@ class Rehearsal:
         reference: reference data, or None.
         parts: micro-batches of the preparation and the first step.
         processes: how many share the encoding of a batch; the one with most rows is rehearsed.
+        sharded: whether each of them holds some rows of the weights alone (:mod:`cl_methods.sharding`).
+        gloo: whether they exchange with gloo, which copies what it sends.
+        evaluated: images of an evaluation that go through the image tower together.
     """
 
     def __init__(
@@ -71,8 +77,14 @@ class Rehearsal:
         reference: Reference | None,
         parts: MicroBatches | None,
         processes: int = 1,
+        *,
+        sharded: bool = False,
+        gloo: bool = True,
+        evaluated: int = 64,
     ) -> None:
         self.settings, self.left_out, self.processes = settings, None, processes
+        self.sharded, self._group = sharded, PretendedGroup(processes) if sharded else None
+        self._gloo = gloo
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         stand_ins = stand_ins_for(tasks, joint=method.joint)
         blank = (
@@ -80,7 +92,7 @@ class Rehearsal:
             if reference is None
             else Reference(BlankImages(min(IMAGES, len(reference.images)), 1), reference.captions[:_CAPTIONS])
         )
-        build: Callable[[], Method] = lambda: method(self._shapes(backbone, parts), settings, blank)  # noqa: E731
+        build: Callable[[], Method] = lambda: self._cut(method(self._shapes(backbone, parts), settings, blank))  # noqa: E731
         # Of so few images another process may hold all; in whole batches each needs what it needs with many.
         with self._rehearsing(), ranks.alone():
             self.method = build()
@@ -102,7 +114,7 @@ class Rehearsal:
             stage = self.method.stages(self.task)[0]
             self.method.stage = stage
             self.method.before_stage(stage)
-            self.preparation = self.memory.peak
+            prepared = self.memory.peak
             self.optimizer = self.method.optimizer()
             self.batch_size, self._stage_steps, self._steps = stage.batch_size, stage.steps, 0
         self.gradients = 0
@@ -111,6 +123,7 @@ class Rehearsal:
         self.optimiser = _bytes(value for state in self.optimizer.state.values() for value in state.values())
         self.averages = _bytes(self.method.averaged_weights().values())
         self.carried = self.memory.bytes - self.model - self.optimiser - self.gradients
+        self.outside = max(prepared, self._evaluation(evaluated) - self.optimiser) if sharded else 0
 
     def step(self, parts: MicroBatches | None, precision: Precision = "fp32") -> int:
         """The most bytes that are alive in one training step with these micro-batches, in this precision."""
@@ -124,7 +137,7 @@ class Rehearsal:
             self.optimizer.zero_grad(set_to_none=True)
             terms = method.loss(batch)
             terms["loss"].backward()
-            if self.processes > 1:  # two buckets of gradients are under way at a time
+            if self.processes > 1 and self._group is None:  # two buckets of gradients are under way at a time
                 memory.peak = max(memory.peak, memory.bytes + min(2 * BUCKET_BYTES, self.gradients))
             method.before_step(batch)
             self.optimizer.step()
@@ -156,6 +169,27 @@ class Rehearsal:
             self.memory.count(value)
         self.model = self.memory.bytes
         return shapes
+
+    def _cut(self, method: Method) -> Method:
+        """``method``, with the weights of its backbone sharded if they are to be."""
+        if self._group is None:
+            return method
+        from cl_methods.training.memory.sharded_steps import pretend_exchanges
+
+        model = method.backbone.model
+        shard(method.backbone)
+        pretend_exchanges(model, self.memory, self._fake, copies=self._gloo)
+        self.model = _bytes((*model.parameters(), *model.buffers()))
+        return method
+
+    def _evaluation(self, images: int) -> int:
+        """The most bytes while a whole copy of sharded weights encodes so many images."""
+        backbone, memory = self.method.backbone, self.memory
+        with self._rehearsing(), torch.no_grad(), ranks.alone():
+            memory.peak = memory.bytes
+            with gathered(backbone):
+                backbone.encode_images(self._images(images, backbone.train_transform(None).shape, backbone.device))
+            return memory.peak
 
     def _shape_of(self, value: Tensor, device: torch.device) -> Tensor:
         if value.dim() == 0 or (value.numel() == 1 and device.type == "cpu"):
@@ -200,7 +234,7 @@ class Rehearsal:
     @contextlib.contextmanager
     def _rehearsing(self) -> Iterator[None]:
         if not hasattr(self, "memory"):
-            self.memory = LiveMemory(self._fake)
+            self.memory = LiveMemory(self._fake, all_empty=self.sharded)
 
         def to(module: nn.Module, *where: Any, **options: Any) -> nn.Module:
             return self._moved(module, *where, **options)
@@ -210,6 +244,7 @@ class Rehearsal:
             torch.random.fork_rng(),
             unittest.mock.patch.object(nn.Module, "to", to),
             simulated(self.processes),
+            contextlib.nullcontext() if self._group is None else self._group.as_default(),
             leaving_out_middle_parts(),
             self.memory,
         ):
@@ -218,5 +253,5 @@ class Rehearsal:
 
 
 def _bytes(values: Iterable[Any]) -> int:
-    """Of the tensors among ``values``, which share no memory."""
-    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+    """Of the tensors among ``values``, which share no memory; of sharded ones this process's rows."""
+    return sum(local(value).nbytes for value in values if isinstance(value, Tensor))
