@@ -18,9 +18,10 @@ D, R, K, SCALE = 768, 64, 2, 0.1
 FEW, MANY = 12_608, 200_000
 """Tokens: of 64 images of ViT-B/16, and of a thousand."""
 
-EXPERTS = {FEW: (2, 4, 8, 16, 22, 32, 64), MANY: (4, 22)}
+NUMBERS = (2, 4, 8, 16, 22, 32, 64)
+EXPERTS = {FEW: NUMBERS, MANY: NUMBERS if DEVICE == "cuda" else (2, 22, 64)}
 DENSE_UP_TO = {FEW: 64, MANY: 4}
-"""All experts on all tokens: with more of them a call takes many seconds on a CPU."""
+"""All experts on all tokens: with more of them a call takes many seconds on a CPU; token_scale.py has the patience."""
 
 
 def inputs(tokens, experts):

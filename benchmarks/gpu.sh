@@ -73,7 +73,7 @@ for file in $(grep -rlE "mark\.gpu" tests --include='test_*.py' | sort); do
     beside "tests_${name//\//_}" 170 "${test_command[@]}" "$file"
 done
 # Every new width and rank is a kernel of its own to compile, so a GPU sees fewer cases than a CPU.
-for operation in moe_adapter top_k_gating distill_kl feature_distill_kl average_; do
+for operation in moe_adapter top_k_gating distill_kl peaked_logits feature_distill_kl peaked_features average_ blend_; do
     CLK_FUZZ_DEVICE=cuda beside "fuzz_$operation" 170 "$PYTHON" tests/fuzz/fuzz_cases.py \
         --backend triton --operation "$operation" --cases 1000 --seconds 100
 done

@@ -41,7 +41,12 @@ SCHEMAS = {
     # logits their sum would round away the probabilities' digits.
     "distill_kl": "(Tensor student, Tensor teacher, float temperature, bool kl) -> (Tensor loss, Tensor stats)",
     "distill_kl_backward": "(Tensor grad, Tensor student, Tensor teacher, Tensor stats, float temperature) -> Tensor",
-    # Of the compiled library alone: the mean of the above along dimension 1 of teacher and student (N, M, …), of one dtype
+    # The same, but its backward pass writes the gradient over the student, which is contiguous.
+    "distill_kl_overwriting": "(Tensor student, Tensor teacher, float temperature, bool kl) -> (Tensor loss, Tensor stats)",
+    "distill_kl_backward_": (
+        "(Tensor grad, Tensor(a!) student, Tensor teacher, Tensor stats, float temperature) -> ()"
+    ),
+    # Of the compiled library alone: the mean of distill_kl along dimension 1 of teacher and student (N, M, …), of one dtype
     # -> loss () in that dtype, stats (4, N · …). Gradients that are not needed come back with zero elements.
     "distillation": "(Tensor teacher, Tensor student, float temperature) -> (Tensor loss, Tensor stats)",
     "distillation_backward": (

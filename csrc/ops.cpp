@@ -21,6 +21,8 @@ STABLE_TORCH_LIBRARY_IMPL(cl_kernels, CPU, m) {
   m.impl("distill_kl_backward", TORCH_BOX(&clk::distill_kl_backward_cpu));
   m.impl("distillation", TORCH_BOX(&clk::distillation_cpu));
   m.impl("distillation_backward", TORCH_BOX(&clk::distillation_backward_cpu));
+  m.impl("distill_kl_overwriting", TORCH_BOX(&clk::distill_kl_cpu));
+  m.impl("distill_kl_backward_", TORCH_BOX(&clk::distill_kl_overwrite_cpu));
   m.impl("feature_distill_kl", TORCH_BOX(&clk::feature_distill_kl_cpu));
   m.impl("feature_distill_kl_backward", TORCH_BOX(&clk::feature_distill_kl_backward_cpu));
 }

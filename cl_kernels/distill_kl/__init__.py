@@ -25,6 +25,7 @@ def distill_kl(
     target: str = "cross_entropy",
     sample_weight: Tensor | None = None,
     reduction: str = "mean",
+    overwrite_student: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Distillation from logits: ``T² Σ_j −p_t[j] log p_s[j]`` along ``dim``, with ``p = softmax(logits / T)``.
@@ -42,6 +43,9 @@ def distill_kl(
         sample_weight: broadcasts to the shape without ``dim`` and multiplies the losses there; differentiable.
         reduction: ``"none"`` keeps that shape; ``"sum"``; ``"mean"`` is the plain mean of ``weight · loss`` (NaN over nothing, as
             in :func:`torch.nn.functional.cross_entropy`).
+        overwrite_student: the backward pass may write the gradient where the student's logits are, which saves a tensor of their
+            size. Nobody may read them afterwards; autograd raises where another operation has kept them for its own backward pass.
+            Logits that are not contiguous, ``torch.compile`` and the reference get memory of its own all the same.
         backend: see :func:`cl_kernels.backends`; chosen by device when None.
 
     Returns:
@@ -49,7 +53,7 @@ def distill_kl(
 
     Raises:
         ValueError: shapes or devices differ, ``dim`` is out of range or empty, an option is unknown, ``temperature`` is not a
-            positive number, ``sample_weight`` does not broadcast, or the backend cannot run.
+            positive number, ``sample_weight`` does not broadcast, a leaf is to be overwritten, or the backend cannot run.
         TypeError: an argument is not a tensor of one of those dtypes.
 
     Source: Hinton et al., 2015; ZSCL (Zheng et al., 2023), section 3.2.
@@ -75,11 +79,18 @@ def distill_kl(
         _check_weight(sample_weight, left, f"without dim {dim} of student_logits {tuple(student.shape)}")
         _check_device("sample_weight", sample_weight, "student_logits", student)
 
+    if overwrite_student and student.is_leaf and student.requires_grad:
+        raise ValueError(
+            f"overwrite_student: student_logits {tuple(student.shape)} is a leaf, whose values and gradient are both kept: "
+            "expected the result of an operation"
+        )
+
     chosen = dispatch.choose("distill_kl", student.device, backend)
     if chosen == "reference":
         loss = reference.distill_kl(student, teacher, temperature, dim, target == "kl")
     else:
-        loss = autograd.distill_kl(chosen, student, teacher.detach(), float(temperature), dim, target == "kl")
+        options = (float(temperature), dim, target == "kl", overwrite_student)
+        loss = autograd.distill_kl(chosen, student, teacher.detach(), *options)
     if sample_weight is not None:
         loss = loss * sample_weight.to(loss.dtype)
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()

@@ -12,14 +12,20 @@ from cl_kernels import dispatch, library
 from cl_kernels.distill_kl.reference import compute_dtype
 
 
-def distill_kl(backend: str, student: Tensor, teacher: Tensor, temperature: float, dim: int, kl: bool) -> Tensor:
-    """The loss of every slice along ``dim``; the kernels see (outer, M, inner) views of the logits."""
+def distill_kl(
+    backend: str, student: Tensor, teacher: Tensor, temperature: float, dim: int, kl: bool, overwrite: bool
+) -> Tensor:
+    """The loss of every slice along ``dim``; the kernels see (outer, M, inner) views of the logits.
+
+    Compilers plan memory themselves, so what they trace does not overwrite.
+    """
     left = student.shape[:dim] + student.shape[dim + 1 :]
     shape = (student.shape[:dim].numel(), student.shape[dim], student.shape[dim + 1 :].numel())
     s, t = student.reshape(shape), teacher.reshape(shape)
     if shape[2] == 1 and s.stride(1) != 1 and s.stride(0) == 1:  # a transposed matrix: keep its unit stride innermost
         s, t = s.permute(2, 1, 0), t.permute(2, 1, 0)
-    loss, _ = library.operator("distill_kl", backend)(s, t, temperature, kl)
+    overwrite = overwrite and s.is_contiguous() and not torch.compiler.is_compiling()
+    loss, _ = library.operator("distill_kl_overwriting" if overwrite else "distill_kl", backend)(s, t, temperature, kl)
     return loss.reshape(left)
 
 
@@ -67,16 +73,27 @@ def _fake_backward(grad: Tensor, student: Tensor, teacher: Tensor, stats: Tensor
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
+def _fake_overwrite(grad: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, temperature: float) -> None:
+    return None
+
+
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     student, teacher, temperature, _ = inputs
     ctx.save_for_backward(student, teacher, output[1])
     ctx.temperature = temperature
 
 
-def _backward_of(namespace: str) -> Any:
+def _backward_of(namespace: str, overwrite: bool) -> Any:
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
-        operation = getattr(torch.ops, namespace).distill_kl_backward.default
-        return operation(grad, *ctx.saved_tensors, ctx.temperature), None, None, None
+        operations = getattr(torch.ops, namespace)
+        if not overwrite:
+            gradient = operations.distill_kl_backward.default(grad, *ctx.saved_tensors, ctx.temperature)
+            return gradient, None, None, None
+        student, *others = ctx.saved_tensors
+        with torch._C._AutoDispatchBelowAutograd():
+            operations.distill_kl_backward_.default(grad, student, *others, ctx.temperature)
+        torch.autograd.graph.increment_version(student)  # whoever has kept the logits is told
+        return student.detach(), None, None, None
 
     return backward
 
@@ -183,14 +200,17 @@ for _namespace in (library.COMPILED, library.TRITON):
     _library = library.definitions[_namespace]
     for _name, _function in (
         ("distill_kl", _fake),
+        ("distill_kl_overwriting", _fake),
         ("distill_kl_backward", _fake_backward),
+        ("distill_kl_backward_", _fake_overwrite),
         ("feature_distill_kl", _feature_fake),
         ("feature_distill_kl_backward", _feature_fake_backward),
     ):
         _library._register_fake(_name, _function)
-    torch.library.register_autograd(
-        f"{_namespace}::distill_kl", _backward_of(_namespace), setup_context=_setup, lib=_library
-    )
+    for _name, _overwrite in (("distill_kl", False), ("distill_kl_overwriting", True)):
+        torch.library.register_autograd(
+            f"{_namespace}::{_name}", _backward_of(_namespace, _overwrite), setup_context=_setup, lib=_library
+        )
     torch.library.register_autograd(
         f"{_namespace}::feature_distill_kl",
         _feature_backward_of(_namespace),
@@ -200,6 +220,8 @@ for _namespace in (library.COMPILED, library.TRITON):
 
 
 def _triton(module: str, name: str) -> Any:
+    name = name.removesuffix("_overwriting")  # which differs in its backward pass
+
     def run(*arguments: Any) -> Any:
         return getattr(import_module(f"cl_kernels.distill_kl.{module}"), name)(*arguments)
 
@@ -214,7 +236,9 @@ def _triton_features(*arguments: Any) -> Any:
 
 for _module, _name in (
     ("triton_kernels", "distill_kl"),
+    ("triton_kernels", "distill_kl_overwriting"),
     ("triton_kernels", "distill_kl_backward"),
+    ("triton_kernels", "distill_kl_backward_"),
     ("triton_launch", "feature_distill_kl_backward"),
 ):
     for _key in ("CUDA", "CPU") if dispatch.INTERPRETING else ("CUDA",):

@@ -1,8 +1,8 @@
 """Distillation from logits in Triton: one read of both logits forward, one read and one write backward.
 
 A program takes ``SLICES`` slices and walks along their M entries in steps of ``STEP``, so the block stays small for any M.
-The gradient gets memory of its own, not the student's: the logits belong to the caller, whom other losses, a graph that is kept or
-the operation that made them may still need them, and an operation cannot see who does.
+The gradient gets memory of its own, or the student's where the caller says that nobody needs the logits any more: other losses, a
+graph that is kept or the operation that made them may, and an operation cannot see who does.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ def backward_kernel(
     factor,
     chunk,  # entries of a program, a multiple of STEP
     INNER: tl.constexpr,
+    OVERWRITE: tl.constexpr,
     COMPUTE: tl.constexpr,
     SLICES: tl.constexpr,
     STEP: tl.constexpr,
@@ -165,6 +166,8 @@ def backward_kernel(
         p_s = tl.exp((z_s - max_s[:, None]) - log_s[:, None])
         p_t = tl.exp((z_t - max_t[:, None]) - log_t[:, None])
         out = out_ptr + (o[:, None] * M + step) * inner + i[:, None]
+        if OVERWRITE:
+            tl.debug_barrier()  # all threads have read the block
         tl.store(out, (grad[:, None] * (p_s - p_t)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -212,8 +215,28 @@ def distill_kl(student: Tensor, teacher: Tensor, temperature: float, kl: bool) -
 def distill_kl_backward(grad: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, temperature: float) -> Tensor:
     """Gradient of the student's logits; shapes as in ``cl_kernels/schemas.py``."""
     out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    _write_gradient(grad, student, teacher, stats, temperature, out)
+    return out
+
+
+def distill_kl_backward_(grad: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, temperature: float) -> None:
+    """The same, written over the logits.
+
+    Raises:
+        ValueError: the logits are not contiguous.
+    """
+    if not student.is_contiguous():
+        raise ValueError(
+            f"student has strides {student.stride()}: expected contiguous logits, because they are overwritten"
+        )
+    _write_gradient(grad, student, teacher, stats, temperature, student)
+
+
+def _write_gradient(
+    grad: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, temperature: float, out: Tensor
+) -> None:
     if out.numel() == 0:
-        return out
+        return
     factor, grad = temperature, grad.contiguous()
     if out.dtype == torch.float64:
         student, teacher, grad, temperature, factor = (
@@ -230,6 +253,5 @@ def distill_kl_backward(grad: Tensor, student: Tensor, teacher: Tensor, stats: T
     chunk = triton.cdiv(steps, chunks) * config["STEP"]
     with torch.cuda.device_of(student):
         backward_kernel[blocks, triton.cdiv(student.shape[1], chunk)](
-            grad, student, teacher, stats, out, *arguments, factor, chunk, **config
+            grad, student, teacher, stats, out, *arguments, factor, chunk, OVERWRITE=out is student, **config
         )
-    return out

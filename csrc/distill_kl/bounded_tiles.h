@@ -42,6 +42,7 @@ class BoundedTiles {
     teacher_power = take(kBlockColumns * kBlockRows);
     own = take(kBlockColumns * step);
     rest = take(rest_elements(p));
+    partial = reinterpret_cast<double*>(rest);
   }
 
   static int64_t bytes(const FeatureProblem& p) {
@@ -49,7 +50,7 @@ class BoundedTiles {
     return (columns * kBlockColumns + rest_elements(p)) * static_cast<int64_t>(sizeof(C)) + 7 * 64;
   }
 
-  // Partial sums of the columns, or a block of rows of the student.
+  // Partial sums of the columns, as many bytes in fp64 as a Vec<C> each, or a block of rows of the student.
   static int64_t rest_elements(const FeatureProblem& p) {
     const int64_t sums = (1 + 3 * p.K) * kBlockColumns * kLanes<C>, student = kBlockRows * (whole<C>(p.d) + kLanes<C>);
     return sums > student ? sums : student;
@@ -87,6 +88,7 @@ class BoundedTiles {
   Rows<C> anchors{}, teacher_anchors{};
   C *student_power, *teacher_power;  // [kBlockColumns][kBlockRows]
   C* rest;
+  double* partial;  // the same memory
 
  private:
   C *converted, *converted_teacher, *own;

@@ -45,6 +45,20 @@ void for_units(const LogitsProblem& p, const F& f) {
   torch::stable::parallel_for(0, units, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements)), f);
 }
 
+// Writes the gradient of `student` to `out`, (outer, M, inner) contiguous: memory of its own, or the student's.
+void write_gradient(Tensor grad, const Tensor& student, const Tensor& teacher, Tensor stats, double temperature, void* out) {
+  grad = torch::stable::contiguous(grad);
+  stats = torch::stable::contiguous(stats);
+  LogitsProblem p = problem_of(student, teacher, temperature);
+  STD_TORCH_CHECK(grad.scalar_type() == compute_type(student) && stats.scalar_type() == compute_type(student) &&
+                      grad.numel() == p.slices && stats.numel() == 4 * p.slices,
+                  "distill_kl_backward: grad and stats do not belong to these logits");
+  p.stats = stats.data_ptr();
+  p.grad = grad.data_ptr();
+  p.grad_student = out;
+  for_units(p, [&](int64_t begin, int64_t end) { CLK_CALL(distill_backward, p, begin, end); });
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> distill_kl_cpu(Tensor student, Tensor teacher, double temperature, bool kl) {
@@ -62,21 +76,17 @@ std::tuple<Tensor, Tensor> distill_kl_cpu(Tensor student, Tensor teacher, double
 }
 
 Tensor distill_kl_backward_cpu(Tensor grad, Tensor student, Tensor teacher, Tensor stats, double temperature) {
+  STD_TORCH_CHECK(student.dim() == 3 && teacher.dim() == 3, "distill_kl: expected (outer, M, inner) logits");
   student = with_unit_stride(student);
   teacher = with_unit_stride(teacher);
-  grad = torch::stable::contiguous(grad);
-  stats = torch::stable::contiguous(stats);
-  LogitsProblem p = problem_of(student, teacher, temperature);
-  STD_TORCH_CHECK(grad.scalar_type() == compute_type(student) && stats.scalar_type() == compute_type(student) &&
-                      grad.numel() == p.slices && stats.numel() == 4 * p.slices,
-                  "distill_kl_backward: grad and stats do not belong to these logits");
-  const std::vector<int64_t> shape{student.size(0), p.M, p.inner};
-  Tensor out = torch::stable::new_empty(student, shape);
-  p.stats = stats.data_ptr();
-  p.grad = grad.data_ptr();
-  p.grad_student = out.data_ptr();
-  for_units(p, [&](int64_t begin, int64_t end) { CLK_CALL(distill_backward, p, begin, end); });
+  Tensor out = torch::stable::new_empty(student, {student.size(0), student.size(1), student.size(2)});
+  write_gradient(grad, student, teacher, stats, temperature, out.data_ptr());
   return out;
+}
+
+void distill_kl_overwrite_cpu(Tensor grad, Tensor student, Tensor teacher, Tensor stats, double temperature) {
+  STD_TORCH_CHECK(student.is_contiguous(), "distill_kl_backward_: expected contiguous student logits, which are overwritten");
+  write_gradient(grad, student, with_unit_stride(teacher), stats, temperature, student.data_ptr());
 }
 
 }  // namespace clk

@@ -26,7 +26,7 @@ struct LogitsProblem {
   void* stats;          // [4][outer][inner]: maximum and log Σ exp(z - maximum) of the student, of the teacher
   int64_t slices;       // outer * inner
   const void* grad;     // [outer][inner], backward only
-  void* grad_student;   // [outer][M][inner] in the student's dtype, backward only
+  void* grad_student;   // [outer][M][inner] in the student's dtype, backward only; may be where the student is
 };
 
 // Columns of the similarity matrix that are handled together: a multiple of every kTileRows, of a size that keeps the anchors of a

@@ -11,6 +11,7 @@ namespace clk {
 // Schemas and shapes: cl_kernels/schemas.py.
 std::tuple<Tensor, Tensor> distill_kl_cpu(Tensor student, Tensor teacher, double temperature, bool kl);
 Tensor distill_kl_backward_cpu(Tensor grad, Tensor student, Tensor teacher, Tensor stats, double temperature);
+void distill_kl_overwrite_cpu(Tensor grad, Tensor student, Tensor teacher, Tensor stats, double temperature);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feature_distill_kl_cpu(
     Tensor student, Tensor teacher, Tensor anchors, std::optional<Tensor> teacher_anchors, std::optional<Tensor> weight,

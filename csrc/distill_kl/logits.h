@@ -150,11 +150,16 @@ inline void backward_slice(const LogitsProblem& p, int64_t slice) {
   const C *max_s = static_cast<const C*>(p.stats) + slice, *max_t = max_s + 2 * p.slices;
   const C of_student = softmax_factor<C>(p, slice, static_cast<const C*>(p.stats), static_cast<const C*>(p.stats) + p.slices);
   const C of_teacher = softmax_factor<C>(p, slice, static_cast<const C*>(p.stats) + 2 * p.slices, static_cast<const C*>(p.stats) + 3 * p.slices);
+  // As the statistics came about: the two ways round the logits differently, by as much as they are large.
+  const bool bounded = was_bounded<C>(p, slice);
   C zs[kBuffer], zt[kBuffer];
   for (int64_t start = 0; start < p.M; start += kBuffer) {
     const int64_t n = p.M - start < kBuffer ? p.M - start : kBuffer;
-    if (with_storage<C>(p, [&](auto t) {
-          return bounded_gradient_chunk<C, decltype(t)>(p, slice, start, n, of_student, of_teacher);
+    if (bounded && with_storage<C>(p, [&](auto t) {
+          using T = decltype(t);
+          return write_gradient<kBuffer, T>(p, slice * p.M + start, n, [&](T* to) {
+            return bounded_gradient_chunk<C, T>(p, slice, start, n, of_student, of_teacher, to);
+          });
         })) {
       continue;
     }
@@ -174,16 +179,21 @@ inline void backward_block(const LogitsProblem& p, int64_t outer, int64_t inner,
   const int64_t first = outer * p.inner + inner;
   C zs[kInnerBlock] = {}, zt[kInnerBlock] = {}, factor[kInnerBlock] = {}, stats[4 * kInnerBlock] = {};
   C of_student[kInnerBlock], of_teacher[kInnerBlock];
+  bool bounded = width >= kLanes<C>;
   for (int64_t i = 0; i < width; ++i) {
     for (int s = 0; s < 4; ++s) stats[s * kInnerBlock + i] = static_cast<const C*>(p.stats)[s * p.slices + first + i];
     factor[i] = static_cast<C>(p.temperature) * static_cast<const C*>(p.grad)[first + i];
     const C* all = static_cast<const C*>(p.stats);
+    bounded &= was_bounded<C>(p, first + i);
     of_student[i] = softmax_factor<C>(p, first + i, all, all + p.slices);
     of_teacher[i] = softmax_factor<C>(p, first + i, all + 2 * p.slices, all + 3 * p.slices);
   }
   for (int64_t m = 0; m < p.M; ++m) {
-    if (width >= kLanes<C> && with_storage<C>(p, [&](auto t) {
-          return bounded_gradient_row<C, decltype(t)>(p, outer, inner, m, width, of_student, of_teacher);
+    if (bounded && with_storage<C>(p, [&](auto t) {
+          using T = decltype(t);
+          return write_gradient<kInnerBlock, T>(p, (outer * p.M + m) * p.inner + inner, width, [&](T* to) {
+            return bounded_gradient_row<C, T>(p, outer, inner, m, width, of_student, of_teacher, to);
+          });
         })) {
       continue;
     }

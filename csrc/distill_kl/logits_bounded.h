@@ -11,33 +11,47 @@
 namespace clk {
 namespace {
 
-constexpr int64_t kFlush = 128;  // vectors whose sums stay in the compute type before they go into fp64
+constexpr int64_t kFlush = 64;  // vectors whose sums stay in the compute type before they go into fp64
 
 // Sums of V slices per lane, or of V parts of the same slice.
+//
+// y is measured from the student's largest logit, for the divergence less the teacher's from its own. Measured from 0, Σ e_t y of a slice
+// in which one entry has nearly all the probability would be rounded by as much as the loss itself.
 template <typename C, int V>
 struct PowerSums {
   Vec<C> student[V] = {}, teacher[V] = {}, y[V] = {};
 
   template <bool KL>
-  void add(int v, Vec<C> zs, Vec<C> zt, Vec<C> keep) {
+  void add(int v, Vec<C> zs, Vec<C> zt, Vec<C> keep, Vec<C> top_s, Vec<C> top_t) {
     const Vec<C> e = power_of_two(zt) * keep;
     student[v] += power_of_two(zs) * keep;
     teacher[v] += e;
-    y[v] += e * (KL ? zs - zt : zs);
+    y[v] += e * (KL ? (zs - top_s) - (zt - top_t) : zs - top_s);
   }
 };
 
-// Loss and statistics of a slice from Σ e_s, Σ e_t and Σ e_t y. The first statistic is a whole number: the other keeps its digits.
+// A logarithm as a whole number and what is left, which keeps its digits. The rest is negative: that tells the backward pass which way
+// the statistics came about, because the logarithm of a sum whose largest term is 1 is not.
+template <typename C>
+inline void write_logarithm(double x, C* whole, C* rest) {
+  *whole = static_cast<C>(::floor(x) + 1);
+  *rest = static_cast<C>(x - (::floor(x) + 1));
+}
+
+template <typename C>
+inline bool was_bounded(const LogitsProblem& p, int64_t slice) {
+  return static_cast<const C*>(p.stats)[p.slices + slice] < 0;
+}
+
+// Loss and statistics of a slice from Σ e_s, Σ e_t and Σ e_t y.
 template <typename C>
 inline void write_sums(const LogitsProblem& p, int64_t slice, double student, double teacher, double y) {
   const double log_s = ::log(student), log_t = ::log(teacher);
   const double loss = log_s - (p.kl ? log_t : 0) - 0.6931471805599453 * y / teacher;
   static_cast<C*>(p.loss)[slice] = static_cast<C>(p.temperature * p.temperature * loss);
   C* stats = static_cast<C*>(p.stats) + slice;
-  stats[0] = static_cast<C>(::nearbyint(log_s));
-  stats[p.slices] = static_cast<C>(log_s - ::nearbyint(log_s));
-  stats[2 * p.slices] = static_cast<C>(::nearbyint(log_t));
-  stats[3 * p.slices] = static_cast<C>(log_t - ::nearbyint(log_t));
+  write_logarithm(log_s, stats, stats + p.slices);
+  write_logarithm(log_t, stats + 2 * p.slices, stats + 3 * p.slices);
 }
 
 template <typename C>
@@ -45,12 +59,31 @@ inline C powers_per_logit(const LogitsProblem& p) {
   return static_cast<C>(1.4426950408889634 / p.temperature);
 }
 
-// The vector behind `from`, `n` of whose lanes exist; the others are 0.
+// The vector behind `from`, `n` of whose lanes exist; the others repeat the first.
 template <typename C, typename T>
 inline Vec<C> first_lanes(const T* from, int64_t n) {
-  Vec<C> v{};
-  for (int64_t i = 0; i < n; ++i) v[i] = load(from + i);
+  Vec<C> v = splat<C>(load(from));
+  for (int64_t i = 1; i < n; ++i) v[i] = load(from + i);
   return v;
+}
+
+// The largest of `n` steps in every lane, times `factor`.
+template <typename C, typename T>
+inline Vec<C> tops_of(const T* from, int64_t n, int64_t stride, C factor) {
+  Vec<C> top = load_vector(from) * factor;
+  for (int64_t i = 1; i < n; ++i) top = larger(load_vector(from + i * stride) * factor, top);
+  return top;
+}
+
+// The largest of [start, end) of a slice, times `factor`.
+template <typename C, typename T>
+inline C top_of(const T* slice, int64_t start, int64_t end, C factor) {
+  constexpr int64_t W = kLanes<C>;
+  const int64_t whole = (end - start) / W, left = (end - start) % W;
+  const T* last = slice + end - left;
+  Vec<C> top = left ? first_lanes<C>(last, left) * factor : splat(-std::numeric_limits<C>::infinity());
+  if (whole) top = larger(tops_of<C>(slice + start, whole, W, factor), top);
+  return max_lanes<C>(top);
 }
 
 template <typename C>
@@ -72,13 +105,15 @@ inline bool bounded_slice(const LogitsProblem& p, int64_t slice) {
   Magnitude<C> most;
   for (int64_t start = 0; start < p.M; start += chunk) {
     const int64_t end = p.M - start < chunk ? p.M : start + chunk;
+    const C top_s = top_of<C>(s, start, end, factor), top_t = KL ? top_of<C>(t, start, end, factor) : 0;
+    const Vec<C> from_s = splat(top_s), from_t = splat(top_t);
     PowerSums<C, 2> sums;
     const auto step = [&](int v, Vec<C> zs, Vec<C> zt, Vec<C> keep) {
       zs *= factor;
       zt *= factor;
       most.see(zs);
       most.see(zt);
-      sums.template add<KL>(v, zs, zt, keep);
+      sums.template add<KL>(v, zs, zt, keep, from_s, from_t);
     };
     int64_t i = start;
     for (; i + 2 * W <= end; i += 2 * W) {
@@ -89,9 +124,10 @@ inline bool bounded_slice(const LogitsProblem& p, int64_t slice) {
       const int64_t n = end - i < W ? end - i : W;
       step(0, first_lanes<C>(s + i, n), first_lanes<C>(t + i, n), keep_lanes<C>(n));
     }
+    const double of_teacher = sum_lanes<C>(sums.teacher[0] + sums.teacher[1]);
     student += sum_lanes<C>(sums.student[0] + sums.student[1]);
-    teacher += sum_lanes<C>(sums.teacher[0] + sums.teacher[1]);
-    y += sum_lanes<C>(sums.y[0] + sums.y[1]);
+    teacher += of_teacher;
+    y += sum_lanes<C>(sums.y[0] + sums.y[1]) + (static_cast<double>(top_s) - static_cast<double>(top_t)) * of_teacher;
   }
   if (!most.within(static_cast<C>(kLargestPower))) return false;
   write_sums<C>(p, slice, student, teacher, y);
@@ -110,6 +146,11 @@ inline bool bounded_slices(const LogitsProblem& p, int64_t outer, int64_t inner,
   Magnitude<C> most;
   for (int64_t start = 0; start < p.M; start += kFlush) {
     const int64_t end = p.M - start < kFlush ? p.M : start + kFlush;
+    Vec<C> top_s[V], top_t[V] = {};
+    for (int v = 0; v < V; ++v) {
+      top_s[v] = tops_of<C>(s + start * p.student.step + offsets[v], end - start, p.student.step, factor);
+      if (KL) top_t[v] = tops_of<C>(t + start * p.teacher.step + offsets[v], end - start, p.teacher.step, factor);
+    }
     PowerSums<C, V> sums;
     for (int64_t m = start; m < end; ++m) {
       for (int v = 0; v < V; ++v) {
@@ -117,14 +158,15 @@ inline bool bounded_slices(const LogitsProblem& p, int64_t outer, int64_t inner,
         const Vec<C> zt = load_vector(t + m * p.teacher.step + offsets[v]) * factor;
         most.see(zs);
         most.see(zt);
-        sums.template add<KL>(v, zs, zt, all);
+        sums.template add<KL>(v, zs, zt, all, top_s[v], top_t[v]);
       }
     }
     for (int v = 0; v < V; ++v) {
       for (int64_t i = 0; i < W; ++i) {
+        const double of_teacher = sums.teacher[v][i];
         totals[0][v * W + i] += sums.student[v][i];
-        totals[1][v * W + i] += sums.teacher[v][i];
-        totals[2][v * W + i] += sums.y[v][i];
+        totals[1][v * W + i] += of_teacher;
+        totals[2][v * W + i] += sums.y[v][i] + (static_cast<double>(top_s[v][i]) - static_cast<double>(top_t[v][i])) * of_teacher;
       }
     }
   }
@@ -167,13 +209,12 @@ inline C softmax_factor(const LogitsProblem& p, int64_t slice, const C* max, con
   return static_cast<C>(p.temperature * static_cast<const C*>(p.grad)[slice] * ::exp(-total));
 }
 
-// A chunk of the gradient of one slice; false, with anything written, if a logit is out of bounds.
+// A chunk of the gradient of one slice to `to`; false, with anything written there, if a logit is out of bounds.
 template <typename C, typename T>
-inline bool bounded_gradient_chunk(const LogitsProblem& p, int64_t slice, int64_t start, int64_t n, C of_student, C of_teacher) {
+inline bool bounded_gradient_chunk(const LogitsProblem& p, int64_t slice, int64_t start, int64_t n, C of_student, C of_teacher, T* to) {
   constexpr int64_t W = kLanes<C>;
   const T* s = static_cast<const T*>(p.student.data) + slice * p.student.outer + start;
   const T* t = static_cast<const T*>(p.teacher.data) + slice * p.teacher.outer + start;
-  T* to = static_cast<T*>(p.grad_student) + slice * p.M + start;
   const C factor = powers_per_logit<C>(p);
   Magnitude<C> most;
   const auto gradient = [&](Vec<C> zs, Vec<C> zt) {
@@ -192,14 +233,13 @@ inline bool bounded_gradient_chunk(const LogitsProblem& p, int64_t slice, int64_
   return most.within(static_cast<C>(kLargestPower));
 }
 
-// The gradient of `width` neighbouring slices at step m; false as above. The factors are those of the slices.
+// The gradient of `width` neighbouring slices at step m to `to`; false as above. The factors are those of the slices.
 template <typename C, typename T>
 inline bool bounded_gradient_row(const LogitsProblem& p, int64_t outer, int64_t inner, int64_t m, int64_t width, const C* of_student,
-                                 const C* of_teacher) {
+                                 const C* of_teacher, T* to) {
   constexpr int64_t W = kLanes<C>;
   const T* s = static_cast<const T*>(p.student.data) + outer * p.student.outer + m * p.student.step + inner;
   const T* t = static_cast<const T*>(p.teacher.data) + outer * p.teacher.outer + m * p.teacher.step + inner;
-  T* to = static_cast<T*>(p.grad_student) + (outer * p.M + m) * p.inner + inner;
   const C factor = powers_per_logit<C>(p);
   Magnitude<C> most;
   for (int64_t v = 0; v < width; v += W) {
@@ -210,6 +250,18 @@ inline bool bounded_gradient_row(const LogitsProblem& p, int64_t outer, int64_t 
     store_vector(to + i, load_vector(of_student + i) * power_of_two(zs) - load_vector(of_teacher + i) * power_of_two(zt));
   }
   return most.within(static_cast<C>(kLargestPower));
+}
+
+// Calls write(to) for `n` <= N elements of the gradient from `offset` on; where these are the student's logits, which write reads, by way
+// of a buffer, whose content is taken over if write says so. Returns what write returns.
+template <int64_t N, typename T, typename F>
+inline bool write_gradient(const LogitsProblem& p, int64_t offset, int64_t n, const F& write) {
+  T* to = static_cast<T*>(p.grad_student) + offset;
+  if (p.grad_student != p.student.data) return write(to);
+  T buffer[N];
+  if (!write(buffer)) return false;
+  std::memcpy(to, buffer, static_cast<size_t>(n) * sizeof(T));
+  return true;
 }
 
 // f(T()) with the storage type of both sides where it computes as C, else false: types differ, or a softmax over one entry must be

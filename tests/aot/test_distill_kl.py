@@ -16,7 +16,7 @@ ONE_OF_EACH = ("sm_80", "sm_90", "gfx942")
 """Products from registers, from shared memory, and those of AMD: for variants that need less than one tested everywhere."""
 
 
-def compile_logits(name, target, dtype, M, inner):
+def compile_logits(name, target, dtype, M, inner, overwrite=False):
     import triton.language as tl
 
     from cl_kernels.distill_kl import triton_kernels
@@ -27,6 +27,8 @@ def compile_logits(name, target, dtype, M, inner):
     constexprs = {**config, "COMPUTE": tl.float32}
     if "KL" in kernel.arg_names:
         constexprs["KL"] = True
+    if "OVERWRITE" in kernel.arg_names:
+        constexprs["OVERWRITE"] = overwrite
     unit = "student_inner" if inner > 1 else "student_step"
     constexprs |= {unit: 1, unit.replace("student", "teacher"): 1}
     if inner == 1:
@@ -92,6 +94,12 @@ def test_logits(name, M, inner, dtype, target):
     testing.assert_fits(info)
     if target == "sm_90" and dtype == "fp32" and inner == 1:
         assert info.count("LDG.E.128") > 0
+
+
+@pytest.mark.parametrize("target", testing.TARGETS)
+def test_logits_that_are_overwritten(target):
+    """No thread writes before all have read; the barrier costs no registers."""
+    testing.assert_fits(compile_logits("backward_kernel", target, "fp32", 64, 1000, overwrite=True))
 
 
 @pytest.mark.parametrize("target", testing.TARGETS)

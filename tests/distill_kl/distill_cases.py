@@ -128,6 +128,38 @@ def check_views(backend):
             torch.testing.assert_close(mixed, exact)
 
 
+def check_overwriting(backend):
+    """The gradient has the same bits and lies where the logits were; autograd notices who still needed them."""
+    for dtype in (torch.float32, torch.float16):
+        for shape, dim in (((5, 70), 1), ((5, 70), 0), ((2, 70, 3), 1), ((2, 2100), -1), ((3, 1), 1)):
+            for spread in (4.0, 400.0):  # within the bounds of the short way, and partly beyond
+                leaf, teacher = logits(shape, dtype, spread)
+                results = []
+                for overwrite in (False, True):
+                    leaf = leaf.detach().requires_grad_()
+                    student = leaf * 1
+                    options = {"dim": dim, "reduction": "sum", "overwrite_student": overwrite, "backend": backend}
+                    loss = clk.distill_kl(student, teacher, **options)
+                    gradient = torch.autograd.grad(loss, student, retain_graph=True)[0]
+                    assert (gradient.data_ptr() == student.data_ptr()) == overwrite
+                    results.append((loss.detach(), gradient))
+                for plain, overwritten in zip(*results, strict=True):
+                    assert torch.equal(plain, overwritten)
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    loss.backward()
+    student = (logits((5, 14))[0].requires_grad_() * 1)[:, ::2]  # not contiguous
+    before = student.detach().clone()
+    clk.distill_kl(student, before, overwrite_student=True, backend=backend).backward()
+    assert torch.equal(student, before)
+    student = before.clone().requires_grad_() * 1
+    kept = student.square().sum()  # another loss, which needs the logits in its backward pass
+    loss = clk.distill_kl(student, before, overwrite_student=True, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (kept + loss).backward()
+    with pytest.raises(ValueError, match=r"overwrite_student: student_logits .* is a leaf"):
+        clk.distill_kl(before.requires_grad_(), before.detach(), overwrite_student=True, backend=backend)
+
+
 def check_weights(backend):
     """The mean of weight · loss, with gradients for the weights, which broadcast."""
     student, teacher = logits((4, 5, 6))

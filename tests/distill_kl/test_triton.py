@@ -117,6 +117,7 @@ def test_float64_features_are_refused():
     [
         cases.check_extremes,
         cases.check_views,
+        cases.check_overwriting,
         cases.check_weights,
         cases.check_feature_views,
         cases.check_large_scale,

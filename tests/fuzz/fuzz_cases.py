@@ -17,12 +17,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from random_tensors import DTYPES, Draw, assert_close
+from fuzz_compiled import blend_, routed_block, squared_distance
+from fuzz_peaked import peaked_features, peaked_logits
+from random_tensors import DEVICE, DTYPES, Draw, assert_close
 from torch import Tensor
 
 import cl_kernels as clk
 
-DEVICE = os.environ.get("CLK_FUZZ_DEVICE", "cpu")
 TRITON = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = (torch.float32, torch.float16)  # the interpreter multiplies the bits of bfloat16
 
@@ -244,9 +245,16 @@ def _refuses(
     return True
 
 
-OPERATIONS: dict[str, Callable[[Draw, str], None]] = {
-    f.__name__: f for f in (moe_adapter, top_k_gating, distill_kl, feature_distill_kl, average_)
-}
+ANYWHERE = (moe_adapter, top_k_gating, distill_kl, peaked_logits, feature_distill_kl, peaked_features, average_, blend_)
+COMPILED = (routed_block, squared_distance)
+"""What the compiled library has alone."""
+
+OPERATIONS: dict[str, Callable[[Draw, str], None]] = {f.__name__: f for f in (*ANYWHERE, *COMPILED)}
+
+
+def operations(backend: str) -> list[str]:
+    """Those that a backend has."""
+    return [f.__name__ for f in (*ANYWHERE, *(COMPILED if backend == "cpu" else ()))]
 
 
 def fuzz(operation: str, first: int, cases: int, backend: str, seconds: float = float("inf")) -> int:
@@ -283,7 +291,7 @@ def main() -> None:
         os.environ["MALLOC_PERTURB_"] = "1"  # glibc reads it when a process starts
         os.execv(sys.executable, [sys.executable, *sys.argv])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    chosen = [options.operation] if options.operation else list(OPERATIONS)
+    chosen = [options.operation] if options.operation else operations(options.backend)
     for operation in chosen:
         start = time.perf_counter()
         cases = fuzz(operation, options.first, options.cases // len(chosen), options.backend, options.seconds)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+DEVICE = os.environ.get("CLK_FUZZ_DEVICE", "cpu")
+"""Where the implementation under test runs."""
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """float32 twice as often: it is what most people run."""

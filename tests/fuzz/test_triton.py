@@ -8,6 +8,6 @@ import pytest
 pytestmark = pytest.mark.interpreter
 
 
-@pytest.mark.parametrize("operation", fuzz_cases.OPERATIONS)
+@pytest.mark.parametrize("operation", fuzz_cases.operations("triton"))
 def test_random_cases_are_right(operation):
     fuzz_cases.fuzz(operation, 0, 12, "triton")
