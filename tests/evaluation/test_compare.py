@@ -143,6 +143,31 @@ def test_published_numbers_are_of_known_tasks_and_test_images(write_result):
         assert not any("published" in row[0] for row in summary_table(board).rows)
 
 
+def xtail_config(**changes):
+    evaluation, data = {"label_space": "all"}, {"split": "coop", "shots": 16}
+    values = {"model": "ViT-B-16", "evaluation": evaluation, "data": data, **changes}
+    return {"method": {"name": "ranpac"}, **values}
+
+
+def test_published_numbers_of_x_tail_stand_beside_its_own_protocol_only(write_result):
+    """Sixteen shots, the classes of all tasks; never beside MTIL's numbers, whose tasks are known."""
+    (board,), _ = boards_of(write_result("x", scenario="xtail", config=xtail_config()))
+    rows = {row[0]: row for row in summary_table(board).rows if "published" in row[0]}
+    assert "label space all" in board.title
+    assert rows["CoDyRA (published, CoDyRA project page, coop splits)"][2:5] == ["63.2", "71.3", "79.2"]
+    assert rows["MoRAM (published, MoRAM repository, coop splits)"][2:5] == ["63.3", "72.7", "80.9"]
+    assert len(rows) == len(published("xtail", "I"))
+    assert not any("ZSCL result files" in label for label in rows)
+    others = {
+        "task": {"evaluation": {"label_space": "task"}},
+        "five": {"data": {"split": "coop", "shots": 5}},
+        "whole": {"data": {"split": "coop"}},
+    }
+    for name, changes in others.items():
+        (board,), _ = boards_of(write_result(name, scenario="xtail", config=xtail_config(**changes)))
+        assert not any("published" in row[0] for row in summary_table(board).rows), name
+
+
 def test_files_are_complete_and_the_page_is_self_contained(write_result, tmp_path):
     folders = [write_result("ft"), write_result("z", method="zscl", seed=1), write_result("j", method="joint")]
     text = io.StringIO()

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from cl_methods.evaluation.boards import METRICS, Board
-from cl_methods.evaluation.published import published
+from cl_methods.evaluation.published import PROTOCOLS, published
 from cl_methods.text import printable
 
 ABSENT = "–"
@@ -115,9 +115,9 @@ def summary_table(board: Board) -> TextTable:
     continual = sum(group.continual for group in board.compared())
     best = frozenset(_best(rows[first : first + continual], first))
     breaks = [first, first + continual, len(rows)]
-    # as in all the papers of the table: every training image, every test image, the task known, OpenAI's ViT-B/16
-    comparable = all(board.conditions.get(name) is None for name in ("shots", "limit", "start"))
-    comparable &= (board.conditions["label_space"], board.conditions["split"]) == ("task", "test")
+    # as in all the papers of the table: every test image, the protocol's label space and shots, OpenAI's ViT-B/16
+    protocol: dict[str, Any] = {"split": "test", "limit": None, "start": None, **PROTOCOLS.get(board.scenario, {})}
+    comparable = all(board.conditions.get(name) == value for name, value in protocol.items())
     other = "" if board.conditions["model"].startswith("ViT-B-16") else " with ViT-B/16"
     for entry in published(board.scenario, board.order) if comparable else []:
         printed = [ABSENT if value is None else f"{value:.1f}" for value in (entry.transfer, entry.average, entry.last)]

@@ -76,7 +76,7 @@ def verdict(accuracy: float, published: PublishedZeroShot) -> tuple[bool, str]:
 def _zscl() -> dict[str, float]:
     with files("cl_methods.evaluation").joinpath("published.csv").open() as file:
         for row in csv.DictReader(file):
-            if (row["order"], row["metric"], row["method"]) == ("I", "last", "Zero-shot"):
+            if (row["scenario"], row["order"], row["metric"], row["method"]) == ("mtil", "I", "last", "Zero-shot"):
                 return {name: float(row[column]) for column, name in _zscl_columns(row).items()}
     return {}
 
