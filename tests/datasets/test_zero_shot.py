@@ -80,7 +80,7 @@ def test_options_are_checked(root, capsys):
         (("--pretrained", "x.pt"), "pretrained: has a meaning with --zero-shot only"),
         (("--zero-shot", "--model", "mini"), "model: 'mini' knows the words of its own world only"),
         (("--zero-shot",), f"pretrained: {FULL_MODEL} needs weights"),
-        (("--zero-shot", "--batch-size", "0"), "batch_size: expected a number >= 1, got 0"),
+        (("--zero-shot", "--batch-size", "0"), "batch_size: expected a number >= 1, or auto, got 0"),
         (("--zero-shot", "--pretrained", "nowhere.pt"), "neither a file nor a tag"),
     ):
         assert check(root, *arguments) == 2

@@ -26,7 +26,10 @@ class Linear(Method):
 
     def __init__(self) -> None:
         self.backbone = SimpleNamespace(
-            eval_transform=lambda image: image.float() / 255, device=torch.device("cpu"), model=torch.nn.Identity()
+            micro_batches=None,
+            eval_transform=lambda image: image.float() / 255,
+            device=torch.device("cpu"),
+            model=torch.nn.Identity(),
         )
         self._classifiers, self._expected = {}, ()
         self.asked: set[str] = set()

@@ -43,7 +43,12 @@ def to_noisy_float(image: Tensor) -> Tensor:
 def tiny_backbone(pixels: int = 48, classes: int = 3) -> SimpleNamespace:
     model = nn.Linear(pixels, classes)
     return SimpleNamespace(
-        model=model, train_transform=to_noisy_float, eval_transform=to_float, device=torch.device("cpu"), name="tiny"
+        model=model,
+        train_transform=to_noisy_float,
+        eval_transform=to_float,
+        device=torch.device("cpu"),
+        name="tiny",
+        micro_batches=None,
     )
 
 

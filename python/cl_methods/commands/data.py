@@ -53,7 +53,7 @@ class Check:
         model: open_clip name, or `local-dir:DIR`, for zero-shot.
         pretrained: file of weights or open_clip tag, for zero-shot.
         device: cpu, cuda, cuda:1 …; auto takes a GPU if there is one; for zero-shot.
-        batch_size: images per batch, for zero-shot.
+        batch_size: images at a time, for zero-shot; `auto` takes as many as memory or caches hold.
         workers: data-loading processes, for zero-shot.
     """
 
@@ -69,7 +69,7 @@ class Check:
     model: str = FULL_MODEL
     pretrained: str | None = None
     device: str = "auto"
-    batch_size: int = 128
+    batch_size: int | Literal["auto"] = "auto"
     workers: int = 0
 
 
@@ -132,9 +132,10 @@ def _check(options: Check) -> None:
     Raises:
         DataError: an option has an impossible value, or no meaning.
     """
-    for name, least in (("batch_size", 1), ("workers", 0)):
-        if getattr(options, name) < least:
-            raise DataError(f"{name}: expected a number >= {least}, got {getattr(options, name)}")
+    if options.batch_size != "auto" and options.batch_size < 1:
+        raise DataError(f"batch_size: expected a number >= 1, or auto, got {options.batch_size}")
+    if options.workers < 0:
+        raise DataError(f"workers: expected a number >= 0, got {options.workers}")
     if options.zero_shot and options.model == "mini":
         raise DataError("model: 'mini' knows the words of its own world only, not the class names of these datasets")
     if options.pretrained is not None and not options.zero_shot:

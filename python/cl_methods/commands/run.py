@@ -23,6 +23,7 @@ from cl_methods.training.checkpoints.atomic import writing
 from cl_methods.training.config import RunConfig
 from cl_methods.training.distributed import processes
 from cl_methods.training.environment import choose_device
+from cl_methods.training.memory.evaluation_batch import choose_batch
 from cl_methods.training.planning.plan import make_plan, readable_flops
 from cl_methods.training.planning.time_bound import product_speed
 from cl_methods.training.progress import RunProgress, progress_for
@@ -152,12 +153,14 @@ def _print_plan(config: RunConfig, output: Path) -> None:
         console.print(sentence, soft_wrap=True, highlight=False)
     device = choose_device(config.device)
     console.print(plan.time_sentence(product_speed(device), str(device)), soft_wrap=True, highlight=False)
+    memory = None
     if config.plans_memory:
         from cl_methods.training.memory.planner import plan_run  # which takes a second to load
 
-        memory = plan_run(config, scenario, choose_device(config.device))
+        memory = plan_run(config, scenario, device)
         for line in memory.lines() if memory is not None else ():
             console.print(line, soft_wrap=True, highlight=False)
+    console.print(choose_batch(config, scenario, method, device, plan=memory).sentence, soft_wrap=True, highlight=False)
     console.print(planned_weights(config.model, config.pretrained), soft_wrap=True, highlight=False, markup=False)
     if config.weights is not None:
         start = StartingPoint.read(config.weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,9 @@ from cl_methods.datasets.images import DataError
 from cl_methods.evaluation.accuracy import EvaluationOptions, measure_row
 from cl_methods.evaluation.zero_shot import PublishedZeroShot, published_zero_shot, verdict
 from cl_methods.methods import METHODS
+from cl_methods.scenarios.base import Scenario
+from cl_methods.training.building import decide_batch
+from cl_methods.training.config import RunConfig
 from cl_methods.training.environment import choose_device
 
 _ADVICE = (
@@ -24,7 +28,12 @@ _ADVICE = (
 
 
 def zero_shot_table(
-    found: Sequence[Found], model: str, pretrained: str | None, device: str, batch_size: int, workers: int
+    found: Sequence[Found],
+    model: str,
+    pretrained: str | None,
+    device: str,
+    batch_size: int | Literal["auto"],
+    workers: int,
 ) -> tuple[list[Table | str], bool]:
     """Zero-shot accuracy of every dataset, the published value, and what to think of the difference.
 
@@ -45,7 +54,10 @@ def zero_shot_table(
     origin = backbone.origin
     tag = origin.released_as if origin is not None else None
     method = METHODS["zero_shot"](backbone, METHODS["zero_shot"].default_config("mtil"))
-    options = EvaluationOptions(batch_size=batch_size)
+    scenario = Scenario("mtil", "I", tuple(entry.task for entry in found))
+    asked = EvaluationOptions(batch_size=batch_size)
+    config = RunConfig("zero_shot", method.config, "mtil", model=model, pretrained=pretrained, evaluation=asked)
+    options = decide_batch(config, scenario, method, lambda _: None).evaluation
     table = Table(title=f"zero-shot accuracy of {model}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("dataset", "images", "accuracy", "published", "difference", "verdict", "published by"):
         right = column in ("images", "accuracy", "published", "difference")

@@ -40,10 +40,16 @@ class ImageBatch:
             name: of the encoder; unique within a method.
             encode: images (B, 3, R, R) -> features (B, …). The result may be kept and must not be changed in place.
         """
-        if name not in self._frozen:
-            self._frozen[name] = self.find(name, encode)
-        return self._frozen[name]
+        kept = self.kept(name)
+        if kept is None:
+            kept = encode(self.pixels())
+            self.keep(name, kept)
+        return kept
 
-    def find(self, name: str, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """What :meth:`frozen` asks for the first time: ``encode`` of the pixels (B, 3, R, R)."""
-        return encode(self.pixels())
+    def kept(self, name: str) -> Tensor | None:
+        """What :meth:`keep` was given under ``name``, (B, …) on the device; None if it is not there."""
+        return self._frozen.get(name)
+
+    def keep(self, name: str, features: Tensor) -> None:
+        """Keep ``features`` (B, …), which an encoder called ``name`` gives these images all run long."""
+        self._frozen[name] = features

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from cl_methods.datasets.task import Task
 from cl_methods.evaluation.features import EvaluationImages, FeatureStore, RowReader
 from cl_methods.evaluation.novelty import NoveltyTally
 from cl_methods.evaluation.options import EvaluationOptions, LabelSpace, competing_tasks, evaluated_images, guessing
-from cl_methods.evaluation.uncertainty import calibration_error, reliability
+from cl_methods.evaluation.tally import Measured, Tally
 from cl_methods.methods.base import Method
 
 __all__ = [
@@ -32,22 +32,6 @@ __all__ = [
     "measure_spaces",
     "row_reader",
 ]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was measured on one task.
-
-    Attributes:
-        accuracy: percentage of images whose highest score belongs to a class with the right name.
-        calibration_error: expected calibration error of the soft-max of the scores, in percent.
-        reliability: images, right ones and confidences in each of its bins; see
-            :func:`~cl_methods.evaluation.uncertainty.reliability`.
-    """
-
-    accuracy: float
-    calibration_error: float
-    reliability: dict[str, list[Any]]
 
 
 def measure(
@@ -140,7 +124,7 @@ def row_reader(method: Method, tasks: Sequence[Task], options: EvaluationOptions
             ImageReader(
                 sources,
                 backbone.eval_transform,
-                batch_size=options.batch_size,
+                batch_size=options.images_together,
                 device=backbone.device,
                 workers=workers,
             )
@@ -198,11 +182,12 @@ def _measure(
         raise ValueError(f"evaluation.split: task {task.name} has no {options.split} images")
     scored = spaces if novelty is None else [*spaces, novelty.scored]
     device, asked = method.backbone.device, list({id(one): one for space in scored for one in space}.values())
-    tallies = [_Tally.of(task, candidates, device) for candidates in spaces]
+    tallies = [Tally.of(task, candidates, device) for candidates in spaces]
     images = EvaluationImages(reader, number, name=task.name, device=device, store=store, dealt=dealt.own)
-    with ranks.alone():
+    with ranks.alone(), store.parts.within(method.backbone):
         for batch, labels in images:
-            scores = dict(zip(map(id, asked), _scores(method, batch, asked), strict=True))
+            found = store.parts.work(method.backbone, len(batch), partial(_scores, method, batch, asked))
+            scores = dict(zip(map(id, asked), found, strict=True))
             for tally, candidates in zip(tallies, spaces, strict=True):
                 tally.add(torch.cat([scores[id(candidate)] for candidate in candidates], dim=1), labels)
             if novelty is not None:
@@ -214,55 +199,6 @@ def _measure(
     if any(bool(tally.invalid) for tally in tallies):
         raise ValueError(f"logits of {method.name} on {task.name}: some are NaN; the weights have diverged")
     return [tally.measured() for tally in tallies]
-
-
-@dataclass
-class _Tally:
-    """What is counted in one label space, batch by batch; nothing waits for the device.
-
-    Attributes:
-        predicted_class: (columns,) number of the class that each score belongs to; equal names have equal numbers.
-        true_class: (C,) number of each class of the evaluated task.
-        invalid: scalar, whether a score was NaN.
-        correct, confidence: for each batch (B,).
-    """
-
-    predicted_class: Tensor
-    true_class: Tensor
-    invalid: Tensor
-    correct: list[Tensor] = field(default_factory=list)
-    confidence: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, task: Task, candidates: Sequence[Task], device: torch.device) -> _Tally:
-        names = [name for candidate in candidates for name in candidate.class_names]
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-        predicted = torch.tensor([numbers[name] for name in names], device=device)
-        true = torch.tensor([numbers[name] for name in task.class_names], device=device)
-        return cls(predicted, true, torch.zeros((), dtype=torch.bool, device=device))
-
-    def add(self, scores: Tensor, labels: Tensor) -> None:
-        self.invalid |= scores.isnan().any()
-        predicted = self.predicted_class[scores.argmax(dim=1)]
-        self.correct.append(predicted == self.true_class[labels])
-        classes = scores.new_zeros(len(scores), len(self.predicted_class), dtype=torch.float64)
-        classes.index_add_(1, self.predicted_class, scores.double().softmax(dim=1))
-        self.confidence.append(classes.gather(1, predicted[:, None]).squeeze(1))
-
-    def collect(self, batches: int, start: int) -> None:
-        """Take in what the other processes counted in their batches, as they were dealt; all batches in order then."""
-        if ranks.count() == 1:
-            return
-        device = self.invalid.device
-        own = [(right.cpu(), sure.cpu()) for right, sure in zip(self.correct, self.confidence, strict=True)]
-        pairs = ranks.gather_batches(own, batches, start)
-        self.correct, self.confidence = ([one.to(device) for one in values] for values in zip(*pairs, strict=True))
-        self.invalid = torch.tensor(ranks.anyone(bool(self.invalid)), device=device)
-
-    def measured(self) -> Measured:
-        right, sure = torch.cat(self.correct), torch.cat(self.confidence)
-        accuracy = 100.0 * int(right.sum()) / len(right)
-        return Measured(accuracy, 100.0 * calibration_error(sure, right), reliability(sure, right))
 
 
 def _scores(method: Method, images: ImageBatch, tasks: Sequence[Task]) -> list[Tensor]:

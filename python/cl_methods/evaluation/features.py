@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from cl_methods.components.image_batch import ImageBatch
 from cl_methods.datasets.loading import ImageReader
+from cl_methods.evaluation.in_parts import Parts
 
 _GIB = 1 << 30
 
@@ -24,11 +25,15 @@ class FeatureStore:
     Args:
         images: of all sources together.
         gibibytes: bound on what is kept.
-        note: told once for each encoder whose features do not fit.
+        note: told once for each encoder whose features do not fit, and whenever batches must be encoded in smaller parts.
+
+    Attributes:
+        parts: in which batches are encoded.
     """
 
     def __init__(self, images: int, gibibytes: float, note: Callable[[str], None] | None = None) -> None:
         self.images, self.gibibytes, self.note = images, gibibytes, note
+        self.parts = Parts(note)
         self._kept: dict[tuple[str, str, int], Tensor] = {}
         self._reserved: dict[str, int] = {}
 
@@ -163,11 +168,16 @@ class _StoredBatch(ImageBatch):
         return self._pixels
 
     @override
-    def find(self, name: str, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        store, source = self._images.store, self._images.name
-        kept = store.get(name, source, self._number)
-        if kept is not None:
-            return kept.to(self._images.device, non_blocking=True)
-        features = encode(self.pixels())
-        store.put(name, source, self._number, features)
-        return features
+    def kept(self, name: str) -> Tensor | None:
+        found = super().kept(name)
+        if found is None:
+            stored = self._images.store.get(name, self._images.name, self._number)
+            if stored is not None:
+                found = stored.to(self._images.device, non_blocking=True)
+                super().keep(name, found)
+        return found
+
+    @override
+    def keep(self, name: str, features: Tensor) -> None:
+        super().keep(name, features)
+        self._images.store.put(name, self._images.name, self._number, features)

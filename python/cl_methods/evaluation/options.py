@@ -14,6 +14,9 @@ from cl_methods.datasets.task import Task
 
 LabelSpace = Literal["task", "seen", "all"]
 
+USUAL_BATCH = 128
+"""Images that are scored together where nothing says how many the memory holds; the number of the public code."""
+
 
 @dataclass
 class EvaluationOptions:
@@ -23,7 +26,8 @@ class EvaluationOptions:
         label_space: which classes compete: those of the evaluated task (MTIL), of it and all tasks learnt so far, or of
             all tasks. Several are measured from one pass over the images; the first is that of the reported accuracies.
         split: images that are evaluated; tune on `validation` only.
-        batch_size: images per batch.
+        batch_size: images that are scored together; `auto` takes as many as are fastest and fit into the memory that is left,
+            see docs/evaluation.md.
         limit: evaluate at most so many images of each task, evenly spread over its classes and always the same ones.
         feature_memory: GiB of host memory for features of frozen image encoders, which are then computed once per run.
         novelty: after each task but the last, also measure how well these uncertainties tell images of learnt tasks from those of
@@ -33,7 +37,7 @@ class EvaluationOptions:
 
     label_space: LabelSpace | tuple[LabelSpace, ...] = "task"
     split: Literal["test", "validation"] = "test"
-    batch_size: int = 128
+    batch_size: int | Literal["auto"] = "auto"
     limit: int | None = None
     feature_memory: float = 4.0
     novelty: tuple[Uncertainty, ...] = ()
@@ -52,12 +56,17 @@ class EvaluationOptions:
             raise ValueError(
                 f"novelty: expected different ones of {', '.join(known)}, got {' '.join(map(str, self.novelty))}"
             )
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: expected a number of images >= 1, got {self.batch_size}")
+        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise ValueError(f"batch_size: expected a number of images >= 1, or auto, got {self.batch_size!r}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit: expected a number of images >= 1, got {self.limit}")
         if not self.feature_memory >= 0:
             raise ValueError(f"feature_memory: expected GiB >= 0, got {self.feature_memory}")
+
+    @property
+    def images_together(self) -> int:
+        """:attr:`batch_size`; the usual one where `auto` has not been decided."""
+        return USUAL_BATCH if self.batch_size == "auto" else self.batch_size
 
     @property
     def label_spaces(self) -> tuple[LabelSpace, ...]:

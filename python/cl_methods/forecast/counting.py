@@ -120,7 +120,7 @@ def count_work(
         method = find_method(config.method)(backbone, short_fits(config.effective_settings()), reference)
         try:
             use_micro_batches(method, parts)
-            image = _image_work(backbone, config.evaluation.batch_size)
+            image = _image_work(backbone, config.evaluation.images_together)
             found.evaluation = _evaluation(method, config, scenario, image, processes)
             tasks = scenario.tasks[:1] if method.joint else scenario.tasks
             tokens = [method.training_texts(task).numel() for task in tasks]

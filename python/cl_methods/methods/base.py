@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -148,6 +148,15 @@ class Method(Scoring, ABC):
     def before_task(self, index: int, task: Task) -> None:
         """Prepare for training on ``task``, the ``index``-th (0-based) of the sequence."""
         self.forget_classifiers()
+
+    @classmethod
+    def couples(cls, settings: Any) -> bool:
+        """Whether, with these ``settings``, an image's scores depend on the images scored with it, and so on the size of a batch.
+
+        By default, whether a setting called ``scope``, of the method or of a part of it, is ``"batch"``.
+        """
+        nested = [value for value in vars(settings).values() if is_dataclass(value)]
+        return any(getattr(one, "scope", None) == "batch" for one in (settings, *nested))
 
     def stages(self, task: Task) -> tuple[Stage, ...]:
         """Optimiser stages of ``task``, known from the configuration and the task alone; by default one, ``"train"``."""

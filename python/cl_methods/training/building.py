@@ -18,6 +18,7 @@ from cl_methods.scenarios.base import Scenario
 from cl_methods.seeding import derive_seed, seed_everything
 from cl_methods.sharding import shard
 from cl_methods.training.config import RunConfig
+from cl_methods.training.memory.evaluation_batch import choose_batch, with_batch
 
 if TYPE_CHECKING:
     from cl_methods.training.memory.plan import MemoryPlan
@@ -95,6 +96,31 @@ def plan_run_memory(
     for line in plan.lines() if plan is not None else ["memory: no plan, the method takes no optimiser steps"]:
         note(line)
     return plan
+
+
+def decide_batch(
+    config: RunConfig,
+    scenario: Scenario,
+    method: Method,
+    note: Callable[[str], None],
+    *,
+    plan: MemoryPlan | None = None,
+    earlier: int | None = None,
+) -> RunConfig:
+    """The configuration with the number of images that evaluations score together in place of `auto`.
+
+    Several processes take the smallest of what each found.
+
+    Args:
+        config, scenario, method: of the run; the method is on its device.
+        note: told the number where memory decided it.
+        plan: its memory plan, if there is one.
+        earlier: the number that a run which goes on began with.
+    """
+    chosen = choose_batch(config, scenario, type(method), method.backbone.device, plan=plan, earlier=earlier)
+    if chosen.by_memory:
+        note(chosen.sentence)
+    return with_batch(config, min(ranks.gather_values(chosen.images)))
 
 
 def rows_after_learning(config: RunConfig, method: Method | type[Method], tasks: int) -> int:

@@ -13,7 +13,7 @@ from cl_methods.evaluation.options import LabelSpace
 from cl_methods.methods import Method
 from cl_methods.methods.find import find_method
 from cl_methods.scenarios.base import Scenario
-from cl_methods.training.building import build_method, select_scenario
+from cl_methods.training.building import build_method, decide_batch, select_scenario
 from cl_methods.training.checkpoints import RunDirectory, TrainingProgress
 from cl_methods.training.config import RunConfig, differences
 from cl_methods.training.environment import choose_device
@@ -105,6 +105,7 @@ class Evaluating:
             )
         device = choose_device(config.device)
         method = build_method(config, scenario, device)
+        self.config = config = decide_batch(config, scenario, method, self.progress.note)
         use_levers(method, config.levers)
         check_weights(self.run, self.description, method)
         description = describe_run(config, scenario, method, device)

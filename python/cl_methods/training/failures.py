@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from cl_methods import ranks
+from cl_methods.backbone.smaller_parts import is_out_of_memory
 from cl_methods.sharding import is_sharded, local
 from cl_methods.training.checkpoints import RunDirectory
 from cl_methods.training.checkpoints.atomic import WriteError
 from cl_methods.training.loop import NonFiniteLossError
-
-_NO_MEMORY = "can't allocate memory"
-"""What torch says where the host has none left; a GPU that has none left raises a class of its own."""
 
 
 class NoMemoryError(RuntimeError):
@@ -49,7 +47,7 @@ def explain(error: RuntimeError | MemoryError, directory: RunDirectory) -> Runti
         except WriteError as further:
             text += f" ({further})"
         return NonFiniteLossError(text, task=error.task, step=error.step, terms=error.terms)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY in str(error):
+    if is_out_of_memory(error):
         reason = (str(error).splitlines() or ["out of memory"])[0].rstrip(". ")
         return NoMemoryError(
             f"no memory left ({reason}). {last_good(directory)} Go on with --resume and a --memory-budget below what there is "

@@ -12,7 +12,7 @@ import torch
 
 from cl_methods.methods import Method
 from cl_methods.scenarios.base import Scenario
-from cl_methods.training.checkpoints import RunDirectoryError
+from cl_methods.training.checkpoints import DamagedError, RunDirectory, RunDirectoryError
 from cl_methods.training.config import RunConfig, differences
 from cl_methods.training.environment import describe_environment
 
@@ -82,6 +82,16 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], path: Path, note
     moved = [f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]]
     if moved:
         note(f"resuming in another environment; results may differ in the last bits: {'; '.join(moved)}")
+
+
+def evaluation_batch_of(directory: RunDirectory) -> int | None:
+    """How many images the run in ``directory`` scores together; None where there is no run, or no whole description of it."""
+    try:
+        described = directory.read_json("run.json") or {}
+        images = described["config"]["evaluation"]["batch_size"]
+    except (DamagedError, KeyError, TypeError):
+        return None  # whoever opens the directory says what is wrong with it
+    return images if isinstance(images, int) else None
 
 
 def _start(started: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from cl_methods.sharding import gathered, load_method_state
 from cl_methods.training.building import (
     build_method,
     check_distributed,
+    decide_batch,
     plan_run_memory,
     rows_after_learning,
     select_scenario,
@@ -26,7 +27,7 @@ from cl_methods.training.checkpoints.restoring import Restored, restore
 from cl_methods.training.config import RunConfig
 from cl_methods.training.environment import choose_device
 from cl_methods.training.failures import explain
-from cl_methods.training.identity import check_same_run, describe_run
+from cl_methods.training.identity import check_same_run, describe_run, evaluation_batch_of
 from cl_methods.training.learning import Learning
 from cl_methods.training.memory.levers import use_levers
 from cl_methods.training.progress import RunProgress
@@ -79,7 +80,7 @@ class Run:
     def __init__(
         self, config: RunConfig, output: Path, *, resume: bool, overwrite: bool, progress: RunProgress
     ) -> None:
-        self.config, self.reporter = config, progress
+        self.reporter = progress
         check_distributed(config)
         self.device = choose_device(config.device)
         check_compile(config.compile, self.device)
@@ -88,6 +89,11 @@ class Run:
         self.scenario = scenario = select_scenario(config)
         self.memory_plan = plan_run_memory(config, scenario, self.device, progress.note)
         self.method = build_method(config, scenario, self.device)
+        self.directory = RunDirectory(output)
+        earlier = evaluation_batch_of(self.directory) if resume else None
+        self.config = config = decide_batch(
+            config, scenario, self.method, progress.note, plan=self.memory_plan, earlier=earlier
+        )
         if start is not None:
             start.put_into(self.method, trains=config.learns(self.method))
         self.learnt_before = 0 if start is None else len(start.learnt.tasks)
@@ -97,7 +103,6 @@ class Run:
         if config.compile != "none":
             compile_blocks(backbones(self.method), config.compile)
         shard_backbone(config, self.method, progress.note)
-        self.directory = RunDirectory(output)
         self.description = describe_run(config, scenario, self.method, self.device)
         self.description["started_from"] = start.as_dict() if start is not None else None
         if self.memory_plan is not None:

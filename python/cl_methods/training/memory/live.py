@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any, Self
 from unittest import mock
@@ -9,7 +10,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -37,11 +37,12 @@ class LiveMemory(TorchDispatchMode):
     Args:
         fake: makes large new tensors without data; None: all are real.
         all_empty: whether it makes small ones of ``torch.empty`` too, such as the buffers of sharded weights.
+        meta: whether tensors on the device ``meta`` count, with the size that their data would have.
     """
 
-    def __init__(self, fake: FakeTensorMode | None = None, *, all_empty: bool = False) -> None:
+    def __init__(self, fake: FakeTensorMode | None = None, *, all_empty: bool = False, meta: bool = False) -> None:
         super().__init__()
-        self._all_empty = all_empty
+        self._all_empty, self._meta = all_empty, meta
         self.bytes = self.peak = 0
         self.operations_left: int | None = None
         self._fake = fake
@@ -95,7 +96,7 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(issubclass(kind, DTensor) for kind in types):
+        if _distributed(types):
             return NotImplemented  # which asks for the same of its rows
         if self._others():
             return func(*args, **kwargs)
@@ -107,7 +108,7 @@ class LiveMemory(TorchDispatchMode):
                 raise TooLongError
         made = func(*args, **kwargs) if self._fake is None or _given(args, kwargs) else self._make(func, args, kwargs)
         for value in tree_iter(made):
-            if isinstance(value, Tensor) and value.device.type != "meta":
+            if isinstance(value, Tensor) and (self._meta or value.device.type != "meta"):
                 self.count(value)
         return made
 
@@ -125,6 +126,12 @@ class LiveMemory(TorchDispatchMode):
         if isinstance(made, Tensor) and made.is_floating_point() and made.numel() > smallest:
             return made
         return func(*args, **kwargs)
+
+
+def _distributed(types: Any) -> bool:
+    """Whether one of them is DTensor's, whose package takes a second to load; where it is not, there are none."""
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is not None and any(issubclass(kind, package.DTensor) for kind in types)
 
 
 def _given(args: Any, kwargs: Any) -> bool:

@@ -226,7 +226,7 @@ def plan_run(config: RunConfig, scenario: Scenario, device: torch.device) -> Mem
         processes=processes,
         sharded=sharded,
         on_gpu=device.type != "cpu",
-        evaluated=config.evaluation.batch_size,
+        evaluated=config.evaluation.images_together,
     )
 
 
