@@ -11,7 +11,10 @@ from tiny_clip import noise_images, transform
 from trained import DETECTOR
 
 from cl_methods.backbone import Backbone
+from cl_methods.components import autoencoders, ddas
+from cl_methods.components.autoencoders import AutoEncoder, reconstruction_errors
 from cl_methods.components.ddas import DDAS, decide
+from cl_methods.components.image_batch import ImageBatch
 from cl_methods.datasets.images import TensorImages
 
 
@@ -89,6 +92,49 @@ def test_state_round_trip(detector: DDAS, backbone: Backbone) -> None:
 def test_backbone_features(backbone: Backbone, depth: int) -> None:
     found = DDAS(backbone, replace(DETECTOR, depth=depth))
     assert found.extractor.features(stack(noise_images(3, 1, 1))).shape == (3, 64)
+
+
+@pytest.mark.parametrize("cached", [1, 100, 1 << 20])
+def test_errors_of_several_autoencoders_together(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of columns as in one piece, to float32; each one's to the bit, whoever else is asked."""
+    monkeypatch.setattr(autoencoders, "_CACHED", cached)
+    torch.manual_seed(0)
+    coders = [AutoEncoder(67, 5) for _ in range(4)]
+    z = torch.rand(9, 67)
+    found = reconstruction_errors(coders, z)
+    assert not found.requires_grad
+    with torch.no_grad():
+        exact = torch.stack([coder.double().errors(z.double()) for coder in coders], dim=1)
+    torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=0)
+    assert torch.equal(reconstruction_errors([coders[2].float()], z)[:, 0], found[:, 2])
+
+
+def test_an_autoencoder_looks_at_an_image_once(detector: DDAS, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later tasks add a look by the new autoencoder alone; one with other weights looks for itself."""
+    looks: list[int] = []
+
+    def counted(coders: list[AutoEncoder], z: torch.Tensor) -> torch.Tensor:
+        looks.append(len(coders))
+        return reconstruction_errors(coders, z)
+
+    monkeypatch.setattr(ddas, "reconstruction_errors", counted)
+    pixels = stack(noise_images(7, 8, 1, 60))
+    batch = ImageBatch(pixels)
+    first = detector.decide_batch(batch)
+    assert torch.equal(detector.decide_batch(batch), first)
+    assert looks == [3]
+    detector.learn_task(2, noise_images(40, 6, 1, 20), noise_images(20, 7, 1, 20))
+    again = detector.decide_batch(batch)
+    assert looks == [3, 1]
+    assert torch.equal(again, detector.decide(pixels))
+    state = {name: value.clone() for name, value in detector.state_dict().items()}
+    detector.load_state(state)
+    detector.decide_batch(batch)
+    assert looks == [3, 1, 4]  # the last is that of decide; what was loaded is known by its weights
+    state["tasks.0.decoder.bias"] += 0.1
+    detector.load_state(state)
+    detector.decide_batch(batch)
+    assert looks == [3, 1, 4, 1]
 
 
 def test_settings_are_checked(backbone: Backbone) -> None:

@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cl_methods import ranks
 from cl_methods.backbone import Backbone
 from cl_methods.checks import check_at_least, check_field, check_finite
+from cl_methods.components.autoencoders import AutoEncoder, reconstruction_errors
 from cl_methods.components.frozen_features import Extractor, alexnet_features, backbone_features
 from cl_methods.components.image_batch import ImageBatch
 from cl_methods.components.source_features import source_features
@@ -69,29 +69,6 @@ class DDASConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
         check_at_least(self, 0, "depth", "weight_decay")
-
-
-class AutoEncoder(nn.Module):
-    """``AE(z) = sigmoid(relu(z W_eᵀ + b_e) W_dᵀ + b_d)`` on z (N, D) in (0, 1).
-
-    Attributes:
-        unit: scalar, mean error on held-out images of the data that it was trained on.
-    """
-
-    unit: Tensor
-
-    def __init__(self, width: int, code: int) -> None:
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(width, code), nn.Linear(code, width)
-        self.register_buffer("unit", torch.ones(()))
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Reconstruction of z (N, D)."""
-        return torch.sigmoid(self.decoder(F.relu(self.encoder(z))))
-
-    def errors(self, z: Tensor) -> Tensor:
-        """(N,) mean squared error of each row of z (N, D)."""
-        return (self(z) - z).square().mean(dim=1)
 
 
 def decide(errors: Tensor, threshold: float | Tensor, scope: str) -> Tensor:
@@ -156,14 +133,26 @@ class DDAS(nn.Module):
 
     @torch.no_grad()
     def errors(self, images: Tensor) -> Tensor:
-        """(B, 1 + tasks) reconstruction errors of images (B, 3, R, R); infinite in column 0 without generic data."""
-        return self._errors(self.features_of(ImageBatch(images)))
+        """(B, 1 + tasks) reconstruction errors of ``images`` (B, 3, R, R); infinite in column 0 without generic data."""
+        return self._errors(ImageBatch(images))
 
-    def _errors(self, features: Tensor) -> Tensor:
-        z = self._squash(features)
-        unknown = z.new_full((len(z),), torch.inf)
-        generic = unknown if self.generic is None else self.generic.errors(z)
-        return torch.stack([generic, *(coder.errors(z) for coder in self._coders())], dim=1)
+    def _errors(self, images: ImageBatch) -> Tensor:
+        """Each autoencoder looks at an image once: neither changes any more. Those that have not yet look at it together."""
+        coders = ([] if self.generic is None else [self.generic]) + list(self._coders())
+        if not coders:
+            return torch.full((len(images), 1), torch.inf, device=self._backbone[0].device)
+        names = [f"error {coder.digest(self.shift, self.spread)}" for coder in coders]
+        columns = {name: images.kept(name) for name in names}
+        missing = [place for place, name in enumerate(names) if columns[name] is None]
+        if missing:
+            found = reconstruction_errors([coders[place] for place in missing], self._squash(self.features_of(images)))
+            for place, column in zip(missing, found.unbind(1), strict=True):
+                columns[names[place]] = column
+                images.keep(names[place], column)
+        known = [column for column in (columns[name] for name in names) if column is not None]
+        if self.generic is None:
+            known.insert(0, torch.full_like(known[0], torch.inf))
+        return torch.stack(known, dim=1)
 
     def _coders(self) -> Iterator[AutoEncoder]:
         for coder in self.tasks:
@@ -173,20 +162,18 @@ class DDAS(nn.Module):
     @torch.no_grad()
     def decide(self, images: Tensor) -> Tensor:
         """(B,) int64: task of each of the ``images`` (B, 3, R, R), -1 for the plain model; -1 throughout before the first task."""
-        if not len(self.tasks):
-            return torch.full((len(images),), -1, device=images.device)
-        return self.decide_features(self.features_of(ImageBatch(images)))
+        return self.decide_batch(ImageBatch(images))
 
     @torch.no_grad()
-    def decide_features(self, features: Tensor) -> Tensor:
-        """:meth:`decide` from the extractor's ``features`` (B, D)."""
+    def decide_batch(self, images: ImageBatch) -> Tensor:
+        """:meth:`decide` for a batch whose errors may be kept from earlier decisions."""
         if not len(self.tasks):
-            return torch.full((len(features),), -1, device=features.device)
+            return torch.full((len(images),), -1, device=self._backbone[0].device)
         threshold: float | Tensor = self.config.threshold
         if self.config.relative:
             units = torch.stack([coder.unit for coder in self._coders()])
             threshold = threshold * torch.cat([units.new_full((1,), torch.inf), units])
-        return decide(self._errors(features), threshold, self.config.scope)
+        return decide(self._errors(images), threshold, self.config.scope)
 
     def learn_generic(self, images: ImageSource) -> None:
         """Train the autoencoder of generic data, column 0."""

@@ -155,9 +155,13 @@ class DensitySelector(nn.Module):
     @torch.no_grad()
     def decide(self, images: Tensor) -> Tensor:
         """(B,) int64: task of each of the ``images`` (B, 3, R, R), -1 for none; -1 throughout before the first task."""
+        return self.decide_batch(ImageBatch(images))
+
+    def decide_batch(self, images: ImageBatch) -> Tensor:
+        """:meth:`decide` for a batch whose frozen features may be kept from earlier decisions."""
         if not len(self.tasks):
-            return torch.full((len(images),), -1, device=images.device)
-        return self.decide_features(self.features_of(ImageBatch(images)))
+            return torch.full((len(images),), -1, device=self._backbone[0].device)
+        return self.decide_features(self.features_of(images))
 
     @torch.no_grad()
     def decide_features(self, features: Tensor) -> Tensor:

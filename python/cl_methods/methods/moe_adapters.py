@@ -163,7 +163,7 @@ class MoEAdapters(Method):
         """The images in groups of one router; those that the plain model gets, and what the detector reads, never change."""
         if self.detector is None:
             return [self._encoded(images, self._shared(), None)]
-        chosen = self.detector.decide_features(self.detector.features_of(images))
+        chosen = self.detector.decide_batch(images)
         groups = chosen.unique().tolist()
         whole = len(groups) == 1
         rows = [None if whole else (chosen == group).nonzero().squeeze(1) for group in groups]
