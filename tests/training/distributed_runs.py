@@ -88,8 +88,8 @@ def use_parts(method, parts: MicroBatches) -> None:
         backbone.micro_batches = parts
 
 
-def start(count: int, folder: Path, *arguments) -> list[int]:
-    """Fork ``count`` processes; their ids."""
+def start(count: int, folder: Path, *arguments, work=run_all) -> list[int]:
+    """Fork ``count`` processes that ``work(folder, *arguments)`` as one; their ids."""
     folder.mkdir(parents=True, exist_ok=True)
     port, children = free_port(), []
     for rank in range(count):
@@ -100,7 +100,7 @@ def start(count: int, folder: Path, *arguments) -> list[int]:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             status = 1
             try:
-                run_all(folder, *arguments)
+                work(folder, *arguments)
                 status = 0
             except SystemExit as left:
                 status = int(left.code or 0)

@@ -18,6 +18,7 @@ from cl_methods.methods.find import METHODS
 from cl_methods.training.run import run
 
 PROGRAM = Path(__file__).with_name("distributed_runs.py")
+EVALUATIONS = Path(__file__).with_name("distributed_evaluations.py")
 SHORT = [
     "--limit-tasks",
     "2",
@@ -126,6 +127,25 @@ def in_one(program, folder: Path, method: str) -> Path:
         done = program(folder, "1", method, *SHORT, *(KINDS | REST)[method])
         assert done.returncode == 0, done.stderr
     return folder / "1" / method
+
+
+def test_two_processes_measure_checkpoints_as_one_does(program, forked_clk, folder):
+    """``clk evaluate``: whole batches are dealt out, three a task, and every label space comes to the same."""
+    run = in_one(program, folder, "moe_adapters")
+    spaces = ("--evaluation.label-space", "task", "seen", "all")
+    done = forked_clk.run(EVALUATIONS, run, folder / "again", "1,2", *spaces, environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((folder / "again" / n / "evaluated" / "evaluation.json").read_text()) for n in ("1", "2"))
+    assert [found["environment"]["processes"] for found in (one, two)] == [1, 2]
+    assert one["rows"] == two["rows"] == ["zero-shot", f"after {one['tasks'][-1]}"]
+    assert one["label_spaces"].keys() == two["label_spaces"].keys() == {"task", "seen", "all"}
+    for space, found in one["label_spaces"].items():
+        for name, values in found.items():
+            others = torch.tensor(two["label_spaces"][space][name])
+            torch.testing.assert_close(torch.tensor(values), others, rtol=0, atol=1e-5)
+    own = json.loads((run / "result.json").read_text())
+    assert one["label_spaces"]["task"]["accuracy"] == [own["zero_shot"], own["accuracy"][-1]]
+    assert done.stdout.count("of these accuracies were measured in") == 2, done.stdout
 
 
 def held_rows(shapes: list[torch.Size], count: int, rank: int) -> int:
