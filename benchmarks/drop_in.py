@@ -68,7 +68,7 @@ def main() -> None:
     for name in ("moe-adapters4cl", "mammoth", "zscl"):
         parser.add_argument(f"--{name}", type=Path, help=f"checkout of {name}")
     parser.add_argument("--clip", action="store_true", help="also measure open_clip's text tower")
-    parser.add_argument("--batch", type=int, default=32, help="images in the adapters' block")
+    parser.add_argument("--batch", type=int, default=64, help="images in the adapters' block; 64 as published")
     parser.add_argument("--whole", action="store_true", help="also time the block with attention and MLP")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file of the figures")

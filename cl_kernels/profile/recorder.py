@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cl_kernels.profile.attribution import ModuleCalls, Stack
 from cl_kernels.profile.flops import operation_flops
+from cl_kernels.profile.shapes import ShapeMemory
 from cl_kernels.profile.waiting import HostWaits, tensors_in
 
 Phase = Literal["forward", "backward", "optimizer"]
@@ -94,6 +95,7 @@ class Recorder(TorchDispatchMode):
         self._known = {tensor.untyped_storage()._cdata for tensor in self._given}
         self._waits = HostWaits(self._given)
         self._device = next((t.device for t in self._given if t.device.type != "cpu"), torch.device("cpu"))
+        self._shapes = ShapeMemory() if self._device.type == "meta" else None
         self._live: dict[int, int] = {}
         self._bytes = 0
         self._kept: set[int] = set()
@@ -148,7 +150,7 @@ class Recorder(TorchDispatchMode):
             rows = round(self._masked * self._true_share) - self._returned
             self._returned += rows
             return args[0].new_empty((rows, args[0].dim()), dtype=torch.int64)
-        return func(*args, **kwargs)
+        return func(*args, **kwargs) if self._shapes is None else self._shapes.run(func, args, kwargs)
 
     def _follow(self, inputs: list[Tensor], found: Any) -> None:
         """Count new storages as live until they are freed; what an operation writes to was there before it."""

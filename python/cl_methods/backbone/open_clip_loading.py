@@ -70,6 +70,8 @@ def untrained_open_clip(model: str, device: str = "cpu") -> Parts:
     Raises:
         ValueError: the name is unknown.
     """
+    if device == "meta":  # open_clip would make the weights first, ten gigabytes of a large model's
+        return shapes_of_open_clip(model)
     _check_name(model)
     return _parts(model, _untrained(model, device=device))
 
@@ -82,15 +84,40 @@ def shapes_of_open_clip(model: str) -> Parts:
     """
     _check_name(model)
     with torch.device("meta"):
-        return _parts(model, _untrained(model, device="meta"))
+        network = _untrained(model, device="meta")
+        text = lazy_open_clip.library.get_model_config(model)["text_cfg"]
+        return _parts(model, network, _Padded(network) if "hf_tokenizer_name" in text else None)
+
+
+class _Padded:
+    """In the place of a tokenizer of the Hugging Face hub, where only shapes count: it pads to the full context."""
+
+    def __init__(self, network: Any) -> None:
+        self._length = network.context_length
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return torch.ones(len(texts), self._length, dtype=torch.int64)
 
 
 def _untrained(model: str, **options: Any) -> nn.Module:
+    """Without pretrained weights.
+
+    Raises:
+        ValueError: its text tower is one of the Hugging Face hub, and cannot be had.
+    """
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)  # that the weights are random is the point here
     try:
         return lazy_open_clip.library.create_model(model, pretrained_text=False, **options)
+    except (RuntimeError, OSError) as error:
+        hub = lazy_open_clip.library.get_model_config(model)["text_cfg"].get("hf_model_name")
+        if hub is None:
+            raise
+        raise ValueError(
+            f"model: the text tower of {model} is {hub} of the Hugging Face hub, which says how it is built; it needs the package "
+            f"transformers and that file, online or in its cache ({error})"
+        ) from error
     finally:
         logger.setLevel(level)
 
@@ -100,10 +127,10 @@ def _check_name(model: str) -> None:
         raise ValueError(f"model: expected 'mini' or one of open_clip.list_models(), got {model!r}")
 
 
-def _parts(model: str, network: nn.Module) -> Parts:
+def _parts(model: str, network: nn.Module, tokenizer: Callable[[Sequence[str]], Tensor] | None = None) -> Parts:
     return (
         network,
-        lazy_open_clip.library.get_tokenizer(model),
+        tokenizer or lazy_open_clip.library.get_tokenizer(model),
         *image_transforms(lazy_open_clip.library.get_model_preprocess_cfg(network)),
     )
 
