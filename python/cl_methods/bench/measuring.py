@@ -36,11 +36,22 @@ def interleaved(work: Mapping[str, Work], rounds: int, device: torch.device) -> 
     return {name: Samples.of(values) for name, values in seconds.items()}
 
 
-def peak_memory(function: Work, device: torch.device) -> Samples | None:
-    """What a call needs at its peak beyond what was there before it; None where the system does not tell."""
-    with ExtraMemory(device) as extra:
-        function()
-    return None if extra.bytes is None else Samples(extra.bytes, extra.bytes, 1)
+def peak_memory(function: Work, device: torch.device, rounds: int = 1) -> Samples | None:
+    """What a call needs at its peak beyond what was there before it; None where the system does not tell.
+
+    Args:
+        function: called ``rounds`` times.
+        device: whose memory.
+        rounds: at least 1.
+    """
+    found = []
+    for _ in range(rounds):
+        with ExtraMemory(device) as extra:
+            function()
+        if extra.bytes is None:
+            return None
+        found.append(extra.bytes)
+    return Samples.of(found)
 
 
 class _NewMemory(LiveMemory):
