@@ -10,9 +10,6 @@ from torch import Tensor
 from cl_kernels import dispatch
 from cl_kernels.gating.triton_tiles import BLOCK_B, block_of, depth_of, load_tile, router_products
 
-NUM_WARPS = 8
-"""Of both kernels: with 4 their tiles for 64 experts spill on some targets."""
-
 MANY_ROWS = 4096
 """From so many rows on the weights' gradients are products large enough for torch's own."""
 
@@ -120,6 +117,11 @@ def weight_gradient_kernel(
         tl.store(grad_noise_ptr + where, noise.to(grad_noise_ptr.dtype.element_ty), mask=inside)
 
 
+def warps_of(experts: int) -> int:
+    """Of both kernels, so that neither Triton 3.6 nor 3.7 spills: 8 would in fp32 for 22 experts on sm_120, 4 for others elsewhere."""
+    return 4 if block_of(experts) == 32 else 8
+
+
 def top_k_gating_backward(
     grad: Tensor,
     x: Tensor,
@@ -149,7 +151,7 @@ def top_k_gating_backward(
         "BLOCK_B": BLOCK_B,
         "BLOCK_D": depth_of(experts),
         "BLOCK_E": block_of(experts),
-        "num_warps": NUM_WARPS,
+        "num_warps": warps_of(experts),
     }
     sizes = (rows, width, experts, *x.stride())
     with torch.cuda.device_of(x):

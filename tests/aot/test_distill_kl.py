@@ -167,8 +167,8 @@ def test_merges(target):
 
 
 def test_spills_are_seen():
-    """Twice the columns of the general variant: what the other tests assert can fail."""
-    config = {"BLOCK_N": 64, "BLOCK_M": 128, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
+    """Twice the rows and columns of the general variant: what the other tests assert can fail."""
+    config = {"BLOCK_N": 128, "BLOCK_M": 128, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
     info = compile_features("gradient_kernel", "sm_80", "bf16", config, plain=False)
     assert info.spills > 0
     with pytest.raises(AssertionError, match="spilled"):

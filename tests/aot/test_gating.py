@@ -69,7 +69,7 @@ def compile_gradients(target, dtype, noisy, experts):
     inputs = {f"{name}_ptr": f"*{dtype}" for name in ("x", "w_gate", "w_noise", "noise", "grad_x")}
     signature = inputs | scratch | sizes | {"grad_ptr": "*fp32", "gates_ptr": "*fp32", "expert_ids_ptr": "*i64"}
     constexprs = common | {"K": 2, "NOISY": noisy}
-    warps = triton_backward.NUM_WARPS
+    warps = triton_backward.warps_of(experts)
     yield testing.compile_for(triton_backward.row_gradient_kernel, signature, constexprs, target, warps)
     weights = {f"{name}_ptr": f"*{dtype}" for name in ("x", "grad_gate", "grad_noise")}
     yield testing.compile_for(triton_backward.weight_gradient_kernel, weights | scratch | sizes, common, target, warps)
