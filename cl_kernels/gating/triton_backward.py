@@ -118,7 +118,7 @@ def weight_gradient_kernel(
 
 
 def warps_of(experts: int) -> int:
-    """Of both kernels, so that neither Triton 3.6 nor 3.7 spills: 8 would in fp32 for 22 experts on sm_120, 4 for others elsewhere."""
+    """Of both kernels, so that neither Triton 3.6 nor 3.7 spills: 8 would in fp32 for 22 experts on sm_120, 4 for other numbers."""
     return 4 if block_of(experts) == 32 else 8
 
 
