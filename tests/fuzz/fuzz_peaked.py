@@ -39,7 +39,9 @@ def peaked_logits(draw: Draw, backend: str) -> None:
 
     found, expected = run(torch.float32, backend, DEVICE), run(torch.float64, "reference", "cpu")
     z_s, z_t = student.double() / temperature, teacher.double() / temperature
-    loss, gradient = _allowed(z_s, z_t, 2 * UNIT * z_s.abs(), 2 * UNIT * z_t.abs(), dim, kl)
+    # Divided by the temperature, whose reciprocal is rounded too, and subtracted from the largest.
+    dz_s, dz_t = (UNIT * (2 * z.abs() + (z - z.amax(dim, keepdim=True)).abs()) for z in (z_s, z_t))
+    loss, gradient = _allowed(z_s, z_t, dz_s, dz_t, dim, kl)
     _check("loss", found[0], expected[0], temperature**2 * loss)
     _check("gradient of student_logits", found[1], expected[1], temperature * gradient)
 
