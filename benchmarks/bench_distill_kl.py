@@ -1,7 +1,8 @@
 """Distillation up to the student's gradient, from features in both directions and from logits in each: ours beside its peers.
 
 Peers: the published pattern (logits, soft-max, cross-entropy), torch.compile of it, the plain reference and, on a GPU where it is
-installed, Liger-Kernel's fused divergence, which computes one direction from logits.
+installed, Liger-Kernel: its divergences from logits, and the one that includes the linear layer, which computes one direction from
+features.
 """
 
 from __future__ import annotations
@@ -57,6 +58,28 @@ def liger(student, teacher, dim=1):
     return LigerKLDIVLoss()(F.log_softmax(student / T, 1), F.softmax(teacher / T, 1)) * T**2
 
 
+def liger_jsd(student, teacher, dim=1):
+    """At one end of its range it is the same divergence."""
+    from liger_kernel.transformers import LigerJSD
+
+    if dim == 0:
+        student, teacher = student.T, teacher.T
+    return LigerJSD(beta=0.0)(F.log_softmax(student / T, 1), F.log_softmax(teacher / T, 1)) * T**2
+
+
+def liger_fused_linear(student, teacher, anchors, rows, columns, target):
+    """One direction: each image is a token, the captions are the vocabulary."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=0.0, temperature=T)
+    weight = SCALE * anchors
+    return loss(student, weight, teacher, weight, None) * T**2
+
+
+def published_direction(student, teacher, anchors, rows, columns, target):
+    return published_kl(SCALE * student @ anchors.T, SCALE * teacher @ anchors.T)
+
+
 def ours(*inputs, **options):
     if len(inputs) == 3:
         return clk.feature_distill_kl(*inputs, logit_scale=SCALE, temperature=T, **options)
@@ -98,11 +121,33 @@ def bench_feature_distill_kl(measure, implementation, size):
     )
 
 
+@pytest.mark.parametrize("size", SIZES if DEVICE == "cuda" else SIZES[2:3], ids=lambda size: "{}x{}x512".format(*size))
+@pytest.mark.parametrize(
+    "implementation",
+    [published_direction, *([liger_fused_linear] if LIGER else []), ours],
+    ids=lambda function: function.__name__,
+)
+def bench_one_direction(measure, implementation, size):
+    """The divergence of the images' distributions over the captions alone, as language models are distilled."""
+    (N, M), d = size, 512
+    generator = torch.Generator().manual_seed(0)
+    features = [F.normalize(torch.randn(rows, d, generator=generator), dim=-1).to(DEVICE) for rows in (N, N, M)]
+    features[0].requires_grad_()
+    options = {"rows": 1.0, "columns": 0.0, "target": "kl"}
+    measure(
+        lambda: _step(implementation, features, options),
+        _step(published_direction, features, options),
+        tolerance=1e-4,
+        flops=6 * N * M * d,
+        floor_bytes=4 * (3 * N + M) * d,
+    )
+
+
 @pytest.mark.parametrize("dim", [1, 0], ids=["rows", "columns"])
 @pytest.mark.parametrize("size", SIZES[:3], ids=lambda size: "{}x{}".format(*size))
 @pytest.mark.parametrize(
     "implementation",
-    [published_kl, compiled, reference, *([liger] if LIGER else []), ours],
+    [published_kl, compiled, reference, *([liger, liger_jsd] if LIGER else []), ours],
     ids=lambda function: function.__name__,
 )
 def bench_distill_kl(measure, implementation, size, dim):
