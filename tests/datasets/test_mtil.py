@@ -224,8 +224,17 @@ def test_a_root_that_holds_nothing_points_to_the_datasets_beside_or_below_it(tmp
             in capsys.readouterr().out
         )
     (tmp_path / "empty").mkdir()
+    assert main(["data", "check", "--root", str(tmp_path / "empty")]) == 1
+    out = capsys.readouterr().out
+    assert out.count("WebDataset shards") == out.count("docs/datasets.md") == 1
+    places = ", ".join(str(tmp_path / "empty" / name) for name in ORDERS["I"])
+    assert f"Or copies as image folders, WebDataset shards or Hugging Face tables into {places}." in out
     assert main(["data", "check", "--root", str(tmp_path / "empty"), "--datasets", "MNIST"]) == 1
     out = capsys.readouterr().out
+    assert (
+        f"; or a copy as image folders, WebDataset shards or Hugging Face tables into {tmp_path / 'empty' / 'MNIST'}."
+        in out
+    )
     assert f"MNIST is not in {tmp_path / 'empty'}. Put it into {tmp_path / 'empty' / 'MNIST' / 'raw'}" in out
     assert "There are datasets" not in out
     assert "with {train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte, with or without .gz, in it" in out

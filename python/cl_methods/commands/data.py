@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cl_methods.commands.zero_shot import print_lines, zero_shot_table
-from cl_methods.datasets.find import DataNotFoundError, Found, SplitOptions, find_dataset, other_root
+from cl_methods.datasets.find import DataNotFoundError, Found, SplitOptions, find_dataset, or_a_copy, other_root
 from cl_methods.datasets.images import DataError, FileImages
 from cl_methods.datasets.specification import DATASETS
 from cl_methods.evaluation.zero_shot import FULL_MODEL
@@ -109,6 +109,7 @@ def main(arguments: Sequence[str]) -> int:
         sizes = " / ".join(f"{len(split):,}" for split in (task.train, task.validation, task.test))
         place = str(found.place.relative_to(options.root))
         table.add_row(name, found.layout, place, str(len(task.class_names)), sizes, found.fingerprint())
+    problems = _copies_said_once(problems, options.root)
     if not there:
         elsewhere = other_root(options.root)
         if elsewhere is not None:
@@ -124,6 +125,17 @@ def main(arguments: Sequence[str]) -> int:
         )
         print_lines(console, lines)
     return 1 if problems or not fine else 0
+
+
+def _copies_said_once(problems: list[str], root: Path) -> list[str]:
+    """Where several datasets are missing, what holds for all of them in a sentence of its own."""
+    tails = {or_a_copy(root / spec.copies[0]): root / spec.copies[0] for spec in DATASETS.values()}
+    found = [next((tail for tail in tails if problem.endswith(tail)), "") for problem in problems]
+    places = [str(tails[tail]) for tail in found if tail]
+    if len(places) < 2:
+        return problems
+    shorter = [problem.removesuffix(tail) for problem, tail in zip(problems, found, strict=True)]
+    return [*shorter, or_a_copy(", ".join(places)).replace("; or a copy", "Or copies", 1)]
 
 
 def _check(options: Check) -> None:

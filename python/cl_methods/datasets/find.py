@@ -149,10 +149,13 @@ def where_to_put(spec: DatasetSpec, root: Path, family: Family) -> str:
         wanted += f" in {folder / spec.images[0]}" if spec.images[0] else " beside it"
     else:
         wanted = f"{root / spec.places[0]}, with {spec.contents} in it"
-    return (
-        f"{spec.name} is not in {root}. Put it into {wanted}, from {spec.source}; or a copy as image folders, WebDataset shards "
-        f"or Hugging Face tables into {root / spec.copies[0]}. docs/datasets.md has all layouts"
-    )
+    return f"{spec.name} is not in {root}. Put it into {wanted}, from {spec.source}{or_a_copy(root / spec.copies[0])}"
+
+
+def or_a_copy(place: Path | str) -> str:
+    """The end of :func:`where_to_put`: that a copy in another layout may lie in ``place``."""
+    layouts = "image folders, WebDataset shards or Hugging Face tables"
+    return f"; or a copy as {layouts} into {place}. docs/datasets.md has all layouts"
 
 
 def other_root(root: Path) -> Path | None:
