@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +16,9 @@ from cl_methods.training.checkpoints import RunDirectory
 from cl_methods.training.checkpoints.atomic import WriteError
 from cl_methods.training.loop import NonFiniteLossError
 
+_WORKER = "DataLoader worker"
+"""What torch says of every data-loading process that died."""
+
 
 class NoMemoryError(RuntimeError):
     """The host or the GPU has no memory left. The message says what is kept and what needs less."""
@@ -21,6 +26,16 @@ class NoMemoryError(RuntimeError):
 
 class WorkerDiedError(RuntimeError):
     """A data-loading process was killed or crashed. The message says what is kept and what to try."""
+
+
+def hear_no_more_of(error: BaseException) -> None:
+    """Before the death of a data-loading process is explained: do not let it be reported a second time in the middle of that.
+
+    torch raises from its handler of SIGCHLD, and would again for every further child that ends, stops or goes on. The run ends
+    here; later ones in this process still notice within seconds, when a batch does not come.
+    """
+    if _WORKER in str(error) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def last_good(directory: RunDirectory) -> str:
@@ -53,7 +68,7 @@ def explain(error: RuntimeError | MemoryError, directory: RunDirectory) -> Runti
             f"no memory left ({reason}). {last_good(directory)} Go on with --resume and a --memory-budget below what there is "
             "(`--dry-run` says what a step needs): batches then go through the model in parts, and results do not depend on it"
         )
-    if "DataLoader worker" in str(error):
+    if _WORKER in str(error):
         reason = str(error).splitlines()[0].rstrip(". ")
         return WorkerDiedError(
             f"{reason}: a process that reads images has died, most often for want of memory. {last_good(directory)} "

@@ -26,7 +26,7 @@ from cl_methods.training.checkpoints import DamagedError, RunDirectory, Training
 from cl_methods.training.checkpoints.restoring import Restored, restore
 from cl_methods.training.config import RunConfig
 from cl_methods.training.environment import choose_device
-from cl_methods.training.failures import explain
+from cl_methods.training.failures import explain, hear_no_more_of
 from cl_methods.training.identity import check_same_run, describe_run, evaluation_batch_of
 from cl_methods.training.learning import Learning
 from cl_methods.training.memory.levers import use_levers
@@ -144,6 +144,7 @@ class Run:
         try:
             return self._execute()
         except (RuntimeError, MemoryError) as error:
+            hear_no_more_of(error)
             with ranks.alone():  # the others may be elsewhere
                 explained = explain(error, self.directory)
             if explained is error:
