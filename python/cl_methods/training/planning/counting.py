@@ -171,31 +171,32 @@ def _stage(method: Method, index: int, task: Task, stage: Stage, costs: RunCosts
     trainable = [value for _, value in method.trainable()]
     costs.trainable = max(costs.trainable, sum(value.numel() for value in trainable))
 
-    def train(step: int, place: int) -> int:
+    def look(step: int, place: int, *, whole: bool = False) -> tuple[int, int]:
+        """FLOPs of a loss, and with the rest of its step if the ``whole`` is taken."""
         batch = _batch(method, task, stage.batch_size, step, place)
+        with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
+            torch.manual_seed(0)  # texts that a step draws are the same in all, so that steps can be compared
+            loss = method.loss(batch)["loss"]
+            forward = int(counter.get_total_flops())
+            if whole:
+                loss.backward()
+                method.before_step(batch)
+            return forward, int(counter.get_total_flops())
 
-        def do() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            method.loss(batch)["loss"].backward()
-            method.before_step(batch)
-
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # texts that a step draws are the same in all, so that steps can be compared
-            torch.manual_seed(0)
-            found = _flops(do)
-        if not optimizer.state:  # its moments are wanted, and there is no more to see of another step
-            optimizer.step()
-        method.after_step(step)
-        return found
-
-    again = train(0, index - 1) if index and _stays(method, method.reference_source(task)) else 0
-    first = train(0, index)
-    step = train(1, index)
+    optimizer.zero_grad(set_to_none=True)
+    again = look(0, index - 1)[0] if index and _stays(method, method.reference_source(task)) else None
+    first = look(0, index)[0]
+    known, step = look(1, index, whole=True)
+    optimizer.step()  # whose moments are wanted
+    for done in range(2):
+        method.after_step(done)
+    # What a frozen model has not seen yet costs no gradient: steps differ in their losses alone.
+    first = step + first - known
+    again = first if again is None else step + again - known
     moments = (value for state in optimizer.state.values() for value in state.values())
     costs.optimizer = max(costs.optimizer, sum(_size(value) for value in moments if isinstance(value, torch.Tensor)))
     shown = _reference_size(method, task, stage.batch_size)
-    return StageCosts(task.name, stage.name, 0, first, again or first, step, shown)
+    return StageCosts(task.name, stage.name, 0, first, again, step, shown)
 
 
 def _reference_size(method: Method, task: Task, count: int) -> int:
