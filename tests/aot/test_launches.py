@@ -150,8 +150,8 @@ def test_a_captured_average_keeps_its_table_and_needs_one(monkeypatch: pytest.Mo
         (lambda rows: adapters(rows, 50, 768), 6),  # two sizes of the block by which samples are sorted
         (lambda rows: adapters(rows + 2000, 1, 768), 7),
         (lambda rows: gating(rows, 768, 22), 5),  # three sizes of the block of rows that one program takes
-        (lambda rows: logits(rows, 100, 1), 2),
-        (lambda rows: logits(1, rows, 100), 8),  # three steps, and whole multiples of 16 or not
+        (lambda rows: logits(rows, 100, 1), 3),  # forward, backward, backward that overwrites
+        (lambda rows: logits(1, rows, 100), 12),  # three steps, and whole multiples of 16 or not
         (lambda rows: features(rows, 1000, 512), 8),  # two widths of the blocks of rows
     ],
     ids=["adapters", "tokens", "gating", "logits, rows", "logits, columns", "features"],
