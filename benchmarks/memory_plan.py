@@ -102,7 +102,8 @@ def measure(options: argparse.Namespace) -> None:
     settings = method_type.default_config("mtil")
     if hasattr(settings, "ddas"):  # which else needs weights of AlexNet
         settings = dataclasses.replace(settings, ddas=dataclasses.replace(settings.ddas, features="backbone"))
-    settings = dataclasses.replace(settings, batch_size=options.batch_size)
+    sizes = {name: options.batch_size for name in ("batch_size", "reference_batch_size") if hasattr(settings, name)}
+    settings = dataclasses.replace(settings, **sizes)
 
     give_back_freed_memory()
 

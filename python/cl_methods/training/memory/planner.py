@@ -110,10 +110,9 @@ def plan_memory(
     whole = planner.plan(None, levers)
     if budget is None or planner.fits(whole):
         return whole
-    for parts in planner.ways():
-        plan = planner.plan(parts, levers)
-        if planner.fits(plan):
-            return plan
+    found = planner.fastest(levers)
+    if found is not None:
+        return found
     smallest = planner.smallest(levers)
     raise MemoryBudgetError(
         f"memory_budget: {method.name} on {backbone.name} does not fit into {format_size(budget)}: it needs "
@@ -133,6 +132,7 @@ class _Planner:
         self.host_apart = backbone.device.type != "cpu" if on_gpu is None else on_gpu
         self.process = 0 if on_gpu else _process_bytes(backbone)
         self._peaks: dict[tuple[MicroBatches | None, Precision], int] = {}
+        self._around: dict[MicroBatches | None, int] = {}
 
     def plan(self, parts: MicroBatches | None, levers: Levers) -> MemoryPlan:
         """What a step needs with these parts and levers."""
@@ -155,8 +155,13 @@ class _Planner:
             levers,
             found.processes,
             found.sharded,
-            found.outside,
+            self._outside(parts),
         )
+
+    def _outside(self, parts: MicroBatches | None) -> int:
+        if parts not in self._around:
+            self._around[parts] = self.rehearsal.outside(parts)
+        return self._around[parts]
 
     def fits(self, plan: MemoryPlan) -> bool:
         """Whether it leaves the reserve of the budget free."""
@@ -172,6 +177,23 @@ class _Planner:
             return
         yield from (_parts(size) for size in _SIZES if size < max(2, largest))
         yield from (_parts(size, blocks=True) for size in _SIZES if size <= _BLOCKWISE)
+
+    def fastest(self, levers: Levers) -> MemoryPlan | None:
+        """The first of :meth:`ways` that fits, of those that compute parts again and then of those that compute blocks again.
+
+        Within either kind smaller parts need less, so that few of them have to be rehearsed.
+        """
+        ways = list(self.ways())
+        for kind in (False, True):
+            some = [parts for parts in ways if parts.blocks == kind]
+            low, high = 0, len(some)
+            if not some or not self.fits(self.plan(some[-1], levers)):
+                continue
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if self.fits(self.plan(some[middle], levers)) else (middle + 1, high)
+            return self.plan(some[low], levers)
+        return None
 
     def smallest(self, levers: Levers) -> MemoryPlan:
         """The plan that needs least."""

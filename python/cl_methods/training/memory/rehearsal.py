@@ -50,8 +50,6 @@ class Rehearsal:
         gradients: bytes of the gradients.
         copied_ahead: bytes of a batch, of which a GPU holds the next one while it computes on the present one.
         optimizer: fresh in every respect but the first step.
-        outside: the most bytes outside of the steps, where sharded weights are whole: as they are loaded, copied for a teacher, and
-            evaluated; 0 where weights are not sharded.
         left_out: what could not be rehearsed, as a phrase; None if nothing.
         processes, sharded: as given.
 
@@ -84,7 +82,7 @@ class Rehearsal:
     ) -> None:
         self.settings, self.left_out, self.processes = settings, None, processes
         self.sharded, self._group = sharded, PretendedGroup(processes) if sharded else None
-        self._gloo = gloo
+        self._gloo, self._evaluated = gloo, evaluated
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         stand_ins = stand_ins_for(tasks, joint=method.joint)
         blank = (
@@ -114,7 +112,7 @@ class Rehearsal:
             stage = self.method.stages(self.task)[0]
             self.method.stage = stage
             self.method.before_stage(stage)
-            prepared = self.memory.peak
+            self._prepared = self.memory.peak
             self.optimizer = self.method.optimizer()
             self.batch_size, self._stage_steps, self._steps = stage.batch_size, stage.steps, 0
         self.gradients = 0
@@ -123,7 +121,6 @@ class Rehearsal:
         self.optimiser = _bytes(value for state in self.optimizer.state.values() for value in state.values())
         self.averages = _bytes(self.method.averaged_weights().values())
         self.carried = self.memory.bytes - self.model - self.optimiser - self.gradients
-        self.outside = max(prepared, self._evaluation(evaluated) - self.optimiser) if sharded else 0
 
     def step(self, parts: MicroBatches | None, precision: Precision = "fp32") -> int:
         """The most bytes that are alive in one training step with these micro-batches, in this precision."""
@@ -145,6 +142,22 @@ class Rehearsal:
                 method.after_step(0)
                 self._steps += 1
             return memory.peak
+
+    def outside(self, parts: MicroBatches | None) -> int:
+        """The most bytes outside of the steps, where sharded weights are whole: loaded, copied for a teacher, evaluated.
+
+        0 where weights are not sharded: there the steps need more.
+        """
+        if not self.sharded:
+            return 0
+        backbone, memory = self.method.backbone, self.memory
+        with self._rehearsing(), torch.no_grad(), ranks.alone():
+            use_micro_batches(self.method, parts)
+            memory.peak = memory.bytes
+            with gathered(backbone):
+                size = backbone.train_transform(None).shape
+                backbone.encode_images(self._images(self._evaluated, size, backbone.device))
+            return max(self._prepared, memory.peak - self.optimiser)
 
     @property
     def largest_batch(self) -> int:
@@ -181,15 +194,6 @@ class Rehearsal:
         pretend_exchanges(model, self.memory, self._fake, copies=self._gloo)
         self.model = _bytes((*model.parameters(), *model.buffers()))
         return method
-
-    def _evaluation(self, images: int) -> int:
-        """The most bytes while a whole copy of sharded weights encodes so many images."""
-        backbone, memory = self.method.backbone, self.memory
-        with self._rehearsing(), torch.no_grad(), ranks.alone():
-            memory.peak = memory.bytes
-            with gathered(backbone):
-                backbone.encode_images(self._images(images, backbone.train_transform(None).shape, backbone.device))
-            return memory.peak
 
     def _shape_of(self, value: Tensor, device: torch.device) -> Tensor:
         if value.dim() == 0 or (value.numel() == 1 and device.type == "cpu"):
