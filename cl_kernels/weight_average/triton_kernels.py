@@ -10,6 +10,11 @@ CHUNK = 8 * BLOCK
 """Elements of one program: 16 fp32 elements a thread and pass, and a table of 180 KB for the 150 million weights of ViT-B/16."""
 
 
+def block_of(stochastic: bool) -> int:
+    """Elements that a program holds at a time: half as many where random bits for them take registers too."""
+    return BLOCK // 2 if stochastic else BLOCK
+
+
 @triton.jit
 def random_bits(seed, counter, BLOCK: tl.constexpr):
     """[BLOCK] int32 below 2¹⁶: the halves of the Philox words of ``counter`` and those behind it, eight to a counter."""

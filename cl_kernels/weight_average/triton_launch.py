@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl_kernels.weight_average.plan import Plan
 from cl_kernels.weight_average.reference import ELEMENTS_PER_COUNTER
-from cl_kernels.weight_average.triton_kernels import BLOCK, CHUNK, average_kernel
+from cl_kernels.weight_average.triton_kernels import CHUNK, average_kernel, block_of
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _ALIGNMENT = 16
@@ -58,13 +58,15 @@ def average_(
             table.rows.record_stream(
                 torch.cuda.current_stream(table.rows.device)
             )  # a plan may go before its launch is done
+        stochastic = seed is not None and table.half
         with torch.cuda.device_of(table.rows):
             average_kernel[(len(table.rows),)](
                 table.rows,
                 weight,
                 other_weight,
                 seed or 0,
-                STOCHASTIC=seed is not None and table.half,
+                STOCHASTIC=stochastic,
+                BLOCK=block_of(stochastic),
                 **table.options,
             )
 
@@ -114,5 +116,4 @@ def _options(dtypes: tuple[torch.dtype, ...], aligned: bool) -> dict[str, Any]:
         "OTHER": _TYPES[dtypes[2]] if len(dtypes) == 3 else None,
         "COMPUTE": tl.float64 if dtypes[0] == torch.float64 else tl.float32,
         "ALIGNED": aligned,
-        "BLOCK": BLOCK,
     }

@@ -30,7 +30,7 @@ def compile_average(target, average, value, other=None, stochastic=False, aligne
         "STOCHASTIC": stochastic,
         "COMPUTE": tl.float64 if average == "fp64" else tl.float32,
         "ALIGNED": aligned,
-        "BLOCK": kernels.BLOCK,
+        "BLOCK": kernels.block_of(stochastic),
     }
     signature = {"table_ptr": "*i64", "weight": "fp64", "other_weight": "fp64", "seed": "i64"}
     return testing.compile_for(kernels.average_kernel, signature, constexprs, target)
