@@ -17,7 +17,7 @@ import torch
 import cl_kernels as clk
 from cl_kernels.schemas import SCHEMAS
 
-pytestmark = pytest.mark.nvcc
+pytestmark = [pytest.mark.nvcc, pytest.mark.native]  # stochastic bits are compared with the compiled CPU kernel's
 
 ROOT = Path(__file__).parents[2]
 CHUNK, TENSORS, CHUNKS = 1 << 10, 5, 7
