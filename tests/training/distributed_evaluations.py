@@ -7,12 +7,11 @@ COUNTS are separated by commas. FOLDER/COUNT/evaluated is what each number of pr
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from distributed_runs import start
+from distributed_runs import report, start
 
 from cl_methods.commands import evaluate
 
@@ -24,9 +23,7 @@ def evaluate_together(folder: Path, run: str, options: list[str]) -> None:
 def main(run: str, folder: str, counts: str, *options: str) -> int:
     for count in counts.split(","):
         children = start(int(count), Path(folder) / count, run, list(options), work=evaluate_together)
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        if any(statuses):
-            print(f"{count} processes ended with {statuses}", file=sys.stderr)
+        if report(int(count), children):
             return 1
     return 0
 

@@ -15,11 +15,11 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import torch
+from forked_ranks import fork_ranks, statuses
 from safetensors.torch import save_file
 
 from cl_methods import ranks
@@ -60,12 +60,6 @@ class Recorder(RunProgress):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run_all(folder: Path, methods: list[str], options: list[str], size: int | None, killed) -> None:
     with processes():
         for method in methods:
@@ -91,26 +85,15 @@ def use_parts(method, parts: MicroBatches) -> None:
 def start(count: int, folder: Path, *arguments, work=run_all) -> list[int]:
     """Fork ``count`` processes that ``work(folder, *arguments)`` as one; their ids."""
     folder.mkdir(parents=True, exist_ok=True)
-    port, children = free_port(), []
-    for rank in range(count):
-        child = os.fork()
-        if not child:
-            torch.set_num_threads(1)
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            status = 1
-            try:
-                work(folder, *arguments)
-                status = 0
-            except SystemExit as left:
-                status = int(left.code or 0)
-            except BaseException:  # noqa: BLE001  # a child must not go on as a copy of its parent
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    return children
+    return fork_ranks(count, work, folder, *arguments)
+
+
+def report(count: int, children: list[int]) -> int:
+    """Wait for the ``count`` processes: 0, or 1 and a sentence if one did not end well."""
+    found = statuses(children)
+    if any(found):
+        print(f"{count} processes ended with {found}", file=sys.stderr)
+    return int(any(found))
 
 
 def main(folder: str, counts: str, methods: str, *options: str) -> int:
@@ -120,9 +103,7 @@ def main(folder: str, counts: str, methods: str, *options: str) -> int:
         killed = None if rank is None else (int(rank), int(step))
         parts = None if size is None else int(size)
         children = start(int(count), place, methods.split(","), list(options), parts, killed)
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        if any(statuses):
-            print(f"{count} processes ended with {statuses}", file=sys.stderr)
+        if report(int(count), children):
             return 1
     return 0
 

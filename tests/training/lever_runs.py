@@ -10,13 +10,12 @@ OPTIONS is too little for the whole batch. Prints a JSON object: OPTIONS -> the 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-from distributed_runs import free_port
+from forked_ranks import fork_ranks, statuses
 
 from cl_methods import ranks
 from cl_methods.commands.configuration import parse
@@ -90,26 +89,7 @@ def run_all(folder: Path, every: list[str]) -> None:
 
 
 def main(folder: Path, count: int, every: list[str]) -> int:
-    port, children = free_port(), []
-    for rank in range(count):
-        sys.stdout.flush()
-        child = os.fork()
-        if not child:
-            status = 1
-            torch.set_num_threads(1)
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            try:
-                run_all(folder, every)
-                status = 0
-            except BaseException:  # noqa: BLE001  # a child must not go on as a copy of its parent
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    return max(statuses(fork_ranks(count, run_all, folder, every)))
 
 
 if __name__ == "__main__":

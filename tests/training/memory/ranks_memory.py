@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "tiny")]
 
-from distributed_runs import free_port  # noqa: E402
+from forked_ranks import fork_ranks, statuses  # noqa: E402
 from tiny_clip import build_backbone  # noqa: E402
 
 from cl_methods import ranks  # noqa: E402
@@ -96,30 +95,15 @@ def measure(name: str, distributed: str, sizes: list[int]) -> list[int]:
         return [*peaks[1:], memory.bytes]
 
 
+def measure_together(name: str, distributed: str, sizes: list[int]) -> None:
+    with processes():
+        found = ranks.gather_values(measure(name, distributed, sizes))
+        if ranks.first():
+            print(json.dumps(found))
+
+
 def main(count: int, name: str, distributed: str, sizes: list[int]) -> int:
-    port, children = free_port(), []
-    for rank in range(count):
-        sys.stdout.flush()
-        child = os.fork()
-        if not child:
-            status = 1
-            torch.set_num_threads(1)
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            try:
-                with processes():
-                    found = ranks.gather_values(measure(name, distributed, sizes))
-                    if ranks.first():
-                        print(json.dumps(found))
-                status = 0
-            except BaseException:  # noqa: BLE001  # a child must not go on as a copy of its parent
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    return max(statuses(fork_ranks(count, measure_together, name, distributed, sizes)))
 
 
 if __name__ == "__main__":
