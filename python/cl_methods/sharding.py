@@ -32,14 +32,17 @@ class ShardedModel:
     """
 
     def __init__(self, backbone: Any) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         self.model = model = backbone.model
         self._skeleton = _without_weights(model)
-        # DTensor remembers meshes, and takes those of one name and size for the same.
-        name = f"processes of group {dist.group.WORLD.group_name}"  # type: ignore[union-attr]
-        mesh = init_device_mesh(backbone.device.type, (ranks.joined_count(),), mesh_dim_names=(name,))
+        # DTensor remembers meshes for ever, and takes those of one name and size for the same: the shards get a group of their own,
+        # so that the default one, over which the last words go, ends with the run.
+        group = dist.new_group()
+        mesh = DeviceMesh.from_group(
+            group, backbone.device.type, mesh_dim_names=(f"shards of group {group.group_name}",)
+        )
         scalars = {value for value in model.parameters() if value.ndim == 0}  # which have no rows
         for part in (
             *_blocks(model.visual),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import free_port
 from safetensors.torch import load_file
 
 from cl_methods.commands.configuration import parse
@@ -243,6 +244,48 @@ def goes_on_as_one(
     assert rest
     for mine, theirs in zip(losses[-len(rest) :], rest, strict=True):
         assert all(abs(mine[name] - theirs[name]) <= 1e-5 * max(1, abs(mine[name])) for name in mine)
+
+
+LAST_WORDS = """
+import os
+import torch.distributed as dist
+from cl_methods import ranks
+from cl_methods.training.distributed import processes
+
+def threads():
+    return [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+
+try:
+    with processes():
+        import torch.distributed.fsdp  # as a method may, or torch itself
+        import torch.distributed.nn.functional
+        ranks.gather_values(ranks.rank())
+        assert "pt_gloo_runloop" in threads(), threads()
+        if FAILS:
+            raise ValueError("of the first")
+except (ValueError, SystemExit):
+    assert FAILS
+assert not dist.is_initialized()
+assert "pt_gloo_runloop" not in threads(), threads()
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_thread_of_the_group_outlives_it(fails):
+    """One that does aborts some processes while Python shuts down: it lets go of a tensor then."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"FAILS = {fails}\n{LAST_WORDS}"],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
 
 
 def test_torchrun_starts_the_same_command_and_errors_are_said_once(tmp_path):

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-_NAMES = itertools.count(1 << 30)
+_NAMES = itertools.count(1 << 30, 1 << 10)
 
 
 class PretendedGroup:
@@ -37,19 +37,25 @@ class PretendedGroup:
             self._group: Any = dist.group.WORLD
         finally:
             dist.group.WORLD, world.group_count = own, named
-        weakref.finalize(self, _forget, self._group)
+        self._made: list[Any] = [self._group]
+        weakref.finalize(self, _forget, self._made)
 
     @contextmanager
     def as_default(self) -> Iterator[None]:
-        """Inside, it is the process's default group. Holds for the whole process, not for a thread."""
-        own = dist.group.WORLD
-        dist.group.WORLD = self._group
+        """Inside, it is the process's default group, and what is made of its members is pretended too. Holds for the whole process,
+        not for a thread.
+        """
+        own, world = dist.group.WORLD, dist.distributed_c10d._world
+        known, named = set(world.pg_map), world.group_count
+        dist.group.WORLD, world.group_count = self._group, next(_NAMES)
         try:
             yield
         finally:
-            dist.group.WORLD = own
+            dist.group.WORLD, world.group_count = own, named
+            self._made += [group for group in world.pg_map if group not in known]
 
 
-def _forget(group: Any) -> None:
-    with suppress(ValueError):  # the process has left all its groups, and this one with them
-        dist.destroy_process_group(group)
+def _forget(groups: list[Any]) -> None:
+    for group in reversed(groups):
+        with suppress(ValueError):  # the process has left all its groups, and this one with them
+            dist.destroy_process_group(group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -47,6 +48,7 @@ def processes() -> Iterator[None]:
         torch.cuda.set_device(local)
     store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
     own = dist.PrefixStore("cl_methods", store)
+    _load_what_would_keep_the_group()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if with_gpus else "gloo", store=own, rank=number, world_size=world, timeout=PATIENCE
     )
@@ -66,6 +68,16 @@ def processes() -> Iterator[None]:
             _part(failures, number, world)
     finally:
         ranks.joined(False)
+
+
+def _load_what_would_keep_the_group() -> None:
+    """Import the modules of torch whose functions take the present group as a default; before there is one, that default is None.
+
+    Loaded later they would keep the group, and Gloo's threads, beyond its end. A thread that still lets go of a tensor while Python
+    shuts down aborts the process (``terminate called without an active exception``).
+    """
+    importlib.import_module("torch.distributed.nn.functional")
+    importlib.import_module("torch.distributed.fsdp.sharded_grad_scaler")
 
 
 def _fail(store: dist.Store, number: int, error: Exception) -> None:
@@ -96,11 +108,12 @@ def _fail(store: dist.Store, number: int, error: Exception) -> None:
 def _part(store: dist.Store, number: int, world: int) -> None:
     """Say that this process has read what it needs from the store; the first one, in which that lives, waits for the others.
 
-    It hangs up before, for they notice only then. The store of ``torchrun`` lives in that, and needs nobody to wait.
+    It hangs up before, for they notice only then; on the CPU all do, lest a thread of Gloo outlives Python. The store of
+    ``torchrun`` lives in that, and needs nobody to wait.
     """
     waits = number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
     deadline = time.monotonic() + _SECONDS_FOR_LAST_WORDS
-    if waits and not torch.cuda.is_available():  # NCCL would wait for the others
+    if not torch.cuda.is_available():  # NCCL would wait for the others
         with suppress(RuntimeError, ValueError):
             dist.destroy_process_group()
     with suppress(RuntimeError):  # the store is gone

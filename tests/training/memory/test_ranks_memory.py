@@ -71,8 +71,17 @@ def test_a_group_that_is_not_there_leaves_no_trace() -> None:
     assert not dist.is_initialized()
     group = PretendedGroup(3)
     assert not dist.is_initialized()
+    world = dist.distributed_c10d._world
+    known, named = len(world.pg_map), world.group_count
     with group.as_default():
         assert (dist.get_world_size(), dist.get_rank()) == (3, 0)
+        assert dist.new_group().size() == 3
     assert not dist.is_initialized()
+    assert (len(world.pg_map), world.group_count) == (
+        known + 1,
+        named,
+    )  # the other processes count only their own groups
+    del group
+    assert len(world.pg_map) == known - 1
     with pytest.raises(ValueError, match="processes: expected a number >= 2, got 1"):
         PretendedGroup(1)
