@@ -106,7 +106,7 @@ void fill(Problem& p, const Shape& s, const Tensor& x, const Tensor& expert_ids,
 }
 
 Pairs::Pairs(const Shape& s, const int64_t* ids) : begin(static_cast<size_t>(s.experts) + 2), pairs(static_cast<size_t>(s.batch * s.slots)) {
-  const auto bucket = [&](int64_t id) { return static_cast<size_t>(id >= 0 && id < s.experts ? id : s.experts); };
+  const auto bucket = [&](int64_t id) { return static_cast<size_t>(known_expert(s.experts, id)); };
   for (size_t i = 0; i < pairs.size(); ++i) ++begin[bucket(ids[i]) + 1];
   for (size_t e = 1; e < begin.size(); ++e) begin[e] += begin[e - 1];
   std::vector<int64_t> next(begin.begin(), begin.end() - 1);
@@ -167,12 +167,14 @@ void Grouping::append(const Shape& s, const int64_t* ids, int64_t first_slot, in
   const int64_t total = s.batch * s.length;
   int64_t keys = 1;
   for (int64_t j = first_slot; j < end_slot; ++j) keys *= s.experts + 1;
+  std::vector<int64_t> chosen(static_cast<size_t>(end_slot - first_slot));
   const auto key_of = [&](int64_t sample) {
-    int64_t key = 0;
     for (int64_t j = first_slot; j < end_slot; ++j) {
-      const int64_t id = ids[sample * s.slots + j];
-      key = key * (s.experts + 1) + (id >= 0 && id < s.experts ? id : s.experts);
+      chosen[static_cast<size_t>(j - first_slot)] = known_expert(s.experts, ids[sample * s.slots + j]);
     }
+    std::sort(chosen.begin(), chosen.end());
+    int64_t key = 0;
+    for (int64_t e : chosen) key = key * (s.experts + 1) + e;
     return static_cast<size_t>(key);
   };
   std::vector<int64_t> begin(static_cast<size_t>(keys) + 1);

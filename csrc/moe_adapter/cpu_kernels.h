@@ -55,7 +55,7 @@ struct Backward : Problem {
 };
 
 // Rows that are handled together: consecutive tokens of one sample; or, with `gathered`, linear token indices b L + l. All have the same
-// experts in the slots from first_slot to end_slot, which contribute together.
+// experts in the slots from first_slot to end_slot, gathered ones in any order of the slots; they contribute together.
 struct Tile {
   int64_t rows;
   int64_t sample, first;
@@ -64,6 +64,26 @@ struct Tile {
   bool opens, closes;  // whether this is the first, the last contribution to these rows
   int64_t following;   // gathered rows of the next tile, whose indices come after those of this one
 };
+
+namespace {  // compiled for every instruction set
+
+// An expert's number, or E for one that does not exist.
+[[maybe_unused]] inline int64_t known_expert(int64_t experts, int64_t id) { return id >= 0 && id < experts ? id : experts; }
+
+// The slots from first_slot to end_slot, `step` apart in `slots`: as they are, or of gathered rows by their experts' numbers.
+[[maybe_unused]] inline void order_slots(int64_t experts, const int64_t* ids, const Tile& t, int64_t* slots, int64_t step) {
+  for (int64_t j = t.first_slot; j < t.end_slot; ++j) {
+    int64_t at = j - t.first_slot;
+    for (; t.gathered && at > 0; --at) {
+      const int64_t before = slots[(at - 1) * step];
+      if (known_expert(experts, ids[before]) <= known_expert(experts, ids[j])) break;
+      slots[at * step] = before;
+    }
+    slots[at * step] = j;
+  }
+}
+
+}  // namespace
 
 // The gradients of one expert's weights from (sample, slot) pairs that chose it, in their order; added to what earlier pairs left.
 struct ExpertGradients : Problem {

@@ -8,11 +8,17 @@ namespace clk {
 namespace moe {
 namespace {
 
-template <typename Body>
-void for_each_slot(const Problem& p, const Tile& t, const Rows& rows, Body body) {
-  for (int64_t j = t.first_slot; j < t.end_slot; ++j) {
-    const int64_t e = p.expert_ids[rows.sample[0] * p.slots + j];
-    body(j, e, e >= 0 && e < p.experts);
+// Calls `body(slot, e, valid)` for every expert of the tile; row i has it in slot[i].
+template <typename C, typename Body>
+void for_each_expert(const Problem& p, const Tile& t, const Rows& rows, const Scratch<C>& s, Body body) {
+  for (int64_t i = 0; i < rows.n; ++i) {
+    const int64_t* ids = p.expert_ids + rows.sample[i] * p.slots;
+    order_slots(p.experts, ids, t, s.slot + i, kTileRows);
+  }
+  for (int64_t a = 0; a < t.end_slot - t.first_slot; ++a) {
+    const int64_t* slot = s.slot + a * kTileRows;
+    const int64_t e = p.expert_ids[rows.sample[0] * p.slots + slot[0]];
+    body(slot, e, e >= 0 && e < p.experts);
   }
 }
 
@@ -29,10 +35,10 @@ void forward(const Forward& op, const Tile& t, void* memory) {
   const C grown = static_cast<C>(1.0 / (1.0 - op.dropout_p));
   const float p = static_cast<float>(op.dropout_p);
   int64_t active = 0;
-  for_each_slot(op, t, rows, [&](int64_t j, int64_t e, bool valid) {
+  for_each_expert(op, t, rows, s, [&](const int64_t* slot, int64_t e, bool valid) {
     if (!valid) {
       for (int64_t i = 0; hidden && i < rows.n; ++i) {
-        T* saved = hidden + rows.index(op, i, j) * op.rank;
+        T* saved = hidden + rows.index(op, i, slot[i]) * op.rank;
         for (int64_t r = 0; r < op.rank; ++r) store(saved + r, C(0));
       }
       return;
@@ -42,14 +48,14 @@ void forward(const Forward& op, const Tile& t, void* memory) {
     const T* bias = static_cast<const T*>(op.down_bias[e]);
     for (int64_t i = 0; i < rows.n; ++i) {
       C* line = h + i * ldh;
-      const int64_t offset = rows.index(op, i, j) * op.rank;
-      const C weight = gates[rows.sample[i] * op.slots + j] * static_cast<C>(op.scale);
+      const int64_t offset = rows.index(op, i, slot[i]) * op.rank;
+      const C weight = gates[rows.sample[i] * op.slots + slot[i]] * static_cast<C>(op.scale);
       for (int64_t r = 0; r < op.rank; ++r) {
         const C value = line[r] + static_cast<C>(load(bias + r));
         line[r] = value < C(0) ? C(0) : value;  // NaN passes
       }
       if (op.dropout_p > 0) {
-        const int64_t counter = (op.first_row + rows.index(op, i, j)) * ((op.rank + 3) / 4);
+        const int64_t counter = (op.first_row + rows.index(op, i, slot[i])) * ((op.rank + 3) / 4);
         apply_dropout(op.seed, static_cast<uint64_t>(counter), p, grown, op.rank, line);
       }
       if (hidden) {
@@ -76,22 +82,22 @@ void backward(const Backward& op, const Tile& t, void* memory) {
   C* grad_pre = static_cast<C*>(op.grad_pre);
   const C scale = static_cast<C>(op.scale), grown = static_cast<C>(1.0 / (1.0 - op.dropout_p));
   int64_t active = 0;
-  for_each_slot(op, t, rows, [&](int64_t j, int64_t e, bool valid) {
+  for_each_expert(op, t, rows, s, [&](const int64_t* slot, int64_t e, bool valid) {
     if (!valid) {
-      for (int64_t i = 0; gate_terms && i < rows.n; ++i) gate_terms[rows.index(op, i, j)] = C(0);
+      for (int64_t i = 0; gate_terms && i < rows.n; ++i) gate_terms[rows.index(op, i, slot[i])] = C(0);
       return;
     }
     C* g = s.hidden + active * kTileRows * ldh;
     multiply<C>(rows.n, grad, op.narrow, e, op.width, op.rank, g, ldh);
     for (int64_t i = 0; i < rows.n; ++i) {
       C* line = g + i * ldh;
-      const int64_t index = rows.index(op, i, j);
+      const int64_t index = rows.index(op, i, slot[i]);
       const T* h = static_cast<const T*>(op.hidden) + index * op.rank;
       if (gate_terms) {
         const T* bias = static_cast<const T*>(op.up_bias[e]);
         gate_terms[index] = scale * (dot(line, h, op.rank) + dot(grad.data + i * grad.ld, bias, op.width));
       }
-      const C factor = gates[rows.sample[i] * op.slots + j] * scale * grown;
+      const C factor = gates[rows.sample[i] * op.slots + slot[i]] * scale * grown;
       for (int64_t r = 0; r < op.rank; ++r) line[r] = load(h + r) <= C(0) ? C(0) : factor * line[r];
       if (grad_pre) {
         convert(line, op.rank, grad_pre + (index - op.first_row) * op.rank);

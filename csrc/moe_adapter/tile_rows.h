@@ -19,8 +19,8 @@ struct Scratch {
   C* panel;      // (kTileRows, panel width)
   C* bias;       // (panel width)
   C* weight;     // (k, kTileRows): gate · scale
-  int64_t* slot;    // (k)
-  int64_t* expert;  // (k)
+  int64_t* slot;    // (k, kTileRows): where each row has the tile's first, second, … expert
+  int64_t* expert;  // (k): of those that exist
 
   Scratch(Arena& arena, const Problem& p)
       : rows(arena.take<C>(kTileRows * p.width)),
@@ -28,7 +28,7 @@ struct Scratch {
         panel(arena.take<C>(kTileRows * panel_width<C>(p.width))),
         bias(arena.take<C>(panel_width<C>(p.width))),
         weight(arena.take<C>(p.slots * kTileRows)),
-        slot(arena.take<int64_t>(p.slots)),
+        slot(arena.take<int64_t>(p.slots * kTileRows)),
         expert(arena.take<int64_t>(p.slots)) {}
 };
 

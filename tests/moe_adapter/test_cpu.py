@@ -72,6 +72,24 @@ def test_tokens_with_ids_out_of_range_beside_many_others(slots):
     assert outputs(case, "cpu")["gates"][::7, 0].abs().max() == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_do_not_depend_on_the_order_of_their_choices(dtype):
+    """Bit by bit where tokens are grouped by all their experts; one of three does not exist."""
+    case, other = (make(900, None, 40, 20, 3, 3, dtype=torch.float64).to(dtype) for _ in range(2))
+    case.tensors["expert_ids"][::5, 1] = -1
+    order = torch.rand(900, 3, generator=torch.Generator().manual_seed(1)).argsort(-1)
+    for name in ("expert_ids", "gates"):
+        other.tensors[name] = case.tensors[name].gather(1, order)
+    assert_matches_reference(other, "cpu")
+    # Of an expert that a token chose twice the first one counts first, in whatever order: its terms may be added the other way round.
+    once = torch.tensor([len(set(ids)) == 3 for ids in case.tensors["expert_ids"].tolist()])
+    found, again = outputs(case, "cpu"), outputs(other, "cpu")
+    assert once.sum() > 100
+    for name in ("out", "x", "residual"):
+        assert torch.equal(found[name][once], again[name][once]), name
+    assert torch.equal(found["gates"].gather(1, order)[once], again["gates"][once])
+
+
 @pytest.mark.parametrize("length", [9, None])
 def test_unused_and_repeated_experts(length):
     case = make(6, length, 20, 6, 8, 2)
