@@ -81,7 +81,7 @@ def test_tokens_do_not_depend_on_the_order_of_their_choices(dtype):
     for name in ("expert_ids", "gates"):
         other.tensors[name] = case.tensors[name].gather(1, order)
     assert_matches_reference(other, "cpu")
-    # Of an expert that a token chose twice the first one counts first, in whatever order: its terms may be added the other way round.
+    # Where a token chose an expert twice, the one in the earlier slot is added first, and that may be the other one.
     once = torch.tensor([len(set(ids)) == 3 for ids in case.tensors["expert_ids"].tolist()])
     found, again = outputs(case, "cpu"), outputs(other, "cpu")
     assert once.sum() > 100
