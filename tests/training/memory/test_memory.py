@@ -22,7 +22,7 @@ from cl_methods.training.memory.planner import MemoryBudgetError, MemoryPlan, pl
 from cl_methods.training.memory.rehearsal import Rehearsal
 from cl_methods.training.sizes import format_size, parse_size
 
-KEPT = ("zscl", "mulki", "moe_adapters")
+KEPT = ("zscl", "mulki", "moe_adapters", "clap4clip")
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,11 @@ from cl_methods.training.memory.rehearsal import Rehearsal
 PROGRAM = Path(__file__).with_name("ranks_memory.py")
 
 
-def rehearsal_of(name: str, count: int, distributed: str) -> Rehearsal:
-    tasks, reference = given()
-    sharded = distributed == "fsdp"
-    return Rehearsal(
-        METHODS[name], settings_for(name), backbone_of(), tasks, reference, None, count, sharded=sharded, gloo=False
-    )
+def rehearsal_of(name: str, count: int, distributed: str, *, gloo: bool = True) -> Rehearsal:
+    """With gloo, as the processes have it: what it reduces is a tensor that the processes see too, what it gathers is not."""
+    (tasks, reference), sharded = given(), distributed == "fsdp"
+    settings, backbone = settings_for(name), backbone_of()
+    return Rehearsal(METHODS[name], settings, backbone, tasks, reference, None, count, sharded=sharded, gloo=gloo)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +33,7 @@ def rehearsal_of(name: str, count: int, distributed: str) -> Rehearsal:
         ("zscl", 2, "fsdp"),
         ("zscl", 2, "replicated"),
         pytest.param("mulki", 3, "replicated", marks=pytest.mark.slow),
+        pytest.param("lwf", 3, "fsdp", marks=pytest.mark.slow),
     ],
 )
 def test_a_rehearsal_counts_what_each_process_holds(name: str, count: int, distributed: str, forked_clk) -> None:
@@ -52,7 +52,7 @@ def test_a_rehearsal_counts_what_each_process_holds(name: str, count: int, distr
 
 def test_a_share_of_sharded_weights_what_is_whole_between_steps_and_the_parts_that_are_tried() -> None:
     """Weights, gradients and moments halve but for padding, and an evaluation needs all weights; blocks alone run again."""
-    whole, half = rehearsal_of("finetune", 2, "replicated"), rehearsal_of("finetune", 2, "fsdp")
+    whole, half = (rehearsal_of("finetune", 2, distributed, gloo=False) for distributed in ("replicated", "fsdp"))
     for kind in ("model", "gradients", "optimiser"):
         assert getattr(half, kind) == pytest.approx(getattr(whole, kind) / 2, rel=0.02), kind
     assert whole.outside(None) == 0

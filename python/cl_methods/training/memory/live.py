@@ -56,6 +56,11 @@ class LiveMemory(TorchDispatchMode):
 
         self._resizing = mock.patch.object(torch.UntypedStorage, "resize_", resized)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing inside is compiled, and torch's guard against it would be entered with every operation."""
+        return False
+
     def __enter__(self) -> Self:
         self._resizing.__enter__()
         super().__enter__()
@@ -107,7 +112,7 @@ class LiveMemory(TorchDispatchMode):
             if self.operations_left < 0:
                 raise TooLongError
         made = func(*args, **kwargs) if self._fake is None or _given(args, kwargs) else self._make(func, args, kwargs)
-        for value in tree_iter(made):
+        for value in (made,) if isinstance(made, Tensor) else tree_iter(made):
             if isinstance(value, Tensor) and (self._meta or value.device.type != "meta"):
                 self.count(value)
         return made
@@ -135,4 +140,6 @@ def _distributed(types: Any) -> bool:
 
 
 def _given(args: Any, kwargs: Any) -> bool:
-    return any(isinstance(value, Tensor) for value in tree_iter((args, kwargs)))
+    """Whether there is a tensor among the arguments, mostly the first."""
+    first = isinstance(args[0], Tensor) if args else False
+    return first or any(isinstance(value, Tensor) for value in tree_iter((args, kwargs)))

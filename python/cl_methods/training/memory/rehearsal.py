@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import unittest.mock
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -24,8 +23,10 @@ from cl_methods.ranks.pretended import PretendedGroup
 from cl_methods.ranks.simulated import simulated
 from cl_methods.sharding import gathered, local, shard
 from cl_methods.training.gradients import BUCKET_BYTES
+from cl_methods.training.memory.blank_weights import BlankWeights
 from cl_methods.training.memory.live import LiveMemory, TooLongError
 from cl_methods.training.memory.stand_ins import IMAGES, blank_transform, stand_ins_for
+from cl_methods.training.planning.counting import short_fits
 from cl_methods.training.planning.without_data import BlankImages
 from cl_methods.training.task import use_micro_batches
 
@@ -80,17 +81,20 @@ class Rehearsal:
         gloo: bool = True,
         evaluated: int = 64,
     ) -> None:
-        self.settings, self.left_out, self.processes = settings, None, processes
+        # One iteration of a fit takes the memory of them all.
+        self.settings, self.left_out, self.processes = short_fits(settings, own_features=False), None, processes
         self.sharded, self._group = sharded, PretendedGroup(processes) if sharded else None
         self._gloo, self._evaluated = gloo, evaluated
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.memory = LiveMemory(self._fake, all_empty=sharded)
+        self._weights = BlankWeights(self._fake, self.memory)
         stand_ins = stand_ins_for(tasks, joint=method.joint)
         blank = (
             None
             if reference is None
             else Reference(BlankImages(min(IMAGES, len(reference.images)), 1), reference.captions[:_CAPTIONS])
         )
-        build: Callable[[], Method] = lambda: self._cut(method(self._shapes(backbone, parts), settings, blank))  # noqa: E731
+        build: Callable[[], Method] = lambda: self._cut(method(self._shapes(backbone, parts), self.settings, blank))  # noqa: E731
         # Of so few images another process may hold all; in whole batches each needs what it needs with many.
         with self._rehearsing(), ranks.alone():
             self.method = build()
@@ -116,7 +120,8 @@ class Rehearsal:
             self.optimizer = self.method.optimizer()
             self.batch_size, self._stage_steps, self._steps = stage.batch_size, stage.steps, 0
         self.gradients = 0
-        self.step(parts)
+        self._update: int | None = None
+        self.step(None)  # which has the fewest operations
         self.gradients = _bytes(value.grad for value in self._trainable)
         self.optimiser = _bytes(value for state in self.optimizer.state.values() for value in state.values())
         self.averages = _bytes(self.method.averaged_weights().values())
@@ -137,11 +142,24 @@ class Rehearsal:
             if self.processes > 1 and self._group is None:  # two buckets of gradients are under way at a time
                 memory.peak = max(memory.peak, memory.bytes + min(2 * BUCKET_BYTES, self.gradients))
             method.before_step(batch)
-            self.optimizer.step()
+            self._update_weights()
             if self._steps < self._stage_steps:  # averages may know how many steps to expect
                 method.after_step(0)
                 self._steps += 1
             return memory.peak
+
+    def _update_weights(self) -> None:
+        """The optimiser's step; from the third one on only the memory that the second took, which is that of every later one."""
+        memory = self.memory
+        held, peak = memory.bytes, memory.peak
+        if self._update is None:
+            memory.peak = held
+            self.optimizer.step()
+            if self.gradients:
+                self._update = memory.peak - held
+            memory.peak = max(peak, memory.peak)
+        else:
+            memory.peak = max(peak, held + self._update)
 
     def outside(self, parts: MicroBatches | None) -> int:
         """The most bytes outside of the steps, where sharded weights are whole: loaded, copied for a teacher, evaluated.
@@ -173,7 +191,7 @@ class Rehearsal:
         """A copy whose weights have no data, but for single numbers."""
         memo: dict[int, Any] = {}
         for value in (*backbone.model.parameters(), *backbone.model.buffers()):
-            memo[id(value)] = self._shape_of(value, backbone.device)
+            memo[id(value)] = self._weights.shape_of(value, backbone.device)
         network = copy.deepcopy(backbone.model, memo)
         blank: Callable[[Any], Tensor] = blank_transform(backbone)
         shapes = Backbone(network, backbone.tokenize, blank, blank, name=backbone.name, device=backbone.device)
@@ -194,26 +212,6 @@ class Rehearsal:
         pretend_exchanges(model, self.memory, self._fake, copies=self._gloo)
         self.model = _bytes((*model.parameters(), *model.buffers()))
         return method
-
-    def _shape_of(self, value: Tensor, device: torch.device) -> Tensor:
-        if value.dim() == 0 or (value.numel() == 1 and device.type == "cpu"):
-            number = torch.ones(value.shape, dtype=value.dtype) if value.is_meta else value.detach().clone()
-            return nn.Parameter(number, value.requires_grad) if isinstance(value, nn.Parameter) else number
-        with self._fake:
-            shape = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-            return nn.Parameter(shape, value.requires_grad) if isinstance(value, nn.Parameter) else shape
-
-    def _moved(self, module: nn.Module, *to: Any, **options: Any) -> nn.Module:
-        """What ``module.to`` does: nothing to weights that are there, and others have no data on the device."""
-        device = torch._C._nn._parse_to(*to, **options)[0]
-        for part in module.modules() if device is not None and device.type != "cpu" else ():
-            held: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-            for tensors in held:
-                for name, value in tensors.items():
-                    if value is not None and value.device.type != device.type and value.dim():
-                        tensors[name] = self._shape_of(value, device)
-                        self.memory.count(tensors[name])
-        return module
 
     def _batch(self) -> Batch:
         backbone, count = self.method.backbone, self.batch_size
@@ -237,16 +235,10 @@ class Rehearsal:
 
     @contextlib.contextmanager
     def _rehearsing(self) -> Iterator[None]:
-        if not hasattr(self, "memory"):
-            self.memory = LiveMemory(self._fake, all_empty=self.sharded)
-
-        def to(module: nn.Module, *where: Any, **options: Any) -> nn.Module:
-            return self._moved(module, *where, **options)
-
         with (
             warnings.catch_warnings(),
+            self._weights.everywhere(),
             torch.random.fork_rng(),
-            unittest.mock.patch.object(nn.Module, "to", to),
             simulated(self.processes),
             contextlib.nullcontext() if self._group is None else self._group.as_default(),
             leaving_out_middle_parts(),

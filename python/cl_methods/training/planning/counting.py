@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from cl_methods.backbone import Backbone, load_backbone
 from cl_methods.backbone.open_clip_loading import untrained_open_clip
@@ -17,6 +16,7 @@ from cl_methods.methods.base import Batch, Method, Stage
 from cl_methods.methods.find import find_method
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.config import RunConfig
+from cl_methods.training.planning.flop_count import FlopCount
 from cl_methods.training.planning.reference_draws import ReferenceDraws
 from cl_methods.training.planning.without_data import BlankImages, without_data
 
@@ -174,28 +174,28 @@ def _stage(method: Method, index: int, task: Task, stage: Stage, costs: RunCosts
     def look(step: int, place: int, *, whole: bool = False) -> tuple[int, int]:
         """FLOPs of a loss, and with the rest of its step if the ``whole`` is taken."""
         batch = _batch(method, task, stage.batch_size, step, place)
-        with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
+        with torch.random.fork_rng(devices=[]), FlopCount() as counter:
             torch.manual_seed(0)  # texts that a step draws are the same in all, so that steps can be compared
             loss = method.loss(batch)["loss"]
-            forward = int(counter.get_total_flops())
+            forward = counter.total
             if whole:
                 loss.backward()
                 method.before_step(batch)
-            return forward, int(counter.get_total_flops())
+            return forward, counter.total
 
     optimizer.zero_grad(set_to_none=True)
-    again = look(0, index - 1)[0] if index and _stays(method, method.reference_source(task)) else None
-    first = look(0, index)[0]
+    shown = _reference_size(method, task, stage.batch_size)
+    again = look(0, index - 1)[0] if shown and index and _stays(method, method.reference_source(task)) else None
+    first = look(0, index)[0] if shown else None
     known, step = look(1, index, whole=True)
     optimizer.step()  # whose moments are wanted
     for done in range(2):
         method.after_step(done)
     # What a frozen model has not seen yet costs no gradient: steps differ in their losses alone.
-    first = step + first - known
+    first = step if first is None else step + first - known
     again = first if again is None else step + again - known
     moments = (value for state in optimizer.state.values() for value in state.values())
     costs.optimizer = max(costs.optimizer, sum(_size(value) for value in moments if isinstance(value, torch.Tensor)))
-    shown = _reference_size(method, task, stage.batch_size)
     return StageCosts(task.name, stage.name, 0, first, again, step, shown)
 
 
@@ -240,15 +240,20 @@ def _blank_images(task: Task) -> dict[str, Any]:
     return {name: BlankImages(2 * classes, classes) for name in ("train", "validation", "test")}
 
 
-def short_fits(settings: Any) -> Any:
-    """Settings without what is fitted between tasks: detectors and penalties get one iteration, and read no weights from disk."""
+def short_fits(settings: Any, *, own_features: bool = True) -> Any:
+    """Settings without what is fitted between tasks: detectors and penalties get one iteration.
+
+    Args:
+        settings: of a method.
+        own_features: detectors look at features of the model, and read no weights of another from disk.
+    """
     changes: dict[str, Any] = {}
     for entry in dataclasses.fields(settings):
         value = getattr(settings, entry.name)
         if dataclasses.is_dataclass(value):
             names = {inner.name for inner in dataclasses.fields(value)}
             short = {name: number for name, number in _SHORT.items() if name in names}
-            if getattr(value, "features", None) == "alexnet":
+            if own_features and getattr(value, "features", None) == "alexnet":
                 short |= {"features": "backbone", "augment": False}  # type: ignore[dict-item]
             changes[entry.name] = dataclasses.replace(value, **short)  # type: ignore[type-var]
         elif entry.name == "fisher_samples":
@@ -257,9 +262,9 @@ def short_fits(settings: Any) -> Any:
 
 
 def _flops(action: Any) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCount() as counter:
         action()
-    return int(counter.get_total_flops())
+    return counter.total
 
 
 def _bytes(state: dict[str, torch.Tensor]) -> int:

@@ -42,6 +42,11 @@ class BlankImages(ImageSource):
 class _Answers(TorchDispatchMode):
     """What the host asks of tensors without data gets an answer of the right type: one, zero, zeros, equal, nowhere."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing inside is compiled, and torch's guard against it would be entered with every operation."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
