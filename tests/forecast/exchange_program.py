@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from cl_methods import ranks
 from cl_methods.commands.configuration import parse
 from cl_methods.ranks import tensors
-from cl_methods.training.building import build_method, select_scenario
+from cl_methods.training.building import build_method, select_scenario, shard_backbone
 from cl_methods.training.distributed import processes
 from cl_methods.training.task import TaskTraining
 
@@ -42,6 +43,23 @@ class Noting:
         return dist.all_gather(parts, own)
 
 
+class NotingShards:
+    """An exchange of sharded weights as torch makes it, whose size is noted as that of a gathered tensor.
+
+    Gathers or reduces, as ``exchange`` does.
+    """
+
+    def __init__(self, noted: Noting, exchange: Any) -> None:
+        self._noted, self._exchange = noted, exchange
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        self._noted.gathered[max(output_tensor.nbytes, input_tensor.nbytes)] += 1
+        return self._exchange(output_tensor, input_tensor, *args, **options)
+
+
 def main() -> None:
     with processes():
         noted = Noting()
@@ -49,6 +67,11 @@ def main() -> None:
         config, _ = parse(sys.argv[1:], "")
         scenario = select_scenario(config)
         method = build_method(config, scenario, torch.device("cpu"))
+        shard_backbone(config, method, print)
+        for part in method.backbone.model.modules():
+            if isinstance(part, FSDPModule):
+                part.set_custom_all_gather(NotingShards(noted, dist.all_gather_into_tensor))
+                part.set_custom_reduce_scatter(NotingShards(noted, dist.reduce_scatter_tensor))
         seen: list[tuple[Counter[int], Counter[int]]] = []
         note = lambda _: seen.append((Counter(noted.summed), Counter(noted.gathered)))  # noqa: E731
         TaskTraining(method, 0, scenario.tasks, on_step=note).execute()

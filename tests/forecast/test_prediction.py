@@ -67,6 +67,23 @@ def test_more_processes_hold_less_and_exchange_more(predictor: Predictor) -> Non
     assert (one.whole.exchange, four.whole.exchange > 0) == (0, True)
 
 
+def test_sharded_weights_are_gathered_twice_and_reduced_once_and_updated_in_shares() -> None:
+    config, _ = parse([*SHORT, "--distributed", "fsdp"], "")
+    sharded = Predictor(config, select_scenario(config))
+    half, alone = (sharded.predict(card(8e9), count) for count in (2, 1))
+    assert half.memory is not None
+    assert alone.memory is not None
+    fixed = ("model", "gradients", "optimiser")
+    for name in fixed:  # halves, padded to whole rows
+        assert getattr(half.memory, name) == pytest.approx(getattr(alone.memory, name) / 2, rel=0.02), name
+    assert half.memory.exchanged == pytest.approx(3 * 4 * half.work.trainable, rel=0.02)
+    step, whole = half.work.stages[0].step, alone.work.stages[0].step
+    assert step.flops == pytest.approx(whole.flops / 2, rel=1e-3)  # an odd class text
+    assert sum(step.gathered.values()) > half.memory.exchanges  # of pixels and features too
+    assert sum(step.summed.values()) < half.memory.exchanges  # gradients of weights are not among them
+    assert sum(half.work.evaluation.gathered.values()) > sum(alone.work.evaluation.gathered.values()) == 0
+
+
 def test_the_command_prints_a_table_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
     status = main(["plan", *SHORT, "--hardware", "h100", "--processes", "1,2", "--network", "10", "--json", str(file)])
@@ -91,8 +108,8 @@ def test_the_command_prints_a_table_and_writes_every_figure(tmp_path: Path, caps
         (["--scenario", "mtil", "--captions", "0"], "captions: expected a number >= 1, got 0"),
         (["--method", "zsl"], "did you mean zscl?"),
         (
-            ["--method", "zscl", "--distributed", "fsdp"],
-            "distributed: a prediction needs whole weights in every process",
+            ["--method", "moe_adapters", "--distributed", "fsdp"],
+            "distributed: moe_adapters needs whole weights in every process, got fsdp; expected replicated, or one of the methods",
         ),
     ],
 )

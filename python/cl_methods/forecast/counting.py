@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -89,6 +90,7 @@ def count_work(
     every_task: bool = True,
     lists: bool = True,
     backbone: Backbone | None = None,
+    exchanged: Work | None = None,
 ) -> RunWork:
     """Count one step of every stage, the hooks around every task, and the evaluation, in the last of ``processes``.
 
@@ -104,6 +106,8 @@ def count_work(
             rest lie between these two in proportion to theirs, exact but for attention, which grows with the square of a length.
         lists: optimisers of torch work on lists of tensors, as on a GPU; False: tensor by tensor, as on a CPU.
         backbone: the configured model without data, of which a copy is counted; None makes one.
+        exchanged: what a step exchanges of weights of which each process holds some rows, where they are so sharded; None: each
+            holds them all.
 
     Raises:
         ValueError: the model is unknown, the method's settings are wrong, or the method needs data to be counted.
@@ -121,12 +125,12 @@ def count_work(
         try:
             use_micro_batches(method, parts)
             image = _image_work(backbone, config.evaluation.images_together)
-            found.evaluation = _evaluation(method, config, scenario, image, processes)
+            found.evaluation = _evaluation(method, config, scenario, image, processes, sharded=exchanged is not None)
             tasks = scenario.tasks[:1] if method.joint else scenario.tasks
             tokens = [method.training_texts(task).numel() for task in tasks]
             counted: dict[int, TaskWork] = {}
             for index in range(len(tasks)) if every_task else _representatives(tokens):
-                counted[index] = count_task(method, len(counted), tasks[index], processes, lists)
+                counted[index] = count_task(method, len(counted), tasks[index], processes, lists, exchanged is not None)
         except (NotImplementedError, RuntimeError, TypeError) as error:
             line = (str(error).splitlines() or [""])[0]
             raise ValueError(f"{config.method}: a step cannot be counted without data ({line[:200]})") from error
@@ -135,7 +139,7 @@ def count_work(
             work = counted[index] if index in counted else _between(counted, tokens, index)
             found.trainable = max(found.trainable, work.trainable)
             found.between += work.around + image * (work.encodings * (len(task.train) / processes - PROBED))
-            found.stages += _planned(method, index, task, work, draws)
+            found.stages += _planned(method, index, task, work, draws, exchanged or Work())
     return found
 
 
@@ -165,7 +169,9 @@ def _between(counted: Mapping[int, TaskWork], tokens: Sequence[int], index: int)
     return counted[low].mixed(counted[high], share)
 
 
-def _planned(method: Method, index: int, task: Task, work: TaskWork, draws: ReferenceDraws) -> Iterator[StageWork]:
+def _planned(
+    method: Method, index: int, task: Task, work: TaskWork, draws: ReferenceDraws, exchanged: Work
+) -> Iterator[StageWork]:
     """The stages of a task with as many steps as its real size makes, and as many new reference images as these draw."""
     if method.closed_form:
         (step,) = work.steps
@@ -180,7 +186,7 @@ def _planned(method: Method, index: int, task: Task, work: TaskWork, draws: Refe
             size = reference_size(method, planned.batch_size)
             met = draws.draw(len(reference), size, index, first_step, planned.steps)
             new, again = (images / size for images in met)
-        kinds = (step.new, step.again, step.old)
+        kinds = (step.new + exchanged, step.again + exchanged, step.old + exchanged)
         yield StageWork(task.name, planned.name, planned.steps, new, again, *kinds, step.saved)
         first_step += planned.steps
 
@@ -193,8 +199,13 @@ def _image_work(backbone: Backbone, batch_size: int) -> Work:
     return Work(counting.calls, images=batch_size) * (1 / batch_size)
 
 
-def _evaluation(method: Method, config: RunConfig, scenario: Scenario, image: Work, processes: int) -> Work:
-    """All rows of the matrix: images in shares, as often as the method encodes them at most; class texts in every process."""
+def _evaluation(
+    method: Method, config: RunConfig, scenario: Scenario, image: Work, processes: int, *, sharded: bool
+) -> Work:
+    """All rows of the matrix: images in shares, as often as the method encodes them at most; class texts in every process.
+
+    Sharded weights are made whole for each row, tensor by tensor.
+    """
     rows = 1 + rows_after_learning(config, type(method), len(scenario.tasks))
     images = sum(len(evaluated_images(task, config.evaluation)) for task in scenario.tasks)
     method.expect(scenario.tasks)
@@ -205,4 +216,6 @@ def _evaluation(method: Method, config: RunConfig, scenario: Scenario, image: Wo
     kept = bool(method._classifiers)
     method._classifiers = {}
     times = 1 + (rows - 1) * method.later_encodings()[1]
-    return counting.work * (1 if kept else rows) + image * (images * times / processes)
+    whole = Counter(value.numel() * value.element_size() for value in method.backbone.model.parameters() if value.dim())
+    gathering = Work(gathered=whole) * (rows if sharded else 0)
+    return counting.work * (1 if kept else rows) + image * (images * times / processes) + gathering

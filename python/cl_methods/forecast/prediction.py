@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from cl_methods.forecast.tokens import RememberedTokens
 from cl_methods.forecast.work import Work
 from cl_methods.methods.find import find_method
 from cl_methods.scenarios.base import Scenario
+from cl_methods.training.building import check_distributed
 from cl_methods.training.config import RunConfig
 from cl_methods.training.memory.plan import MemoryPlan
 from cl_methods.training.memory.planner import MemoryBudgetError, model_shapes, plan_memory
@@ -115,14 +117,11 @@ class Predictor:
         scenario: its tasks.
 
     Raises:
-        ValueError: the run shards its weights.
+        ValueError: the run shards its weights, and the method needs whole ones.
     """
 
     def __init__(self, config: RunConfig, scenario: Scenario) -> None:
-        if config.distributed != "replicated":
-            raise ValueError(
-                f"distributed: a prediction needs whole weights in every process, got {config.distributed}"
-            )
+        check_distributed(config)
         self.config, self.scenario = config, scenario
         self._works: dict[tuple[int, MicroBatches | None], RunWork] = {}
         self._wholes: dict[int, MemoryPlan] = {}
@@ -154,21 +153,34 @@ class Predictor:
         hardware.peak(precision)
         memory, too_large = (None, None) if fits else self.plan(hardware.memory, processes)
         parts = None if memory is None or too_large else memory.micro_batches
-        work = self.work(processes, parts)
+        plan = self._whole(processes) if memory is None and self._shards(processes) else memory
+        work = self.work(processes, parts, plan)
         options: dict[str, Any] = {"precision": precision, "workers": self.config.workers, "reached": reached}
         steps = tuple(seconds(stage.total, hardware, processes, **options) for stage in work.stages)
         between, evaluation = (seconds(one, hardware, processes, **options) for one in (work.between, work.evaluation))
         return Prediction(hardware, processes, precision, work, memory, too_large, steps, between, evaluation)
 
-    def work(self, processes: int = 1, parts: MicroBatches | None = None) -> RunWork:
-        """:func:`~cl_methods.forecast.counting.count_work` of one of the processes."""
+    def work(self, processes: int = 1, parts: MicroBatches | None = None, plan: MemoryPlan | None = None) -> RunWork:
+        """:func:`~cl_methods.forecast.counting.count_work` of one of the processes.
+
+        Args:
+            processes: that compute together.
+            parts: micro-batches of the encoders.
+            plan: of a step with these; where weights are sharded it knows what of them is exchanged.
+        """
         key = processes, parts
         if key not in self._works:
             if self._blank is None:
                 self._blank = blank_backbone(self.config.model, self.config.pretrained)
                 self._blank.tokenize = self._tokens(self._blank.tokenize)
             self._works[key] = count_work(
-                self.config, self.scenario, processes, parts, every_task=False, backbone=self._blank
+                self.config,
+                self.scenario,
+                processes,
+                parts,
+                every_task=False,
+                backbone=self._blank,
+                exchanged=_exchanged(plan) if plan is not None and self._shards(processes) else None,
             )
         return self._works[key]
 
@@ -186,9 +198,7 @@ class Predictor:
         method = find_method(self.config.method)
         if not method.trains or method.closed_form:
             return None, None
-        if processes not in self._wholes:
-            self._wholes[processes] = self._rehearse(None, processes)
-        whole = self._wholes[processes]
+        whole = self._whole(processes)
         available = min(memory, self.config.memory_bytes or memory) - CONTEXT
         if whole.fits(available):
             return whole, None
@@ -196,6 +206,15 @@ class Predictor:
             return self._rehearse(available, processes), None
         except MemoryBudgetError as error:
             return whole, str(error)
+
+    def _shards(self, processes: int) -> bool:
+        return self.config.distributed == "fsdp" and processes > 1
+
+    def _whole(self, processes: int) -> MemoryPlan:
+        """The plan of everything at once."""
+        if processes not in self._wholes:
+            self._wholes[processes] = self._rehearse(None, processes)
+        return self._wholes[processes]
 
     def _tokens(self, tokenize: Callable[[Sequence[str]], Tensor]) -> RememberedTokens:
         """With everything that a run surely asks for."""
@@ -212,4 +231,23 @@ class Predictor:
         tasks, reference = scenario.tasks, scenario.reference
         method = find_method(config.method)
         shapes = model_shapes(config, torch.device("cpu"))
-        return plan_memory(method, settings, shapes, tasks, reference, budget, processes=processes, on_gpu=True)
+        return plan_memory(
+            method,
+            settings,
+            shapes,
+            tasks,
+            reference,
+            budget,
+            processes=processes,
+            sharded=self._shards(processes),
+            on_gpu=True,
+            evaluated=config.evaluation.images_together,
+        )
+
+
+def _exchanged(plan: MemoryPlan) -> Work:
+    """What a step exchanges of sharded weights. A reduced tensor is sent as often as a gathered one; both are copied once."""
+    if not plan.exchanges:
+        return Work()
+    size = round(plan.exchanged / plan.exchanges)
+    return Work(calls=Counter({(0, 2 * size): plan.exchanges}), gathered=Counter({size: plan.exchanges}))

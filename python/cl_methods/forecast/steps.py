@@ -24,6 +24,8 @@ def step_work(
     optimizer: torch.optim.Optimizer | None,
     processes: int,
     place: int = 0,
+    *,
+    sharded: bool = False,
 ) -> tuple[Work, int]:
     """One step, or one batch of a method in closed form, in the last of several processes; and the bytes kept for backward.
 
@@ -35,6 +37,7 @@ def step_work(
         optimizer: of the stage; None for a method in closed form.
         processes: that compute together.
         place: batch of the reference set that the step has.
+        sharded: whether each process updates some rows of the weights alone. What it exchanges of them is not in the work.
     """
     model = method.backbone.model
     with simulated(processes) as exchanges:
@@ -44,19 +47,21 @@ def step_work(
         shown = [value for value in (batch.images, batch.reference_images) if value is not None]
         counting = WorkCount([*model.parameters(), *model.buffers(), *trained, *shown])
         with counting:
-            _do_step(method, batch, number, optimizer, processes)
-    return gathering.work + Work(counting.calls, exchanges.summed, exchanges.gathered, read), counting.saved
+            if optimizer is None:
+                method.learn(batch)
+            else:
+                optimizer.zero_grad(set_to_none=True)
+                method.loss(batch)["loss"].backward()
+        with WorkCount() as updating:
+            if optimizer is not None:
+                _update(method, batch, number, optimizer, average=processes > 1 and not sharded)
+    updates = updating.work.shared_out(processes) if sharded else updating.work
+    computed = Work(counting.calls, exchanges.summed, exchanges.gathered, read)
+    return gathering.work + computed + updates, counting.saved
 
 
-def _do_step(
-    method: Method, batch: Batch, number: int, optimizer: torch.optim.Optimizer | None, processes: int
-) -> None:
-    if optimizer is None:
-        method.learn(batch)
-        return
-    optimizer.zero_grad(set_to_none=True)
-    method.loss(batch)["loss"].backward()
-    if processes > 1:
+def _update(method: Method, batch: Batch, number: int, optimizer: torch.optim.Optimizer, *, average: bool) -> None:
+    if average:
         average_gradients(method.trainable())
     method.before_step(batch)
     optimizer.step()

@@ -68,7 +68,7 @@ class TaskWork:
         return TaskWork(pairs, around, max(self.encodings, other.encodings), max(self.trainable, other.trainable))
 
 
-def count_task(method: Method, index: int, task: Task, processes: int, lists: bool) -> TaskWork:
+def count_task(method: Method, index: int, task: Task, processes: int, lists: bool, sharded: bool = False) -> TaskWork:
     """Bring a method through a task on tensors without data, and count.
 
     Args:
@@ -77,6 +77,7 @@ def count_task(method: Method, index: int, task: Task, processes: int, lists: bo
         task: of which a few images are looked at.
         processes: that compute together.
         lists: optimisers of torch work on lists of tensors.
+        sharded: whether each process updates some rows of the weights alone.
     """
     found, blank = TaskWork(), shortened(task, PROBED)
     _hook(found, lambda: method.before_task(index, blank))
@@ -87,14 +88,14 @@ def count_task(method: Method, index: int, task: Task, processes: int, lists: bo
     for stage in method.stages(blank):
         method.stage = stage
         _hook(found, lambda stage=stage: method.before_stage(stage))  # type: ignore[misc]
-        found.steps.append(_stage(method, blank, stage.batch_size, processes, lists, index))
+        found.steps.append(_stage(method, blank, stage.batch_size, processes, lists, index, sharded))
         found.trainable = max(found.trainable, sum(value.numel() for _, value in method.trainable()))
     method.stage = None
     _hook(found, lambda: method.after_task(index, blank))
     return found
 
 
-def _stage(method: Method, task: Task, size: int, processes: int, lists: bool, index: int) -> StepKinds:
+def _stage(method: Method, task: Task, size: int, processes: int, lists: bool, index: int, sharded: bool) -> StepKinds:
     optimizer = method.optimizer()
     if lists and isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):
         for group in optimizer.param_groups:
@@ -104,7 +105,8 @@ def _stage(method: Method, task: Task, size: int, processes: int, lists: bool, i
         # reference images that no other task has shown to a teacher that may still know them
         with torch.random.fork_rng(devices=[]):  # nor other texts than the other steps draw
             torch.manual_seed(0)
-            return step_work(method, task, size, number, optimizer, processes, 2 * task_index + number)
+            place = 2 * task_index + number
+            return step_work(method, task, size, number, optimizer, processes, place, sharded=sharded)
 
     step(0)  # optimisers make their state, averages begin
     again, _ = step(1, index - 1) if index else (None, 0)

@@ -65,6 +65,13 @@ class Work:
             _times(self.calls, times), _times(self.summed, times), _times(self.gathered, times), self.images * times
         )
 
+    def shared_out(self, processes: int) -> Work:
+        """Of each operation one of ``processes`` equal shares: what works on rows of sharded weights."""
+        shares: Counter[Call] = Counter()
+        for (flops, moved), times in self.calls.items():
+            shares[round(flops / processes), round(moved / processes)] += times
+        return Work(shares, self.summed, self.gathered, self.images)
+
     @property
     def flops(self) -> float:
         """Of matrix products, convolutions and attention, a multiply-add being two."""

@@ -34,6 +34,7 @@ class MemoryPlan:
         sharded: whether each of them holds its rows alone of weights, gradients and optimiser state.
         outside: the most bytes of tensors before and after a task's steps, where sharded weights are whole: loaded, copied for a
             teacher, evaluated; 0 where they are not sharded.
+        exchanged, exchanges: bytes of the sharded weights and gradients that a step gathers or reduces, and in how many pieces.
     """
 
     budget: int | None
@@ -49,6 +50,8 @@ class MemoryPlan:
     processes: int = 1
     sharded: bool = False
     outside: int = 0
+    exchanged: int = 0
+    exchanges: int = 0
 
     @property
     def peak(self) -> int:

@@ -131,14 +131,16 @@ class _Planner:
         self.rehearsal, self.budget = rehearsal, budget
         self.host_apart = backbone.device.type != "cpu" if on_gpu is None else on_gpu
         self.process = 0 if on_gpu else _process_bytes(backbone)
-        self._peaks: dict[tuple[MicroBatches | None, Precision], int] = {}
+        self._steps: dict[tuple[MicroBatches | None, Precision], tuple[int, int, int]] = {}
         self._around: dict[MicroBatches | None, int] = {}
 
     def plan(self, parts: MicroBatches | None, levers: Levers) -> MemoryPlan:
         """What a step needs with these parts and levers."""
         found, key = self.rehearsal, (parts, levers.precision)
-        if key not in self._peaks:
-            self._peaks[key] = found.step(*key)
+        if key not in self._steps:
+            peak, moved = found.step(*key), found.exchanged
+            self._steps[key] = peak, sum(size * times for size, times in moved.items()), sum(moved.values())
+        peak, exchanged, exchanges = self._steps[key]
         held = found.model + found.carried + found.optimiser + found.gradients
         offloaded = found.averages if levers.offload == "averages" and self.host_apart else 0
         ahead = found.copied_ahead if self.host_apart else 0
@@ -150,12 +152,14 @@ class _Planner:
             found.carried - offloaded,
             self._state(levers.optimizer_state),
             found.gradients,
-            max(0, self._peaks[key] - held, self._update(levers.optimizer_state)) + ahead,
+            max(0, peak - held, self._update(levers.optimizer_state)) + ahead,
             found.left_out,
             levers,
             found.processes,
             found.sharded,
             self._outside(parts),
+            exchanged,
+            exchanges,
         )
 
     def _outside(self, parts: MicroBatches | None) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -53,6 +54,8 @@ class Rehearsal:
         optimizer: fresh in every respect but the first step.
         left_out: what could not be rehearsed, as a phrase; None if nothing.
         processes, sharded: as given.
+        exchanged: by the last step, of sharded weights and their gradients: bytes of a tensor that is gathered from the shares of
+            all processes, or reduced to them -> how often.
 
     Args:
         method: its class.
@@ -85,6 +88,7 @@ class Rehearsal:
         self.settings, self.left_out, self.processes = short_fits(settings, own_features=False), None, processes
         self.sharded, self._group = sharded, PretendedGroup(processes) if sharded else None
         self._gloo, self._evaluated = gloo, evaluated
+        self.exchanged: Counter[int] = Counter()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.memory = LiveMemory(self._fake, all_empty=sharded)
         self._weights = BlankWeights(self._fake, self.memory)
@@ -136,6 +140,7 @@ class Rehearsal:
             batch = self._batch()
             self.copied_ahead = _bytes(getattr(batch, name) for name in TO_DEVICE)
             memory.peak = memory.bytes
+            self.exchanged.clear()
             self.optimizer.zero_grad(set_to_none=True)
             terms = method.loss(batch)
             terms["loss"].backward()
@@ -209,7 +214,7 @@ class Rehearsal:
 
         model = method.backbone.model
         shard(method.backbone)
-        pretend_exchanges(model, self.memory, self._fake, copies=self._gloo)
+        self.exchanged = pretend_exchanges(model, self.memory, self._fake, copies=self._gloo)
         self.model = _bytes((*model.parameters(), *model.buffers()))
         return method
 

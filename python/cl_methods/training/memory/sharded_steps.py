@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +19,14 @@ class _Exchange:
 
     gloo gathers into a buffer of its own and reduces in a copy, each as large as the tensor of which all processes have a
     share; NCCL needs neither.
+
+    Attributes:
+        moved: bytes of the tensor of which all processes have a share -> how often.
     """
 
     def __init__(self, memory: LiveMemory, fake: FakeTensorMode, copies: bool) -> None:
         self._memory, self._fake, self._copies = memory, fake, copies
+        self.moved: Counter[int] = Counter()
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer without data of this ``size``."""
@@ -32,12 +37,13 @@ class _Exchange:
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *_: Any, **__: Any) -> None:
         """Nothing is sent."""
+        whole = max(output_tensor.nbytes, input_tensor.nbytes)
+        self.moved[whole] += 1
         if self._copies:
-            whole = max(output_tensor.nbytes, input_tensor.nbytes)
             self._memory.peak = max(self._memory.peak, self._memory.bytes + whole)
 
 
-def pretend_exchanges(model: nn.Module, memory: LiveMemory, fake: FakeTensorMode, *, copies: bool) -> None:
+def pretend_exchanges(model: nn.Module, memory: LiveMemory, fake: FakeTensorMode, *, copies: bool) -> Counter[int]:
     """Let a sharded ``model`` of tensors without data exchange nothing, and count what that needs.
 
     Args:
@@ -45,9 +51,15 @@ def pretend_exchanges(model: nn.Module, memory: LiveMemory, fake: FakeTensorMode
         memory: counts.
         fake: makes the buffers.
         copies: whether exchanges copy what they send (gloo).
+
+    Returns:
+        What is exchanged from now on: bytes of a tensor that is gathered from the shares of all processes, or reduced to them, and
+        how often.
     """
-    exchange: Any = _Exchange(memory, fake, copies)
+    noted = _Exchange(memory, fake, copies)
+    exchange: Any = noted
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.set_custom_all_gather(exchange)
             part.set_custom_reduce_scatter(exchange)
+    return noted.moved
