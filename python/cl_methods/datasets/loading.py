@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -17,9 +15,9 @@ from cl_methods.datasets.copying import on_device
 from cl_methods.datasets.image_cache import CachedImages
 from cl_methods.datasets.images import DataError, ImageSource, RawImage
 from cl_methods.datasets.two_stage import two_stage
+from cl_methods.datasets.workers import leave_to_the_parent
 
 Transform = Callable[[RawImage], Tensor]
-_SECONDS_AFTER_SIGTERM = 60
 _TOGETHER = 8
 """Images that are normalised together: few enough to stay in a core's cache."""
 
@@ -209,7 +207,7 @@ class Items:
                 num_workers=workers,
                 pin_memory=device.type == "cuda",
                 prefetch_factor=4,
-                worker_init_fn=_leave_signals_to_the_parent,
+                worker_init_fn=leave_to_the_parent,
                 persistent_workers=True,
                 generator=torch.Generator(),  # the loader would draw from the global one
             )
@@ -240,23 +238,6 @@ class _Order(Sampler):
 
     def __len__(self) -> int:
         return len(self.keys)
-
-
-def _leave_signals_to_the_parent(_: int) -> None:
-    """Ctrl-C and batch systems reach worker processes too, but the parent decides when these end.
-
-    After SIGTERM a worker lives on for a minute at most, so that one that hangs does not stay for ever.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, _end_later)
-
-
-def _end_later(number: int, frame: FrameType | None) -> None:
-    signal.alarm(_SECONDS_AFTER_SIGTERM)
 
 
 def _data(item: dict[str, Tensor] | DataError) -> dict[str, Tensor]:
