@@ -426,7 +426,7 @@ def test_an_unreadable_image_is_named_when_its_turn_comes(tmp_path):
     with pytest.raises(DataError, match=rf"{damaged} is not a readable image"):
         found.image(7)
     damaged.unlink()
-    with pytest.raises(DataError, match=rf"{damaged} is not a readable image"):
+    with pytest.raises(DataError, match=rf"{damaged} is gone; restore it"):
         found.image(7)
 
 

@@ -287,7 +287,7 @@ def test_a_file_that_is_gone_is_an_error_as_without_a_cache(files, folder):
     read(cached(files, folder))
     gone = files.root / files.paths[11]
     gone.unlink()
-    with pytest.raises(DataError, match=f"{gone} is not a readable image"), pytest.warns(CacheWarning, match=str(gone)):
+    with pytest.raises(DataError, match=f"{gone} is gone; restore it"), pytest.warns(CacheWarning, match=str(gone)):
         read(cached(files, folder))
 
 

@@ -14,6 +14,7 @@ Every run is `clk run` in a child that is forked after the imports, which take l
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import os
@@ -72,6 +73,7 @@ def begin(method: str, output: Path, fault: Inflict | None, *, resume: bool, log
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):  # a log that is full
                 stream.flush()
+    atexit._run_exitfuncs()  # as a process of its own leaves: with workers that live, for one
     os._exit(status)
 
 

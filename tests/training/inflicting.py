@@ -18,6 +18,7 @@ import torch
 from privileges import close, open_again
 
 from cl_methods.commands import run as run_command
+from cl_methods.datasets.images import DataError, TensorImages
 from cl_methods.training import run as run_module
 from cl_methods.training.checkpoints import RunDirectory, atomic
 from cl_methods.training.checkpoints.atomic import sha256
@@ -57,10 +58,14 @@ FAULTS = {
     "sigterm in a write": Fault(
         143, r"SIGTERM: stopping after this step.*\n(.*\n)*stopped .*(continue with --resume|which is complete)"
     ),
+    "image gone": Fault(2, r"error: image \d+ is gone\. (The last good|No checkpoint).*--resume"),
     "log full": Fault(0, ""),
     "no memory": Fault(2, r"no memory left \(.*can't allocate memory.*(The last good|No checkpoint).*--memory-budget"),
     "worker killed": Fault(2, r"DataLoader worker.*a process that reads images has died.*--resume"),
 }
+
+
+WITH_WORKERS = ("worker killed", "sigterm", "loss is NaN", "image gone")
 
 
 class Inflict:
@@ -76,7 +81,7 @@ class Inflict:
     def __init__(self, name: str, event: int) -> None:
         self.name, self.event = name, event
         self.status, self.sentence = FAULTS[name].status, FAULTS[name].sentence
-        self.arguments = ["--workers", "1"] if name == "worker killed" else []
+        self.arguments = ["--workers", "1"] if name in WITH_WORKERS else []
         self.output = Path()
 
     def prepare(self, output: Path) -> None:
@@ -128,6 +133,8 @@ class Inflict:
             shutil.rmtree(self.output.resolve())
         elif self.name == "read-only":
             close(self.output)
+        elif self.name == "image gone":
+            TensorImages.image = gone
         elif self.name == "log full":
             full = os.open("/dev/full", os.O_WRONLY)
             os.dup2(full, 1)
@@ -237,6 +244,10 @@ class Striking(PlainProgress):
     def evaluated(self, task, accuracy) -> None:
         super().evaluated(task, accuracy)
         self._count()
+
+
+def gone(_: TensorImages, index: int) -> None:
+    raise DataError(f"image {index} is gone")
 
 
 def no_room(_: int) -> None:

@@ -13,12 +13,12 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from forked_ranks import fork_ranks, statuses
 from inflicting import FAULTS, Inflict, Striking
 
 from cl_methods import cli
@@ -61,30 +61,13 @@ def image_gone(steps: TrainingSteps, step: int) -> None:
 
 
 def forked(output: Path, fault: str, struck: int, arguments: list[str], log: Path) -> list[int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(COUNT):
-        sys.stdout.flush()
-        child = os.fork()
-        if not child:
-            stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(stream, 1)
-            os.dup2(stream, 2)
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(COUNT)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            status = 1
-            try:
-                status = run_as_rank(output, fault, struck, arguments)
-            except SystemExit as left:
-                status = int(left.code or 0)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    def work() -> None:
+        stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        sys.exit(run_as_rank(output, fault, struck, arguments))
+
+    return statuses(fork_ranks(COUNT, work))
 
 
 def by_torchrun(output: Path, fault: str, struck: int, arguments: list[str], log: Path) -> list[int]:

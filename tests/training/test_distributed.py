@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import free_port
+from forked_ranks import reserved_port
 from safetensors.torch import load_file
 
 from cl_methods.commands.configuration import parse
@@ -247,45 +249,68 @@ def goes_on_as_one(
 
 
 LAST_WORDS = """
-import os
+import os, sys
 import torch.distributed as dist
 from cl_methods import ranks
-from cl_methods.training.distributed import processes
+from cl_methods.training.distributed import processes, read_together
 
 def threads():
     return [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
 
-try:
-    with processes():
-        import torch.distributed.fsdp  # as a method may, or torch itself
-        import torch.distributed.nn.functional
-        ranks.gather_values(ranks.rank())
-        assert "pt_gloo_runloop" in threads(), threads()
-        if FAILS:
-            raise ValueError("of the first")
-except (ValueError, SystemExit):
-    assert FAILS
-assert not dist.is_initialized()
-assert "pt_gloo_runloop" not in threads(), threads()
+def other_options():
+    read_together(lambda: {"seed": os.environ["RANK"], "lr": "1"}, dict)
+
+def wrong_option():
+    read_together(lambda: sys.exit(print("what was wrong", file=sys.stderr) or 2), dict)
+
+def interrupted():
+    raise KeyboardInterrupt if ranks.first() else ValueError("of the second")
+
+ends = [(lambda: None, ()), (other_options, ValueError), (wrong_option, ()), (interrupted, (KeyboardInterrupt, ValueError))]
+for port, (end, expected) in zip(sys.argv[1:], ends, strict=True):
+    os.environ["MASTER_PORT"] = port
+    try:
+        with processes():
+            import torch.distributed.fsdp  # as a method may, or torch itself
+            import torch.distributed.nn.functional
+            ranks.gather_values(ranks.rank())
+            assert "pt_gloo_runloop" in threads(), threads()
+            end()
+    except BaseException as error:
+        quietly = isinstance(error, SystemExit) and error.code == 2
+        assert isinstance(error, expected) or quietly, repr(error)
+        print(error)
+    else:
+        assert expected == ()
+    assert not dist.is_initialized()
+    assert "pt_gloo_runloop" not in threads(), threads()
 """
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_no_thread_of_the_group_outlives_it(fails):
-    """One that does aborts some processes while Python shuts down: it lets go of a tensor then."""
+def test_no_thread_of_the_group_outlives_it_however_it_ends():
+    """One that does aborts some processes while Python shuts down: it lets go of a tensor then. And what is wrong is said once."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", f"FAILS = {fails}\n{LAST_WORDS}"],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[1] for process in started]
+    environment |= {"MASTER_ADDR": "127.0.0.1"}
+    with ExitStack() as reserved:
+        ports = [str(reserved.enter_context(reserved_port())) for _ in range(4)]
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", LAST_WORDS, *ports],
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        said = [process.communicate(timeout=240) for process in started]
     assert [process.returncode for process in started] == [0, 0], said
+    out, err = ("".join(texts) for texts in zip(*said, strict=True))
+    assert err.count("what was wrong") == 1, err
+    seeds = re.findall(
+        r"seed: expected the same in every process, got '(\d)' in number \1 and '(\d)' in number \2", out
+    )
+    assert seeds in ([("0", "1")], [("1", "0")]), out
 
 
 def test_torchrun_starts_the_same_command_and_errors_are_said_once(tmp_path):

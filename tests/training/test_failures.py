@@ -1,4 +1,4 @@
-"""What is said when training cannot go on is said once."""
+"""What is said when training cannot go on is said once, and not taken for something else."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import signal
 
 import pytest
 
-from cl_methods.training.failures import hear_no_more_of
+from cl_methods import ranks
+from cl_methods.training.checkpoints import RunDirectory
+from cl_methods.training.checkpoints.atomic import WriteError, writing
+from cl_methods.training.failures import WorkerDiedError, explain, hear_no_more_of
 
 DEATH = RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed.")
+NO_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1125899906842624 bytes.")
 
 
 def test_a_dead_worker_is_not_reported_again_while_its_death_is_explained() -> None:
@@ -28,3 +32,29 @@ def test_a_dead_worker_is_not_reported_again_while_its_death_is_explained() -> N
         assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.parametrize("error", [DEATH, NO_MEMORY], ids=["worker", "memory"])
+def test_what_interrupts_a_write_or_an_exchange_is_not_its_failure(error, tmp_path) -> None:
+    with pytest.raises(RuntimeError) as raised, writing(tmp_path / "file"):
+        raise error
+    assert raised.value is error
+    with pytest.raises(WriteError, match="file cannot be written"), writing(tmp_path / "file"):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+    with pytest.raises(RuntimeError) as raised, ranks.exchange():
+        raise DEATH
+    assert raised.value is DEATH
+    with pytest.raises(ranks.OtherRankError), ranks.exchange():
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_an_error_in_a_worker_is_no_death(tmp_path) -> None:
+    """torch hands it on with a traceback of that process, of which the last line says what is wrong."""
+    directory = RunDirectory(tmp_path)
+    said = "Caught RuntimeError in DataLoader worker process 1.\nOriginal Traceback …:\n  File …\nRuntimeError: of a transform\n"
+    explained = explain(RuntimeError(said), directory)
+    assert not isinstance(explained, WorkerDiedError)
+    assert str(explained).startswith(
+        "RuntimeError: of a transform (in DataLoader worker process 1, which reads images;"
+    )
+    assert isinstance(explain(DEATH, directory), WorkerDiedError)

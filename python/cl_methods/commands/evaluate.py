@@ -16,8 +16,8 @@ from cl_methods.commands.configuration import option_given, parse
 from cl_methods.evaluation.report import print_tables, write_run_report, write_tables
 from cl_methods.evaluation.tables import TextTable, rows_table
 from cl_methods.training.checkpoints import RunDirectory
-from cl_methods.training.config import RunConfig
-from cl_methods.training.distributed import processes
+from cl_methods.training.config import RunConfig, shared
+from cl_methods.training.distributed import processes, read_together
 from cl_methods.training.evaluating import Evaluated, Evaluating
 from cl_methods.training.export.files import NewFolder
 from cl_methods.training.export.learnt import ADAPTER_CONFIG, ExportError
@@ -59,6 +59,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    run, description, config, asked = read_together(
+        lambda: _read(arguments), lambda read: {**shared(read[2].as_dict()), "checkpoints": read[3].checkpoints}
+    )
+    checkpoints = _checkpoints(asked.checkpoints, run)
+    output = ranks.from_first(lambda: _output(asked.output, run))
+    with progress_for() if ranks.first() else RunProgress() as progress:
+        evaluated = Evaluating(config, run, description, checkpoints, progress).execute()
+    ranks.from_first(lambda: _write(evaluated, config, output))
+    return 0
+
+
+def _read(arguments: list[str]) -> tuple[Path, dict[str, Any], RunConfig, argparse.Namespace]:
+    """The run, its ``run.json``, what is measured, and the options of this command alone."""
     if any(argument in ("-h", "--help") for argument in arguments):
         parse(["--help"], DESCRIPTION, prog="clk evaluate")
     if not arguments or arguments[0].startswith("-"):
@@ -66,22 +79,17 @@ def _main(arguments: list[str]) -> int:
     own = argparse.ArgumentParser(prog="clk evaluate", add_help=False, allow_abbrev=False)
     own.add_argument("--checkpoints", default="all")
     own.add_argument("--output", type=Path)
-    chosen, rest = own.parse_known_args(arguments[1:])
+    asked, rest = own.parse_known_args(arguments[1:])
     wrong = next((option for option in _NOT_HERE for given in rest if given.partition("=")[0] == option), None)
     if wrong is not None:
         raise ValueError(f"{wrong[2:]}: has no meaning for `clk evaluate`, which measures the run that it is given")
     run = Path(arguments[0])
-    description = _description(run)
+    description = ranks.from_first(lambda: _description(run))
     config, _ = parse(
         rest, DESCRIPTION, prog="clk evaluate", file=_settings(description, rest), file_name=run / "run.json"
     )
     config.distributed = "replicated"
-    checkpoints = _checkpoints(chosen.checkpoints, run)
-    output = ranks.from_first(lambda: _output(chosen.output, run))
-    with progress_for() if ranks.first() else RunProgress() as progress:
-        evaluated = Evaluating(config, run, description, checkpoints, progress).execute()
-    ranks.from_first(lambda: _write(evaluated, config, output))
-    return 0
+    return run, description, config, asked
 
 
 def _description(run: Path) -> dict[str, Any]:

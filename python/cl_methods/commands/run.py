@@ -14,14 +14,14 @@ from rich.table import Table
 from cl_methods import ranks
 from cl_methods.backbone import planned_weights
 from cl_methods.commands.configuration import Invocation, parse
-from cl_methods.commands.series import expand, parse_series
+from cl_methods.commands.series import SeriesRun, expand, parse_series
 from cl_methods.evaluation.report import compare, print_run_report, write_run_report
 from cl_methods.methods.find import find_method
 from cl_methods.training.building import check_distributed, select_scenario
 from cl_methods.training.checkpoints import RunDirectory
 from cl_methods.training.checkpoints.atomic import writing
-from cl_methods.training.config import RunConfig
-from cl_methods.training.distributed import processes
+from cl_methods.training.config import RunConfig, shared
+from cl_methods.training.distributed import processes, read_together
 from cl_methods.training.environment import choose_device
 from cl_methods.training.memory.evaluation_batch import choose_batch
 from cl_methods.training.planning.plan import make_plan, readable_flops
@@ -58,11 +58,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    lines = expand(arguments)
-    if len(lines) == 1:
-        config, invocation = parse(arguments, DESCRIPTION)
+    runs, folder = read_together(lambda: _read(arguments), _shared)
+    if folder is None:
+        config, invocation, _ = runs[0]
         return _run(config, invocation, invocation.output or _default_output(config, invocation))
-    runs, folder = parse_series(lines, DESCRIPTION)
     for _, invocation, output in runs:  # nothing starts if one of them may not
         RunDirectory(output).check(resume=invocation.resume, overwrite=invocation.overwrite)
     for config, invocation, output in runs:
@@ -72,6 +71,23 @@ def _main(arguments: Sequence[str]) -> int:
     if not runs[0][1].dry_run:
         ranks.from_first(lambda: _compare([output for _, _, output in runs], folder / "compare"))
     return 0
+
+
+def _read(arguments: Sequence[str]) -> tuple[list[SeriesRun], Path | None]:
+    """The runs, and the folder of a series; of a single one the directory is not known yet."""
+    lines = expand(arguments)
+    if len(lines) > 1:
+        return parse_series(lines, DESCRIPTION)
+    return [(*parse(arguments, DESCRIPTION), Path())], None
+
+
+def _shared(read: tuple[list[SeriesRun], Path | None]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for number, (config, invocation, _) in enumerate(read[0], 1):
+        asked = {name: getattr(invocation, name) for name in ("resume", "overwrite", "dry_run")}
+        own = {**shared(config.as_dict()), **asked}
+        found |= own if len(read[0]) == 1 else {f"run {number}: {name}": value for name, value in own.items()}
+    return found
 
 
 def _compare(runs: list[Path], output: Path) -> None:
@@ -86,20 +102,27 @@ def _run(config: RunConfig, invocation: Invocation, output: Path) -> int:
     with progress_for() if ranks.first() else RunProgress() as reporter, stopping:
         run = Run(config, output, resume=invocation.resume, overwrite=invocation.overwrite, progress=reporter)
         writable = run.directory.held()
-        if writable:
-            run.directory.write_text("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
-        stopping.run = run
         try:
+            if writable:
+                run.directory.write_text("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+            stopping.run = run
             result = run.execute()
         except StoppedError as stopped:
             reporter.note(str(stopped))
-            received = max(ranks.gather_values(stopping.received or 0))  # perhaps in another process only
-            return 128 + (received or signal.SIGINT)
-        if stopping.received is not None:
-            reporter.note("stopped at the end of the run, which is complete")
+            return 128 + (_signalled(stopping) or signal.SIGINT)
+        finally:
+            run.directory.release()
         stopping.run = None  # everything is written; the report can be made again
+        received = _signalled(stopping)
+        if received:
+            reporter.note("stopped at the end of the run, which is complete")
     ranks.from_first(lambda: _report(result, output, writable))
-    return 0 if stopping.received is None else 128 + stopping.received  # a series ends here too
+    return 128 + received if received else 0  # a series ends here too
+
+
+def _signalled(stopping: StopOnSignal) -> int:
+    """Number of the signal that some process was stopped with, in all of them; 0 if there was none."""
+    return max(ranks.gather_values(stopping.received or 0))
 
 
 def _report(result: dict[str, Any], output: Path, writable: bool) -> None:

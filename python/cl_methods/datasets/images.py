@@ -25,6 +25,16 @@ class DataError(ValueError):
     """Data on disk is not what it should be. The message names the file and says what to do."""
 
 
+def unreadable(path: Path, error: Exception) -> DataError:
+    """What is said of an image file that ``error`` kept from being read: it is gone, the system fails, or it holds no image."""
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path} is gone; restore it")
+    reason = getattr(error, "strerror", None)
+    if reason:
+        return DataError(f"{path} cannot be read ({reason}); restore it")
+    return DataError(f"{path} is not a readable image ({error}); replace it or remove it")
+
+
 class ImageSource(ABC):
     """A fixed list of labelled images, read one at a time.
 
@@ -119,7 +129,7 @@ class FileImages(ImageSource):
             with Image.open(path) as image:
                 return image.convert("RGB")
         except UNREADABLE as error:
-            raise DataError(f"{path} is not a readable image ({error}); replace it or remove it") from error
+            raise unreadable(path, error) from error
 
     @override
     def fingerprint(self) -> str:

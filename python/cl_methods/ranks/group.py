@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from cl_methods.worker_death import is_worker_death
+
 _joined = False
 _alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
 
@@ -78,6 +80,8 @@ def exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_worker_death(error):  # of this process, which only happened to wait here
+            raise
         raise OtherRankError(f"the exchange with the other processes broke off ({error})") from error
 
 

@@ -36,6 +36,16 @@ WITHOUT_EFFECT = (
 """Settings that cannot change a result, or (memory budget, compile, sharding, offload) its last bits at most, or whose effect the
 scenario's fingerprint covers: a resumed run may change them."""
 
+PER_PROCESS = (
+    "workers",
+    "data.root",
+    "data.reference_images",
+    "data.reference_captions",
+    "data.cache",
+    "data.cache_gib",
+)
+"""Settings that may differ between the processes of a run: each machine has places of its own."""
+
 _ADDED = {"precision": "fp32", "optimizer_state": "fp32"}
 """What runs did before there were these settings."""
 
@@ -186,6 +196,11 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def shared(config: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a configuration that all processes of a run have in common."""
+    return {key: value for key, value in flatten(config).items() if key not in PER_PROCESS}
 
 
 def deciding(config: dict[str, Any]) -> dict[str, Any]:

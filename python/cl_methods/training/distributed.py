@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from cl_methods import ranks
 
+T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for another: while the first one writes a checkpoint, or reads an archive for the first time."""
 _FAILED, _PARTED = "first failure", "parted"
@@ -60,14 +63,55 @@ def processes() -> Iterator[None]:
             yield
         ranks.everyone(True)  # nobody leaves while others still exchange
         dist.destroy_process_group()
-    except Exception as error:  # noqa: BLE001  # of every kind the others have to know
+    except BaseException as error:  # noqa: BLE001  # of every kind the others have to know
         failures = dist.PrefixStore("failures", own)
         try:
-            _fail(failures, number, error)
+            if isinstance(error, Exception):
+                _fail(failures, number, error)
+            _claim(failures, f"rank {number}: {type(error).__name__}")  # Ctrl-C, or an exit whose reason has been said
+            raise
         finally:
             _part(failures, number, world)
     finally:
         ranks.joined(False)
+
+
+def read_together(read: Callable[[], T], settings: Callable[[T], Mapping[str, Any]]) -> T:
+    """``read()``, which makes sense of a command line, in every process; help, and what is wrong with an option, is said once.
+
+    Args:
+        read: gives what the command needs.
+        settings: what in it has to be the same in every process, by name.
+
+    Raises:
+        ValueError: it is not.
+        SystemExit: ``read`` ended one of the processes so; then all end.
+    """
+    if ranks.count() == 1:
+        return read()
+    said, result, ended = io.StringIO(), None, None
+    with redirect_stdout(said), redirect_stderr(said):
+        try:
+            result = read()
+        except SystemExit as left:
+            ended = left.code
+    own = {} if result is None else dict(settings(result))
+    found = ranks.gather_values((ended, said.getvalue(), own))
+    for status, text, _ in found:
+        if status is not None:
+            if ranks.first():
+                print(text, end="", file=sys.stderr if status else sys.stdout)
+            raise SystemExit(status)
+    for number, (_, _, others) in enumerate(found):
+        for name in sorted(own.keys() | others.keys()):
+            if own.get(name) != others.get(name):
+                raise ValueError(
+                    f"{name}: expected the same in every process, got {own.get(name)!r} in number {ranks.rank()} and "
+                    f"{others.get(name)!r} in number {number}"
+                )
+    if ranks.first():
+        print(said.getvalue(), end="", file=sys.stderr)
+    return cast(T, result)
 
 
 def _load_what_would_keep_the_group() -> None:
@@ -98,6 +142,8 @@ def _fail(store: dist.Store, number: int, error: Exception) -> None:
     if not _claim(store, f"rank {number}: {error}"):
         _leave()
     if consequence:
+        with suppress(RuntimeError):
+            store.add(_PARTED, 1)  # in place of the one that is gone
         raise ranks.OtherRankError(
             "a process of the run is gone without a word (killed, or out of memory?), so all of them end. What was written is "
             f"whole: the same command with --resume continues, with any number of processes ({error})"

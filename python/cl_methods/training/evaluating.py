@@ -19,12 +19,14 @@ from cl_methods.training.config import RunConfig, differences
 from cl_methods.training.environment import choose_device
 from cl_methods.training.evaluation_checks import check_settings, check_weights, is_own_data, own_rows
 from cl_methods.training.export.learnt import ExportError, read_learnt
-from cl_methods.training.identity import describe_run
+from cl_methods.training.failures import hear_no_more_of, worker_died
+from cl_methods.training.identity import check_same_everywhere, describe_run
 from cl_methods.training.memory.levers import use_levers
 from cl_methods.training.progress import RunProgress
 from cl_methods.training.result import run_result
 from cl_methods.training.rows import Rows
 from cl_methods.training.starting_point import StartingPoint
+from cl_methods.worker_death import is_worker_death
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Evaluating:
             ExportError: a checkpoint is missing, damaged, or was learnt on other weights.
             DataError: data is missing or damaged.
             ValueError: what was asked for would not be a measurement of this run, or not a fair one.
+            WorkerDiedError: a process that reads images was killed.
         """
         config, learnt = self.config, list(self.description["tasks"])
         check_settings(self.run, self.description, config)
@@ -110,8 +113,15 @@ class Evaluating:
         check_weights(self.run, self.description, method)
         description = describe_run(config, scenario, method, device)
         description |= {"started_from": self.description.get("started_from"), "evaluated_from": self._source(chosen)}
+        check_same_everywhere(description)
         names = [self._name(number, joint=method.joint) for number in chosen]
-        rows = self._measure(method, scenario, chosen, names, own=own)
+        try:
+            rows = self._measure(method, scenario, chosen, names, own=own)
+        except RuntimeError as error:
+            if not is_worker_death(error):
+                raise
+            hear_no_more_of(error)
+            raise worker_died(error, "Nothing has been changed: give the command again") from error
         whole = own and len(scenario.tasks) == len(learnt)
         return Evaluated(
             names,

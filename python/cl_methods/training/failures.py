@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Iterable
@@ -11,13 +12,19 @@ from torch import Tensor
 
 from cl_methods import ranks
 from cl_methods.backbone.smaller_parts import is_out_of_memory
+from cl_methods.datasets.images import DataError
 from cl_methods.sharding import is_sharded, local
 from cl_methods.training.checkpoints import RunDirectory
 from cl_methods.training.checkpoints.atomic import WriteError
 from cl_methods.training.loop import NonFiniteLossError
+from cl_methods.worker_death import is_worker_death
 
-_WORKER = "DataLoader worker"
-"""What torch says of every data-loading process that died."""
+_CAUGHT = re.compile(r"Caught \w+ in (DataLoader worker process \d+)")
+"""How an error begins that a data-loading process met; a traceback of that process follows."""
+
+
+Failure = RuntimeError | MemoryError | DataError
+"""What ends a run and is explained."""
 
 
 class NoMemoryError(RuntimeError):
@@ -34,7 +41,7 @@ def hear_no_more_of(error: BaseException) -> None:
     torch raises from its handler of SIGCHLD, and would again for every further child that ends, stops or goes on. The run ends
     here; later ones in this process still notice within seconds, when a batch does not come.
     """
-    if _WORKER in str(error) and threading.current_thread() is threading.main_thread():
+    if is_worker_death(error) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
@@ -48,7 +55,7 @@ def last_good(directory: RunDirectory) -> str:
     return f"The last good state is {found[-1].path}."
 
 
-def explain(error: RuntimeError | MemoryError, directory: RunDirectory) -> RuntimeError | MemoryError:
+def explain(error: Failure, directory: RunDirectory) -> Failure:
     """The error that a run ends with: itself, or one that says more.
 
     A loss that is not finite is also described in ``diverged.json``.
@@ -62,19 +69,31 @@ def explain(error: RuntimeError | MemoryError, directory: RunDirectory) -> Runti
         except WriteError as further:
             text += f" ({further})"
         return NonFiniteLossError(text, task=error.task, step=error.step, terms=error.terms)
+    if isinstance(error, DataError):
+        return DataError(f"{str(error).rstrip('. ')}. {last_good(directory)} With that mended, --resume goes on")
     if is_out_of_memory(error):
         reason = (str(error).splitlines() or ["out of memory"])[0].rstrip(". ")
         return NoMemoryError(
             f"no memory left ({reason}). {last_good(directory)} Go on with --resume and a --memory-budget below what there is "
             "(`--dry-run` says what a step needs): batches then go through the model in parts, and results do not depend on it"
         )
-    if _WORKER in str(error):
-        reason = str(error).splitlines()[0].rstrip(". ")
-        return WorkerDiedError(
-            f"{reason}: a process that reads images has died, most often for want of memory. {last_good(directory)} "
-            "Go on with --resume; fewer --workers need less memory, 0 reads in the main process. Results do not depend on it"
+    if is_worker_death(error):
+        return worker_died(error, f"{last_good(directory)} Go on with --resume")
+    if (caught := _CAUGHT.match(str(error))) is not None:
+        said = str(error).rstrip().splitlines()[-1]
+        return RuntimeError(
+            f"{said} (in {caught[1]}, which reads images; --workers 0 --debug shows where). {last_good(directory)}"
         )
     return error
+
+
+def worker_died(error: BaseException, remedy: str) -> WorkerDiedError:
+    """What is said of a data-loading process that died: torch's reason, and what to do."""
+    reason = (str(error).splitlines() or [""])[0].rstrip(". ")
+    return WorkerDiedError(
+        f"{reason}: a process that reads images has died, most often for want of memory. {remedy}; fewer --workers need less "
+        "memory, 0 reads in the main process. Results do not depend on it"
+    )
 
 
 def require_finite(values: Iterable[tuple[str, Tensor]], task: str, step: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cl_methods import ranks
 from cl_methods.methods import Method
 from cl_methods.scenarios.base import Scenario
 from cl_methods.training.checkpoints import DamagedError, RunDirectory, RunDirectoryError
@@ -32,6 +33,24 @@ def describe_run(config: RunConfig, scenario: Scenario, method: Method, device: 
         "environment": describe_environment(device),
         "command": shlex.join(sys.argv),
     }
+
+
+def check_same_everywhere(description: dict[str, Any]) -> None:
+    """Make sure that the processes of a run have the same data and weights, each from wherever it read them.
+
+    Raises:
+        ValueError: they have not.
+    """
+    kinds = {"weights": "weights", "started_from": "weights to start from"}
+    own = {kind: (description.get(key) or {}).get("fingerprint") for key, kind in kinds.items()}
+    own["data"] = description["scenario_fingerprint"]
+    for number, others in enumerate(ranks.gather_values(own)):
+        for kind, fingerprint in own.items():
+            if others[kind] != fingerprint:
+                raise ValueError(
+                    f"{kind}: expected the same in every process, got fingerprint {str(fingerprint)[:12]} in number "
+                    f"{ranks.rank()} and {str(others[kind])[:12]} in number {number}; give every machine the same files"
+                )
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], path: Path, note: Callable[[str], None]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from cl_kernels.profile import peak_memory_bytes, start_peak_memory
 from cl_methods import ranks
 from cl_methods.components.compiled_blocks import check_compile, compile_blocks
+from cl_methods.datasets.images import DataError
 from cl_methods.evaluation.accuracy import feature_store, measure_spaces, row_reader
 from cl_methods.evaluation.novelty import novelty_tally
 from cl_methods.sharding import gathered, load_method_state
@@ -27,7 +28,7 @@ from cl_methods.training.checkpoints.restoring import Restored, restore
 from cl_methods.training.config import RunConfig
 from cl_methods.training.environment import choose_device
 from cl_methods.training.failures import explain, hear_no_more_of
-from cl_methods.training.identity import check_same_run, describe_run, evaluation_batch_of
+from cl_methods.training.identity import check_same_everywhere, check_same_run, describe_run, evaluation_batch_of
 from cl_methods.training.learning import Learning
 from cl_methods.training.memory.levers import use_levers
 from cl_methods.training.progress import RunProgress
@@ -84,12 +85,13 @@ class Run:
         check_distributed(config)
         self.device = choose_device(config.device)
         check_compile(config.compile, self.device)
+        self.directory = RunDirectory(output)
+        self.directory.check(resume=resume, overwrite=overwrite)  # before models are loaded; again when it is taken
         start_peak_memory(self.device)
         start = None if config.weights is None else StartingPoint.read(config.weights)
         self.scenario = scenario = select_scenario(config)
         self.memory_plan = plan_run_memory(config, scenario, self.device, progress.note)
         self.method = build_method(config, scenario, self.device)
-        self.directory = RunDirectory(output)
         earlier = evaluation_batch_of(self.directory) if resume else None
         self.config = config = decide_batch(
             config, scenario, self.method, progress.note, plan=self.memory_plan, earlier=earlier
@@ -105,19 +107,29 @@ class Run:
         shard_backbone(config, self.method, progress.note)
         self.description = describe_run(config, scenario, self.method, self.device)
         self.description["started_from"] = start.as_dict() if start is not None else None
+        check_same_everywhere(self.description)
         if self.memory_plan is not None:
             self.description["memory_plan"] = self.memory_plan.as_dict()
         self._stop = False
         self._open_directory(resume=resume, overwrite=overwrite)
+        try:
+            self._prepare(start)
+        except BaseException:
+            self.directory.release()
+            raise
+
+    def _prepare(self, start: StartingPoint | None) -> None:
+        """What a run needs besides its method and its directory."""
+        tasks, config, note = self.scenario.tasks, self.config, self.reporter.note
         origin = getattr(self.method.backbone, "origin", None)
         if origin is not None and origin.source != "embedded":
-            self.reporter.note(origin.sentence())
+            note(origin.sentence())
         if start is not None:
-            self.reporter.note(start_sentence(self.description["started_from"]))
+            note(start_sentence(self.description["started_from"]))
         self.rows = Rows()
-        self.features = feature_store(scenario.tasks, config.evaluation, progress.note)
-        self.reader = row_reader(self.method, scenario.tasks, config.evaluation, config.workers)
-        self.method.expect(scenario.tasks)
+        self.features = feature_store(tasks, config.evaluation, note)
+        self.reader = row_reader(self.method, tasks, config.evaluation, config.workers)
+        self.method.expect(tasks)
         self.training = TrainingProgress()
 
     def _open_directory(self, *, resume: bool, overwrite: bool) -> None:
@@ -143,7 +155,7 @@ class Run:
         """Do what is left to do and write ``result.json``."""
         try:
             return self._execute()
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, DataError) as error:
             hear_no_more_of(error)
             with ranks.alone():  # the others may be elsewhere
                 explained = explain(error, self.directory)

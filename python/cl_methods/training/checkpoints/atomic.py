@@ -13,6 +13,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from cl_methods.backbone.smaller_parts import is_out_of_memory
+from cl_methods.worker_death import is_worker_death
+
 TEMPORARY = ".incomplete-"
 """Beginning of the names of what is being written; whatever bears it may be deleted."""
 
@@ -62,6 +65,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        if is_worker_death(error) or is_out_of_memory(error):  # which has nothing to do with the disk
+            raise
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         read_only = isinstance(error, OSError) and error.errno in _READ_ONLY
         remedy = "make the folder writable" if read_only else "make room or restore the folder"
