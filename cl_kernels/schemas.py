@@ -84,6 +84,11 @@ SCHEMAS = {
     # Of the compiled library alone: Σ ‖tensor − reference‖² over lists of contiguous float32 or float64 tensors, and its gradient.
     "squared_distance": "(Tensor[] tensors, Tensor[] references) -> Tensor",
     "squared_distance_backward": "(Tensor grad, Tensor[] tensors, Tensor[] references) -> Tensor[]",
+    # The same with a weight for every scalar, Σ w (t − r)²; and gradients += factor · w (t − r), in place, w = 1 without weights.
+    "weighted_squared_distance": "(Tensor[] tensors, Tensor[] references, Tensor[] weights) -> Tensor",
+    "add_difference_": (
+        "(Tensor(a!)[] gradients, Tensor[] tensors, Tensor[] references, Tensor[] weights, float factor) -> ()"
+    ),
     # Contiguous tensors; others as many as averages or none. A seed rounds 16-bit averages stochastically.
     "average_": (
         "(Tensor(a!)[] averages, Tensor[] values, float weight, Tensor[] others, float other_weight, int? seed) -> ()"

@@ -17,6 +17,8 @@ STABLE_TORCH_LIBRARY_IMPL(cl_kernels, CPU, m) {
   m.impl("routed_block_backward", TORCH_BOX(&clk::routed_block_backward_cpu));
   m.impl("squared_distance", TORCH_BOX(&clk::squared_distance_cpu));
   m.impl("squared_distance_backward", TORCH_BOX(&clk::squared_distance_backward_cpu));
+  m.impl("weighted_squared_distance", TORCH_BOX(&clk::weighted_squared_distance_cpu));
+  m.impl("add_difference_", TORCH_BOX(&clk::add_difference_cpu));
   m.impl("distill_kl", TORCH_BOX(&clk::distill_kl_cpu));
   m.impl("distill_kl_backward", TORCH_BOX(&clk::distill_kl_backward_cpu));
   m.impl("distillation", TORCH_BOX(&clk::distillation_cpu));

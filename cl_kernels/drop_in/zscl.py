@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from cl_kernels.drop_in.distillation import distillation as mean_distillation
 from cl_kernels.drop_in.patch import Patch
-from cl_kernels.drop_in.squared_distance import compiled, squared_distance
 from cl_kernels.drop_in.storage import own_storage
+from cl_kernels.squared_distance import compiled, squared_distance
 from cl_kernels.weight_average import average_, blend_
 
 

@@ -3,7 +3,9 @@
 #include "squared_distance/distance.h"
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
+#include <initializer_list>
 
 namespace clk {
 namespace {
@@ -11,33 +13,47 @@ namespace {
 constexpr int64_t kPiece = 1 << 16;      // elements
 constexpr int64_t kOneThread = 1 << 18;  // elements in all that are not worth a second thread
 
+// Tensors that stand in the same place of every list.
 struct Row {
-  const void *tensor, *reference;
+  std::array<void*, 4> columns;
   int64_t numel, first_piece;
+
+  template <typename T>
+  T* at(size_t column, int64_t start) const {
+    return static_cast<T*>(columns[column]) + start;
+  }
 };
 
 struct Rows {
   std::vector<Row> rows;  // those with elements
   int64_t pieces = 0, grain = 1;
 
-  Rows(const std::vector<Tensor>& tensors, const std::vector<Tensor>& references) {
-    STD_TORCH_CHECK(!tensors.empty() && tensors.size() == references.size(), "squared_distance: expected as many references as tensors");
+  // Tensors, references, and lists as long as these.
+  Rows(const char* name, std::initializer_list<const std::vector<Tensor>*> lists) {
+    const std::vector<Tensor>& tensors = **lists.begin();
+    STD_TORCH_CHECK(!tensors.empty(), name, ": expected at least one tensor");
     const ScalarType type = tensors[0].scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "squared_distance: expected float32 or float64");
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, ": expected float32 or float64");
+    for (const std::vector<Tensor>* list : lists) {
+      STD_TORCH_CHECK(list->size() == tensors.size(), name, ": expected as many references as tensors, and all other lists as long");
+    }
     int64_t elements = 0;
     for (size_t i = 0; i < tensors.size(); ++i) {
-      const auto sizes = tensors[i].sizes(), its = references[i].sizes();
-      STD_TORCH_CHECK(sizes.size() == its.size() && std::equal(sizes.begin(), sizes.end(), its.begin()),
-                      "squared_distance: expected a tensor and its reference of the same shape");
-      for (const Tensor* tensor : {&tensors[i], &references[i]}) {
-        STD_TORCH_CHECK(tensor->scalar_type() == type && tensor->is_contiguous(),
-                        "squared_distance: expected contiguous tensors of one dtype");
+      Row row{{}, tensors[i].numel(), pieces};
+      const auto sizes = tensors[i].sizes();
+      size_t column = 0;
+      for (const std::vector<Tensor>* list : lists) {
+        const Tensor& tensor = (*list)[i];
+        const auto its = tensor.sizes();
+        STD_TORCH_CHECK(sizes.size() == its.size() && std::equal(sizes.begin(), sizes.end(), its.begin()), name,
+                        ": expected a tensor and its reference, and what else belongs to it, of the same shape");
+        STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.is_contiguous(), name, ": expected contiguous tensors of one dtype");
+        row.columns[column++] = tensor.data_ptr();
       }
-      const int64_t numel = tensors[i].numel();
-      if (numel == 0) continue;
-      rows.push_back({tensors[i].data_ptr(), references[i].data_ptr(), numel, pieces});
-      pieces += (numel + kPiece - 1) / kPiece;
-      elements += numel;
+      if (row.numel == 0) continue;
+      rows.push_back(row);
+      pieces += (row.numel + kPiece - 1) / kPiece;
+      elements += row.numel;
     }
     if (elements < kOneThread) grain = std::max<int64_t>(pieces, 1);
   }
@@ -57,45 +73,40 @@ struct Rows {
   }
 };
 
-template <typename T>
+template <bool WEIGHTED, typename T>
 double distance(const Row& row, int64_t start, int64_t n) {
   constexpr int64_t kSums = 32, kBlock = 4096;  // sums in parallel, and elements until they are added up in double precision
-  const T *a = static_cast<const T*>(row.tensor) + start, *b = static_cast<const T*>(row.reference) + start;
+  const T *a = row.at<const T>(0, start), *b = row.at<const T>(1, start), *w = WEIGHTED ? row.at<const T>(2, start) : nullptr;
+  const auto term = [&](int64_t i) {
+    const T difference = a[i] - b[i];
+    if constexpr (WEIGHTED) return w[i] * (difference * difference);
+    return difference * difference;
+  };
   double total = 0;
   for (int64_t block = 0; block < n; block += kBlock) {
     const int64_t end = std::min(n, block + kBlock);
     T sums[kSums] = {};
     int64_t i = block;
     for (; i + kSums <= end; i += kSums) {
-      for (int64_t u = 0; u < kSums; ++u) {
-        const T difference = a[i + u] - b[i + u];
-        sums[u] += difference * difference;
-      }
+      for (int64_t u = 0; u < kSums; ++u) sums[u] += term(i + u);
     }
-    for (; i < end; ++i) sums[0] += (a[i] - b[i]) * (a[i] - b[i]);
+    for (; i < end; ++i) sums[0] += term(i);
     for (T sum : sums) total += static_cast<double>(sum);
   }
   return total;
 }
 
-template <typename T>
-void gradient(const Row& row, int64_t start, int64_t n, T factor, T* out) {
-  const T *a = static_cast<const T*>(row.tensor) + start, *b = static_cast<const T*>(row.reference) + start;
-  for (int64_t i = 0; i < n; ++i) out[i] = factor * (a[i] - b[i]);
-}
-
-}  // namespace
-
-Tensor squared_distance_cpu(std::vector<Tensor> tensors, std::vector<Tensor> references) {
-  const Rows all(tensors, references);
-  const bool wide = tensors[0].scalar_type() == ScalarType::Double;
+template <bool WEIGHTED>
+Tensor sum_of(const Rows& all, const Tensor& like) {
+  const bool wide = like.scalar_type() == ScalarType::Double;
   std::vector<double> sums(static_cast<size_t>(all.pieces));
   all.for_each([&](size_t row, int64_t start, int64_t n, int64_t piece) {
-    sums[static_cast<size_t>(piece)] = wide ? distance<double>(all.rows[row], start, n) : distance<float>(all.rows[row], start, n);
+    sums[static_cast<size_t>(piece)] =
+        wide ? distance<WEIGHTED, double>(all.rows[row], start, n) : distance<WEIGHTED, float>(all.rows[row], start, n);
   });
   double total = 0;
   for (double sum : sums) total += sum;
-  Tensor result = torch::stable::new_empty(tensors[0], {});
+  Tensor result = torch::stable::new_empty(like, {});
   if (wide) {
     *data<double>(result) = total;
   } else {
@@ -104,8 +115,46 @@ Tensor squared_distance_cpu(std::vector<Tensor> tensors, std::vector<Tensor> ref
   return result;
 }
 
+template <typename T>
+void gradient(const Row& row, int64_t start, int64_t n, T factor, T* out) {
+  const T *a = row.at<const T>(0, start), *b = row.at<const T>(1, start);
+  for (int64_t i = 0; i < n; ++i) out[i] = factor * (a[i] - b[i]);
+}
+
+// Columns: tensors, references, gradients and, with WEIGHTED, weights.
+template <bool WEIGHTED, typename T>
+void add_difference(const Row& row, int64_t start, int64_t n, T factor) {
+  const T *a = row.at<const T>(0, start), *b = row.at<const T>(1, start), *w = WEIGHTED ? row.at<const T>(3, start) : nullptr;
+  T* out = row.at<T>(2, start);
+  for (int64_t i = 0; i < n; ++i) {
+    const T difference = a[i] - b[i];
+    out[i] += factor * (WEIGHTED ? w[i] * difference : difference);
+  }
+}
+
+template <bool WEIGHTED>
+void add_differences(const Rows& all, bool wide, double factor) {
+  all.for_each([&](size_t row, int64_t start, int64_t n, int64_t) {
+    if (wide) {
+      add_difference<WEIGHTED, double>(all.rows[row], start, n, factor);
+    } else {
+      add_difference<WEIGHTED, float>(all.rows[row], start, n, static_cast<float>(factor));
+    }
+  });
+}
+
+}  // namespace
+
+Tensor squared_distance_cpu(std::vector<Tensor> tensors, std::vector<Tensor> references) {
+  return sum_of<false>(Rows("squared_distance", {&tensors, &references}), tensors[0]);
+}
+
+Tensor weighted_squared_distance_cpu(std::vector<Tensor> tensors, std::vector<Tensor> references, std::vector<Tensor> weights) {
+  return sum_of<true>(Rows("weighted_squared_distance", {&tensors, &references, &weights}), tensors[0]);
+}
+
 std::vector<Tensor> squared_distance_backward_cpu(Tensor grad, std::vector<Tensor> tensors, std::vector<Tensor> references) {
-  const Rows all(tensors, references);
+  const Rows all("squared_distance_backward", {&tensors, &references});
   STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == tensors[0].scalar_type(),
                   "squared_distance_backward: expected one number of the tensors' dtype");
   std::vector<Tensor> results;
@@ -123,6 +172,17 @@ std::vector<Tensor> squared_distance_backward_cpu(Tensor grad, std::vector<Tenso
     }
   });
   return results;
+}
+
+void add_difference_cpu(std::vector<Tensor> gradients, std::vector<Tensor> tensors, std::vector<Tensor> references,
+                        std::vector<Tensor> weights, double factor) {
+  constexpr const char* name = "add_difference_";
+  const bool wide = !tensors.empty() && tensors[0].scalar_type() == ScalarType::Double;
+  if (weights.empty()) {
+    add_differences<false>(Rows(name, {&tensors, &references, &gradients}), wide, factor);
+  } else {
+    add_differences<true>(Rows(name, {&tensors, &references, &gradients, &weights}), wide, factor);
+  }
 }
 
 }  // namespace clk

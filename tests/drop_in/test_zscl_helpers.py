@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from cl_kernels import drop_in, use_backend
-from cl_kernels.drop_in.squared_distance import compiled, squared_distance
 from cl_kernels.profile import OperationCount
+from cl_kernels.squared_distance import compiled, squared_distance
 
 NAMES = ["distillation", "merge_we", "wise_we", "moving_avg", "l2_loss"]
 published = {name: getattr(zscl_structures, name) for name in NAMES}

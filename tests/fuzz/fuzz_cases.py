@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fuzz_compiled import blend_, routed_block, squared_distance
+from fuzz_compiled import blend_, consolidation, routed_block, squared_distance
 from fuzz_peaked import peaked_features, peaked_logits
 from random_tensors import DEVICE, DTYPES, Draw, assert_close
 from torch import Tensor
@@ -246,7 +246,7 @@ def _refuses(
 
 
 ANYWHERE = (moe_adapter, top_k_gating, distill_kl, peaked_logits, feature_distill_kl, peaked_features, average_, blend_)
-COMPILED = (routed_block, squared_distance)
+COMPILED = (routed_block, squared_distance, consolidation)
 """What the compiled library has alone."""
 
 OPERATIONS: dict[str, Callable[[Draw, str], None]] = {f.__name__: f for f in (*ANYWHERE, *COMPILED)}

@@ -8,11 +8,12 @@ from torch import Tensor
 
 import cl_kernels as clk
 from cl_kernels import library
-from cl_kernels.drop_in.squared_distance import squared_distance as distance
 from cl_kernels.gating import reference as gating
 from cl_kernels.routed import routed_adapter
 from cl_kernels.routed_block import FIELDS
 from cl_kernels.routed_block import routed_block as block
+from cl_kernels.squared_distance import add_difference_, distance_value
+from cl_kernels.squared_distance import squared_distance as distance
 
 
 def routed_block(draw: Draw, backend: str) -> None:
@@ -103,6 +104,28 @@ def squared_distance(draw: Draw, backend: str) -> None:
         found = torch.autograd.grad(3 * result, [leaves[i] for i in wanted])
         for i, gradient in zip(wanted, found, strict=True):
             assert_close(f"gradient {i}", gradient, 6 * differences[i], dtype)
+
+
+def consolidation(draw: Draw, backend: str) -> None:
+    """Value and gradient of ``Σ w (t − r)²`` with and without weights, the gradient added to what was there."""
+    dtype = draw.choice((torch.float32, torch.float64))
+    shapes = [[draw.size(60) for _ in range(draw.random.randint(0, 3))] for _ in range(draw.random.randint(1, 6))]
+    lists = [[draw.normal(shape, dtype).contiguous() for shape in shapes] for _ in range(4)]
+    tensors, references, gradients, weights = lists
+    chosen = weights if draw.chance(0.5) else None
+    factor = draw.choice((2.0, 0.75, -1.5))
+    ones = [torch.ones_like(w) for w in weights]
+    weighted = [
+        w.double() * (t.double() - r.double()) for w, t, r in zip(chosen or ones, tensors, references, strict=True)
+    ]
+    terms = [(w * (t.double() - r.double())).sum() for w, t, r in zip(weighted, tensors, references, strict=True)]
+    largest = max((float(w.square().sum()) for w in weighted), default=0.0)
+    assert_close("value", distance_value(tensors, references, chosen), torch.stack(terms).sum(), dtype, 4.0 + largest)
+    expected = [g.double() + factor * w for g, w in zip(gradients, weighted, strict=True)]
+    added = [g.clone() for g in gradients]
+    add_difference_(added, tensors, references, factor, chosen)
+    for i, (found, wanted) in enumerate(zip(added, expected, strict=True)):
+        assert_close(f"gradient {i}", found, wanted, dtype, 4.0)
 
 
 def blend_(draw: Draw, backend: str) -> None:

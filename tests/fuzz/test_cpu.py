@@ -24,6 +24,7 @@ SPOILT = [
     *((name, fuzz_cases.clk, name) for name in ("moe_adapter", "top_k_gating", "distill_kl", "feature_distill_kl")),
     ("routed_block", fuzz_compiled, "block"),
     ("squared_distance", fuzz_compiled, "distance"),
+    ("consolidation", fuzz_compiled, "distance_value"),
 ]
 
 

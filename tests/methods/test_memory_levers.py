@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trained import SHORT, Batches, learn, state, train
 
+from cl_kernels import use_backend
 from cl_methods.backbone.micro_batches import MicroBatches
 from cl_methods.components.weights import _BUCKET, consolidation_value, fold_consolidation_gradient, sharing
 from cl_methods.datasets.task import Reference, Task
@@ -45,9 +46,11 @@ def only_new(given: list[Tensor]) -> LiveMemory:
     return memory
 
 
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=pytest.mark.native), False])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_consolidation_is_one_pass_with_bounded_differences(weighted: bool) -> None:
-    """Of 3.3 million scalars in 4 tensors: one subtraction and one addition for each bucket, 4 MiB beside the weights, no graph."""
+def test_consolidation_is_one_pass(weighted: bool, kernel: bool) -> None:
+    """Of 3.3 million scalars in 4 tensors: one operation that allocates nothing; or one subtraction and one addition for each
+    bucket, 4 MiB beside the weights, no graph."""
     torch.manual_seed(0)
     shapes = [(1500, 1000), (1 << 20,), (800, 900), (7,)]
     named = [(str(n), nn.Parameter(torch.randn(shape))) for n, shape in enumerate(shapes)]
@@ -63,27 +66,32 @@ def test_consolidation_is_one_pass_with_bounded_differences(weighted: bool) -> N
         *(importance or {}).values(),
         *(one for _, value in named for one in (value, value.grad)),
     ]
-    with Operations() as operations, only_new(given) as memory:
+    backend = "cpu" if kernel else "reference"
+    with use_backend(backend), Operations() as operations, only_new(given) as memory:
         fold_consolidation_gradient(named, anchor, 0.7, importance)
     buckets = -(-sum(value.numel() for _, value in named) // _BUCKET["cpu"])
-    passes = [name for name in operations.names if name.startswith("_foreach")]
-    assert set(passes) == {"_foreach_sub", "_foreach_addcmul_" if weighted else "_foreach_add_"}
-    assert len(passes) <= 2 * (buckets + 1)
+    passes = [name for name in operations.names if name.startswith(("_foreach", "cl_kernels"))]
     assert not set(operations.names) - set(passes) - {"detach", "view", "split", "alias", "_unsafe_view"}
-    assert memory.peak == 4 * _BUCKET["cpu"]
+    if kernel:
+        assert passes == ["cl_kernels::add_difference_"]
+        assert memory.peak == 0
+    else:
+        assert set(passes) == {"_foreach_sub", "_foreach_addcmul_" if weighted else "_foreach_add_"}
+        assert len(passes) <= 2 * (buckets + 1)
+        assert memory.peak == 4 * _BUCKET["cpu"]
     assert memory.bytes == 0
     for name, value in named:
         torch.testing.assert_close(value.grad.double(), expected[name], rtol=1e-6, atol=1e-7)
-    with only_new(given) as memory:
+    with use_backend(backend), only_new(given) as memory:
         found = consolidation_value(named, anchor, importance)
-    assert 4 * _BUCKET["cpu"] <= memory.peak < 4 * _BUCKET["cpu"] + 4096
+    assert memory.peak == 4 if kernel else 4 * _BUCKET["cpu"] <= memory.peak < 4 * _BUCKET["cpu"] + 4096
     squares = [
         (
             (value.detach().double() - anchor[name].double()).square() * (1 if importance is None else importance[name])
         ).sum()
         for name, value in named
     ]
-    torch.testing.assert_close(found.double(), sum(squares), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.double(), sum(squares), rtol=1e-6 if kernel else 1e-5, atol=0)
 
 
 def test_a_small_move_of_a_large_weight_is_not_rounded_away() -> None:

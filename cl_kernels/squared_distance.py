@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,16 +26,50 @@ def squared_distance(tensors: list[Tensor], references: list[Tensor]) -> Tensor:
     return _SquaredDistance.apply(len(tensors), *tensors, *(p.detach() for p in references))
 
 
-def compiled(tensors: list[Tensor]) -> bool:
-    """Whether the compiled library takes these tensors, any shapes: on the CPU, contiguous, of one dtype, float32 or float64."""
+def compiled(tensors: Sequence[Tensor], operation: str = "squared_distance") -> bool:
+    """Whether the compiled library takes these tensors, any shapes: on the CPU, contiguous, of one dtype, float32 or float64.
+
+    The meta device stands for the CPU. ``operation`` is the one that is going to run: a library may be older than it.
+    """
     first = tensors[0]
-    return (
-        first.device.type == "cpu"
-        and first.dtype in (torch.float32, torch.float64)
-        and dispatch.choose("average_", first.device) == "cpu"
-        and library.has_kernel(library.COMPILED, "squared_distance", "CPU")
-        and all(t.is_contiguous() and t.dtype == first.dtype for t in tensors)
-    )
+    if first.device.type not in ("cpu", "meta") or first.dtype not in (torch.float32, torch.float64):
+        return False
+    if dispatch.choose("average_", first.device) != "cpu":
+        return False
+    if not first.is_meta and not library.has_kernel(library.COMPILED, operation, "CPU"):
+        return False
+    return all(t.is_contiguous() and t.dtype == first.dtype and t.device == first.device for t in tensors)
+
+
+def distance_value(tensors: list[Tensor], references: list[Tensor], weights: list[Tensor] | None = None) -> Tensor:
+    """``Σ w (q − k)²`` over every scalar as a 0-d tensor without gradient, w = 1 without ``weights``; one operation.
+
+    Args:
+        tensors: for which :func:`compiled` holds.
+        references: the same shapes and dtype.
+        weights: the same shapes and dtype.
+    """
+    if weights is None:
+        return library.operator("squared_distance", "cpu")(tensors, references)
+    return library.operator("weighted_squared_distance", "cpu")(tensors, references, weights)
+
+
+def add_difference_(
+    gradients: list[Tensor],
+    tensors: list[Tensor],
+    references: list[Tensor],
+    factor: float,
+    weights: list[Tensor] | None = None,
+) -> None:
+    """``∇ ← ∇ + factor · w (q − k)`` in place, w = 1 without ``weights``; one operation, which allocates nothing.
+
+    Args:
+        gradients: for which :func:`compiled` holds for ``"add_difference_"``.
+        tensors, references: the same shapes and dtype.
+        factor: of every difference.
+        weights: the same shapes and dtype.
+    """
+    library.operator("add_difference_", "cpu")(gradients, tensors, references, weights or [], factor)
 
 
 class _SquaredDistance(torch.autograd.Function):
@@ -82,3 +117,5 @@ _library._register_fake("squared_distance", lambda tensors, references: tensors[
 _library._register_fake(
     "squared_distance_backward", lambda grad, tensors, references: list(map(torch.empty_like, tensors))
 )
+_library._register_fake("weighted_squared_distance", lambda tensors, references, weights: tensors[0].new_empty(()))
+_library._register_fake("add_difference_", lambda gradients, tensors, references, weights, factor: None)
