@@ -110,7 +110,7 @@ class AdapterProfile:
         waits = f"{adapted.waits:,}" if adapted.waits else "no"
         text = (
             f"{self.subject} trains {count(adapted.trainable).strip()} parameters ({share} of the frozen "
-            f"model's {count(known).strip()}), costs {_change(adapted.flops_forward, base.flops_forward)} FLOPs forward and "
+            f"model's {count(known).strip()}), costs {_change(adapted.flops_forward, base.flops_forward)} forward and "
             f"{count(adapted.flops_backward)}FLOP backward, dispatches {adapted.operations:,} operations per training step beside "
             f"{base.operations:,} in a frozen forward pass, with {waits} host synchronisations, and keeps "
             f"{size(adapted.bytes_saved)} for the backward pass ({size(adapted.bytes_peak)} at the peak)."
@@ -121,8 +121,8 @@ class AdapterProfile:
         ours, theirs = (cost.operations_forward + cost.operations_backward for cost in (adapted, eager))
         if theirs > ours:
             text += f" Fused kernels dispatch {1 - ours / theirs:.0%} fewer operations forward and backward than plain PyTorch"
-            fewer = eager.waits - adapted.waits
-            text += f", and synchronise {fewer:,} times less." if fewer > 0 else "."
+            waiting = f", and wait for the device {adapted.waits:,} times a step instead of {eager.waits:,}."
+            text += waiting if eager.waits > adapted.waits else "."
         if self.timed:
             frozen, plain, fused = (self.seconds[name].median for name in ("frozen", "eager", "fused"))
             text += (
@@ -255,7 +255,9 @@ def digits(number: float) -> str:
 
 
 def _change(new: float, old: float) -> str:
-    return f"{new / old - 1:+.1%}" if old else f"{count(new)}"
+    if not old:
+        return f"{count(new)}FLOP"
+    return f"{abs(new / old - 1):.1%} {'more' if new >= old else 'fewer'} FLOPs"
 
 
 def _cell(value: Any) -> Any:

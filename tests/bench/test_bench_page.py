@@ -87,6 +87,6 @@ def test_nothing_is_cut_off_in_a_browser(tmp_path: Path) -> None:
         assert frame["loaded"] == []
         assert frame["tables"] == 2
         assert len(frame["pictures"]) == 3
-        assert all(complete and natural > 600 for complete, natural, _ in frame["pictures"])
+        assert all(complete and natural > 600 and shown > 700 for complete, natural, shown in frame["pictures"])
     with Image.open(tmp_path / "page-1-time.png") as image:
         assert image.size[0] > 1000

@@ -87,7 +87,7 @@ def test_nothing_is_cut_off_and_nothing_is_loaded(folder, tmp_path):
         for complete, natural, shown in frame["pictures"]:
             assert complete
             assert natural > 600
-            assert 0.5 * frame["width"] < shown <= frame["width"]
+            assert 700 < shown <= 1280  # legible on a narrow screen too, where it scrolls
 
 
 @pytest.mark.chromium

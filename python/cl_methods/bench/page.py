@@ -17,9 +17,9 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; mar
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 15rem; }
 thead th { border-bottom: 2px solid #222; } tr.break td { border-top: 1px solid #bbb; }
-img { max-width: 100%; height: auto; margin: .6rem 0; display: block; }
+img { max-width: 100%; min-width: 44rem; height: auto; margin: .6rem 0; display: block; }
 .wide { overflow-x: auto; } li, p, h2 { overflow-wrap: anywhere; } .worse { color: #b3261e; } .better { color: #1b6e3c; }
 footer { color: #666; font-size: 13px; margin-top: 3rem; }
 """
@@ -76,7 +76,9 @@ def write_page(records: Sequence[Record], path: Path) -> list[Path]:
 def _section(group: Sequence[Record], pictures: Sequence[tuple[str, str]]) -> str:
     latest = group[-1]
     table = record_table(latest)
-    images = "".join(f'<img alt="{html.escape(name)}" src="{source}">' for name, source in pictures)
+    images = "".join(
+        f'<div class="wide"><img alt="{html.escape(name)}" src="{source}"></div>' for name, source in pictures
+    )
     commit = f"commit {latest.commit[:10]}{' and changes' if latest.dirty else ''}" if latest.commit else "no commit"
     versions = ", ".join(f"{name} {value}" for name, value in latest.versions.items() if isinstance(value, str))
     facts = f"{latest.machine}; {latest.date[:16].replace('T', ' ')} UTC, {commit}; {versions}"

@@ -18,6 +18,7 @@ __all__ = ["all_figures", "png"]
 
 MODEL, MOUNTED, OUTSIDE, UPDATE, OVERHEAD = "#0072B2", "#D55E00", "#777777", "#009E73", "#CCCCCC"
 _PHASES = {"forward": "#f4f4f4", "backward": "#e6e6e6", "optimizer": "#f4f4f4"}
+_NAMES = {"optimizer": "optimiser"}  # in the API it has torch's name
 
 
 def all_figures(profile: AdapterProfile) -> dict[str, tuple[str, Figure]]:
@@ -102,9 +103,8 @@ def memory(profile: AdapterProfile) -> Figure:
     begins = 0.0
     for phase, width in _widths(operations).items():
         axes.axvspan(begins, begins + width, color=_PHASES[phase], zorder=0, linewidth=0)
-        axes.text(
-            begins + width / 2, 1.01, phase, transform=axes.get_xaxis_transform(), ha="center", fontsize=8, color=INK
-        )
+        name, above = _NAMES.get(phase, phase), axes.get_xaxis_transform()
+        axes.text(begins + width / 2, 1.01, name, transform=above, ha="center", fontsize=8, color=INK)
         begins += width
     for side, label, color in (
         ("eager", "plain PyTorch, forward and backward", OUTSIDE), ("base", "frozen, forward", MODEL),
@@ -151,8 +151,8 @@ def _parts(operations: Sequence[Operation], mounted: frozenset[str]) -> dict[str
 
 
 def _part(operation: Operation, mounted: frozenset[str]) -> str:
-    if operation.phase == "optimizer":
-        return "optimiser"
+    if operation.phase in _NAMES:
+        return _NAMES[operation.phase]
     if not operation.stack:
         return f"{operation.phase}: loss and the rest"
     if not mounted.isdisjoint(operation.stack):

@@ -19,7 +19,9 @@ th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid #222; } tbody tr:hover { background: #f4f4f4; }
 tr.mounted td { color: #B04A00; } .wide { overflow-x: auto; } .tall { max-height: 34rem; overflow-y: auto; }
 .tall thead th { position: sticky; top: 0; background: #fff; }
-img { max-width: 100%; height: auto; } .lead { font-size: 1.05rem; }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
+.tall thead th:first-child { z-index: 1; } tbody tr:hover td:first-child { background: #f4f4f4; }
+img { max-width: 100%; min-width: 44rem; height: auto; } .lead { font-size: 1.05rem; }
 .warning { background: #fff3cd; border-left: 4px solid #D55E00; padding: .6rem 1rem; }
 .note, footer { color: #666; font-size: 13px; } dl { font-size: 13px; } dt { font-weight: 600; } dd { margin: 0 0 .3rem; }
 """
@@ -32,6 +34,16 @@ _FOOTNOTE = (
     "operations, median and range from the 20th to the 80th percentile; whole steps are timed without any counting. Attention "
     "runs without the shortcut that torch takes in evaluation, as in training."
 )
+
+
+_CAPTIONS = {
+    "Where a training step goes": "Every bar begins where the one before it ends. Blue: the model's own modules; orange: what is "
+    "mounted on them; grey: the loss and what else is outside of modules; green: the optimiser.",
+    "What every layer adds": "Residual blocks from first to last. Orange: what a block costs more than in the frozen model's "
+    "forward pass; blue: what such a pass has nothing of.",
+    "Live memory over a step": "Bytes of the tensors that the step has made and still needs, after each operation. A phase is as "
+    "wide for all three.",
+}
 
 
 def page(profile: AdapterProfile, pictures: Mapping[str, bytes]) -> str:
@@ -73,7 +85,9 @@ def _table(table: PlainTable, box: str = "wide") -> str:
 
 def _picture(title: str, data: bytes) -> str:
     source = "data:image/png;base64," + base64.b64encode(data).decode()
-    return f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title, quote=True)}" src="{source}">'
+    note = f'<p class="note">{html.escape(_CAPTIONS[title])}</p>' if title in _CAPTIONS else ""
+    image = f'<img alt="{html.escape(title, quote=True)}" src="{source}">'
+    return f'<h2>{html.escape(title)}</h2>{note}<div class="wide">{image}</div>'
 
 
 def _details(details: Mapping[str, Any]) -> str:

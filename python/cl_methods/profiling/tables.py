@@ -121,17 +121,18 @@ def variants(profile: AdapterProfile) -> PlainTable:
 def layers(profile: AdapterProfile) -> PlainTable:
     """A row per layer: its costs, and what it costs more than in the frozen model."""
     columns = [
-        "layer", "parameters", "trainable", "FLOPs forward", "Δ", "FLOPs backward", "operations forward", "Δ", "backward",
-        "synchronisations", "kept Δ", "peak Δ",
+        "layer", "parameters", "trainable", "FLOPs forward", "Δ", "backward", "operations forward", "Δ", "backward",
+        "waits", "kept Δ", "peak Δ",
     ]  # fmt: skip
     if profile.timed:
-        columns += ["forward", "Δ", "backward"]
+        columns += ["time forward", "Δ", "backward"]
     rows = [_layer(layer, profile.timed) for layer in profile.layers]
     new = frozenset(number for number, layer in enumerate(profile.layers) if layer.mounted)
     return PlainTable(
         "Layers", tuple(columns), rows, new,
-        "Every row includes what runs inside its calls. Δ: training step minus frozen forward pass. Indented rows that stand "
-        "out are what is mounted. Peak: most bytes of the step's tensors alive while the layer ran.",
+        "Every row includes what runs inside its calls. Δ: training step minus frozen forward pass. Orange rows are what is "
+        "mounted. Backward: of what stands to the left of it. Waits: host synchronisations. Kept: for the backward pass. Peak: "
+        "most bytes of the step's tensors alive while the layer ran.",
     )  # fmt: skip
 
 
