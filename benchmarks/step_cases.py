@@ -64,16 +64,18 @@ def cases() -> Iterator[Case]:
     for method in ("zscl", "moe_adapters"):
         for number in (5, 20, 72):
             yield Case("classes", number, method, classes=number)
-    for task in (1, 2, 4, 8):
-        yield Case("task", task, "clap4clip", classes=10, task=task)
+    for method in ("clap4clip", "mulki"):
+        for task in (1, 2, 4, 8):
+            yield Case("task", task, method, classes=10, task=task)
     for experts in (2, 4, 8, 22, 64):
         yield Case("experts", experts, "moe_adapters", experts=experts)
     for captions in (250, 1000, 4000, 15_840):
         yield Case("reference texts", captions, captions=captions)
     for model, millions in MILLIONS.items():
         yield Case("million parameters", millions, model=model, batch=2, classes=5)
-    for ranks in (1, 2, 4):
-        yield Case("processes", ranks, ranks=ranks)
+    for method in ("zscl", "moe_adapters"):
+        for ranks in (1, 2, 4):
+            yield Case("processes", ranks, method, ranks=ranks)
 
 
 def step_of(case: Case) -> OwnStep:
