@@ -87,8 +87,13 @@ def wait_for_a_checkpoint(output: Path, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def expected(fault: str, launcher: str) -> tuple[list[int], str]:
+def expected(fault: str, launcher: str, struck: int) -> tuple[list[int], str]:
     """Exit statuses and sentence."""
+    if fault == "kill":
+        left = [-signal.SIGKILL if rank == struck else 2 for rank in range(COUNT)]
+        return [
+            1
+        ] if launcher == "torchrun" else left, "a process of the run is gone without a word .*--resume continues"
     stopped = fault in ("sigterm", "sigint", "SIGTERM", "SIGINT")
     if launcher == "torchrun":
         statuses = [1]
@@ -109,7 +114,7 @@ def main(folder: Path, launcher: str, method: str, faults: list[str]) -> None:
         statuses = start(output, fault, rank, [*arguments, *(["--resume"] if number else [])], log)
         text = log.read_text()
         where = f"{fault} of rank {struck}: exit {statuses}\n{text}"
-        exits, sentence = expected(fault, launcher)
+        exits, sentence = expected(fault, launcher, rank)
         assert statuses == exits, where
         assert len(re.findall(r"clk run: error: |" + STOPPED, text)) == 1, where
         assert "TCPStore" not in text, where

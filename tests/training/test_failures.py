@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 
 import pytest
+import torch
 
 from cl_methods import ranks
-from cl_methods.training.checkpoints import RunDirectory
+from cl_methods.training.checkpoints import RunDirectory, TrainingProgress
 from cl_methods.training.checkpoints.atomic import WriteError, writing
 from cl_methods.training.failures import WorkerDiedError, explain, hear_no_more_of
 
@@ -44,8 +46,8 @@ def test_what_interrupts_a_write_or_an_exchange_is_not_its_failure(error, tmp_pa
     with pytest.raises(RuntimeError) as raised, ranks.exchange():
         raise DEATH
     assert raised.value is DEATH
-    with pytest.raises(ranks.OtherRankError), ranks.exchange():
-        raise RuntimeError("Connection closed by peer")
+    with pytest.raises(ranks.OtherRankError, match=r"broke off \(Read error: reset by peer\)"), ranks.exchange():
+        raise RuntimeError("[/gloo/pair.cc:537] Read error: reset by peer. This is typically caused by a bug.")
 
 
 def test_an_error_in_a_worker_is_no_death(tmp_path) -> None:
@@ -58,3 +60,19 @@ def test_an_error_in_a_worker_is_no_death(tmp_path) -> None:
         "RuntimeError: of a transform (in DataLoader worker process 1, which reads images;"
     )
     assert isinstance(explain(DEATH, directory), WorkerDiedError)
+
+
+def test_the_systems_own_reason_is_said_of_either_file_of_a_checkpoint(tmp_path) -> None:
+    """torch says of a full disk that a position was unexpected."""
+    directory, large, small = RunDirectory(tmp_path), torch.zeros(50_000), torch.zeros(5)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        for model, optimizer in ((small, large), (large, small)):
+            with pytest.raises(WriteError, match=r"task00 cannot be written \(.*File too large.*\); make room"):
+                directory.save(0, None, {"weight": model}, {"state": optimizer}, TrainingProgress())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    directory.save(0, None, {"weight": large}, {"state": large}, TrainingProgress())
+    assert torch.equal(directory.found()[0].training_state()[0]["state"], large)

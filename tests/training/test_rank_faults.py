@@ -33,11 +33,13 @@ def test_what_only_one_process_meets_ends_both_with_one_sentence(forked_clk, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["0:loss is NaN", "1:weight is NaN", "1:worker killed", "0:no room", "0:sigint"])
+@pytest.mark.parametrize(
+    "fault", ["0:loss is NaN", "1:weight is NaN", "1:worker killed", "0:no room", "0:sigint", "1:kill"]
+)
 def test_every_other_fault_of_one_process(fault, forked_clk, tmp_path):
     suffer(forked_clk, tmp_path, "fork", fault)
 
 
 @pytest.mark.slow
 def test_torchrun_is_signalled_and_its_processes_fail(forked_clk, tmp_path):
-    suffer(forked_clk, tmp_path, "torchrun", "signal:SIGTERM", "1:image gone", "signal:SIGINT", "0:no room")
+    suffer(forked_clk, tmp_path, "torchrun", "signal:SIGTERM", "1:kill", "1:image gone", "signal:SIGINT")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -82,7 +83,10 @@ def exchange() -> Iterator[None]:
     except RuntimeError as error:
         if is_worker_death(error):  # of this process, which only happened to wait here
             raise
-        raise OtherRankError(f"the exchange with the other processes broke off ({error})") from error
+        reason = re.sub(r"^\[[^]]*\.\w+:\d+\] ", "", str(error)).partition(". ")[
+            0
+        ]  # without a place in Gloo's sources, and advice
+        raise OtherRankError(f"the exchange with the other processes broke off ({reason})") from error
 
 
 def broke_off(error: Exception) -> bool:

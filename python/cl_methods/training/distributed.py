@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -65,13 +67,16 @@ def processes() -> Iterator[None]:
         dist.destroy_process_group()
     except BaseException as error:  # noqa: BLE001  # of every kind the others have to know
         failures = dist.PrefixStore("failures", own)
-        try:
-            if isinstance(error, Exception):
-                _fail(failures, number, error)
-            _claim(failures, f"rank {number}: {type(error).__name__}")  # Ctrl-C, or an exit whose reason has been said
-            raise
-        finally:
-            _part(failures, number, world)
+        with _undisturbed():
+            try:
+                if isinstance(error, Exception):
+                    _fail(failures, number, error)
+                _claim(
+                    failures, f"rank {number}: {type(error).__name__}"
+                )  # Ctrl-C, or an exit whose reason has been said
+                raise
+            finally:
+                _part(failures, number, world)
     finally:
         ranks.joined(False)
 
@@ -122,6 +127,19 @@ def _load_what_would_keep_the_group() -> None:
     """
     importlib.import_module("torch.distributed.nn.functional")
     importlib.import_module("torch.distributed.fsdp.sharded_grad_scaler")
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Inside, SIGTERM is ignored: torchrun sends it to those that are left, which are about to say why they end, and do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _fail(store: dist.Store, number: int, error: Exception) -> None:

@@ -7,6 +7,8 @@ import re
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {f"{prefix}IB": 1 << shift for prefix, shift in (("K", 10), ("M", 20), ("G", 30), ("T", 40))}
+_FEWEST_BYTES = 1 << 20
+"""A smaller number without a unit has lost its unit."""
 
 
 def parse_size(text: str, name: str = "memory_budget") -> int:
@@ -17,12 +19,15 @@ def parse_size(text: str, name: str = "memory_budget") -> int:
         name: of the setting, for the message.
 
     Raises:
-        ValueError: it is not a positive number with one of these units.
+        ValueError: it is not a positive number with one of these units; without one it is bytes, of which there must be a MiB.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", text)
     unit = None if match is None else _UNITS.get(match[2].upper())
-    if match is None or unit is None or float(match[1]) <= 0:
-        raise ValueError(f"{name}: expected a size such as 8GiB, 7.5GB or 900MiB, got {text!r}")
+    few = match is not None and not match[2] and float(match[1]) < _FEWEST_BYTES
+    if match is None or unit is None or few or float(match[1]) <= 0:
+        raise ValueError(
+            f"{name}: expected a size such as 8GiB, 7.5GB or 900MiB, got {text!r}{' (bytes)' if few else ''}"
+        )
     return int(float(match[1]) * unit)
 
 

@@ -67,12 +67,21 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if is_worker_death(error) or is_out_of_memory(error):  # which has nothing to do with the disk
             raise
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-        read_only = isinstance(error, OSError) and error.errno in _READ_ONLY
+        system = _of_the_system(error)
+        reason = (system and system.strerror) or (str(error).splitlines() or [type(error).__name__])[0]
+        read_only = system is not None and system.errno in _READ_ONLY
         remedy = "make the folder writable" if read_only else "make room or restore the folder"
         failure = WriteError(f"{path} cannot be written ({reason}); {remedy}, then try again (a run: with --resume)")
         failure.read_only = read_only
         raise failure from error
+
+
+def _of_the_system(error: BaseException) -> OSError | None:
+    """``error``, or what torch's own arose from, if the system says why."""
+    found: BaseException | None = error
+    while isinstance(found, RuntimeError):
+        found = found.__cause__ or found.__context__
+    return found if isinstance(found, OSError) else None
 
 
 @contextmanager

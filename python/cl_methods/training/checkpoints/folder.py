@@ -130,7 +130,8 @@ def write_checkpoint(
     """
     with new_folder(path) as folder:
         save_file(_without_aliases(method_state), folder / MODEL)
-        torch.save({"optimizer": optimizer_state, "progress": vars(progress)}, folder / STATE)
+        with (folder / STATE).open("wb") as file:  # whose errors have the system's reason, torch's own writing has not
+            torch.save({"optimizer": optimizer_state, "progress": vars(progress)}, file)
         names = [MODEL, STATE]
         if rows is not None:
             (folder / ROWS).write_text(json.dumps(rows, allow_nan=False), encoding="utf-8")
