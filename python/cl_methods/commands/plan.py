@@ -51,7 +51,8 @@ A card of your own, in 10^12 operations a second, GiB, 10^9 bytes a second of me
 examples:
   clk plan --method zscl --scenario mtil --model ViT-L-14 --hardware h100,rtx4090 --processes 1,8,64 --workers 8
   clk plan --method moe_adapters --scenario mtil --hardware rtx4090 --processes 1 --method.batch-size 128
-  clk plan --scenario mtil --hardware my_card.yaml --network 10 --processes 16"""
+  clk plan --scenario mtil --hardware my_card.yaml --network 10 --processes 16
+  clk plan --method zscl --scenario mtil --model ViT-bigG-14 --distributed fsdp --hardware a100 --processes 8"""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -6,11 +6,13 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from shortened import shortened
 from tiny_clip import build_backbone, noise_images
+from torch._subclasses.fake_tensor import FakeTensor
 
 from cl_methods.backbone import Precision
 from cl_methods.backbone.micro_batches import MicroBatches
@@ -129,6 +131,20 @@ def test_a_rehearsal_counts_what_a_real_step_needs(name: str) -> None:
     fixed = rehearsal.model + rehearsal.carried + rehearsal.optimiser + rehearsal.gradients
     assert fixed == pytest.approx(held, rel=0.03)
     assert peaks[0] > fixed
+
+
+def test_a_rehearsal_takes_one_iteration_of_a_fit_and_two_steps_of_the_optimiser() -> None:
+    """Every way of cutting a batch is rehearsed, while somebody waits."""
+    tasks, reference = given()
+    settings = settings_of("moe_adapters")
+    settings = dataclasses.replace(settings, ddas=dataclasses.replace(settings.ddas, iterations=10**9))
+    rehearsal = Rehearsal(METHODS["moe_adapters"], settings, build_backbone(), tasks, reference, None)
+    assert rehearsal.left_out is None
+    assert all(isinstance(value, FakeTensor) for _, value in rehearsal.method.trainable())
+    with mock.patch.object(rehearsal.optimizer, "step", wraps=rehearsal.optimizer.step) as update:
+        peaks = {rehearsal.step(None) for _ in range(3)}
+    assert update.call_count == 1  # the other one made the state
+    assert len(peaks) == 1
 
 
 def test_real_tensors_are_left_alone() -> None:
