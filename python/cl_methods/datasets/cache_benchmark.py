@@ -59,10 +59,12 @@ def measure_decoding(
 
     Returns:
         ``images``, ``bytes_per_image`` of the files, ``cache_bytes``, ``identical`` (all tensors of both passes, to the bit),
-        ``plain``, ``first`` and ``second`` in images per second, and the ratios ``second_over_first`` and ``second_over_plain``.
+        ``plain``, ``first`` and ``second`` in images per second, those of every round in ``speeds``, and the ratios
+        ``second_over_first`` and ``second_over_plain``.
     """
     source = write_photographs(folder / "jpeg", images, size)
-    best, identical = {"plain": 0.0, "first": 0.0, "second": 0.0}, True
+    speeds: dict[str, list[float]] = {"plain": [], "first": [], "second": []}
+    identical = True
     used = 0
     for _ in range(rounds):
         shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -74,8 +76,10 @@ def measure_decoding(
 
         for name, read in (("plain", source), ("first", cached(source, kept)), ("second", cached(source, kept))):
             speed, equal = _pass(read, transform, batch_size, same)
-            best[name], identical = max(best[name], speed), identical and equal
+            speeds[name].append(speed)
+            identical = identical and equal
         used = kept.used()
+    best = {name: max(found) for name, found in speeds.items()}
     sizes = [(source.root / name).stat().st_size for name in source.paths]
     return {
         "images": images,
@@ -83,6 +87,7 @@ def measure_decoding(
         "cache_bytes": used,
         "identical": identical,
         **best,
+        "speeds": speeds,
         "second_over_first": best["second"] / best["first"],
         "second_over_plain": best["second"] / best["plain"],
     }
