@@ -108,6 +108,8 @@ def main(folder: Path, launcher: str, method: str, faults: list[str]) -> None:
     start = forked if launcher == "fork" else by_torchrun
     output = folder / "run"
     arguments = ["run", "--method", method, *SHORT, "--output", str(output)]
+    if launcher == "torchrun":  # which is signalled from outside, not at a step
+        arguments[arguments.index("--limit-iterations") + 1] = "30"
     for number, (struck, fault) in enumerate(entry.split(":") for entry in faults):
         log = folder / f"{number}.log"
         rank = -1 if struck == "signal" else int(struck)

@@ -253,6 +253,7 @@ import os, sys
 import torch.distributed as dist
 from cl_methods import ranks
 from cl_methods.training.distributed import processes, read_together
+from cl_methods.training.identity import check_same_everywhere
 
 def threads():
     return [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
@@ -260,13 +261,17 @@ def threads():
 def other_options():
     read_together(lambda: {"seed": os.environ["RANK"], "lr": "1"}, dict)
 
+def other_data():
+    check_same_everywhere({"scenario_fingerprint": os.environ["RANK"] * 64, "weights": None, "started_from": None})
+
 def wrong_option():
     read_together(lambda: sys.exit(print("what was wrong", file=sys.stderr) or 2), dict)
 
 def interrupted():
     raise KeyboardInterrupt if ranks.first() else ValueError("of the second")
 
-ends = [(lambda: None, ()), (other_options, ValueError), (wrong_option, ()), (interrupted, (KeyboardInterrupt, ValueError))]
+ends = [(lambda: None, ()), (other_options, ValueError), (other_data, ValueError), (wrong_option, ())]
+ends += [(interrupted, (KeyboardInterrupt, ValueError))]
 for port, (end, expected) in zip(sys.argv[1:], ends, strict=True):
     os.environ["MASTER_PORT"] = port
     try:
@@ -292,7 +297,7 @@ def test_no_thread_of_the_group_outlives_it_however_it_ends():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1"}
     with ExitStack() as reserved:
-        ports = [str(reserved.enter_context(reserved_port())) for _ in range(4)]
+        ports = [str(reserved.enter_context(reserved_port())) for _ in range(5)]
         started = [
             subprocess.Popen(
                 [sys.executable, "-c", LAST_WORDS, *ports],
@@ -311,6 +316,10 @@ def test_no_thread_of_the_group_outlives_it_however_it_ends():
         r"seed: expected the same in every process, got '(\d)' in number \1 and '(\d)' in number \2", out
     )
     assert seeds in ([("0", "1")], [("1", "0")]), out
+    assert (
+        len(re.findall(r"data: expected the same in every process, got fingerprint (\d)\1{11} in number \1 and", out))
+        == 1
+    )
 
 
 def test_torchrun_starts_the_same_command_and_errors_are_said_once(tmp_path):

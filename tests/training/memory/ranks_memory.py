@@ -103,7 +103,7 @@ def measure_together(name: str, distributed: str, sizes: list[int]) -> None:
 
 
 def main(count: int, name: str, distributed: str, sizes: list[int]) -> int:
-    return max(statuses(fork_ranks(count, measure_together, name, distributed, sizes)))
+    return int(any(statuses(fork_ranks(count, measure_together, name, distributed, sizes))))
 
 
 if __name__ == "__main__":
