@@ -23,6 +23,9 @@ from cl_methods.weights import WeightsOrigin
 
 _TEXT_CHUNK = 1024
 
+_WORTH_A_SEARCH = 64 << 20
+"""Bytes of weights from which a copy that nobody needs any more is looked for: that goes through all objects of the process."""
+
 
 class Backbone:
     """An open_clip model and what belongs to it.
@@ -217,7 +220,8 @@ class Backbone:
 
     def frozen_copy(self) -> Backbone:
         """A copy with weights of its own that take no gradient, in evaluation mode; whole where this one is sharded."""
-        gc.collect()  # blocks refer to themselves: the copy that this one replaces would stay until somebody notices
+        if sum(value.nbytes for value in self.model.parameters()) >= _WORTH_A_SEARCH:
+            gc.collect()  # blocks refer to themselves: the copy that this one replaces would stay until somebody notices
         model: Any = copy.deepcopy(self.model) if self.sharded is None else self.sharded.whole()
         model.eval().requires_grad_(False)
         frozen = Backbone(
