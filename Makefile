@@ -31,17 +31,17 @@ $(STAMP): $(BIN)/python constraints.txt pyproject.toml setup.py $(NATIVE)
 mini: install
 	$(BIN)/clk run --method $(METHODS) --scenario mini --order $(ORDER) --seed $(SEED) --output $(RUNS) --overwrite
 
-# Two lanes side by side, about as long as each other, each one process at a time: most of the tests themselves; and those of training,
-# which start processes and wait for them, then the interpreter's, compilation for GPUs, and those of an installation of their own.
+# Two lanes side by side, about as long as each other, each one process at a time: most of the tests themselves, then the interpreter's;
+# and those of training, which start processes and wait for them, then compilation for GPUs, and those of an installation of their own.
 test: lint
 	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=line) test-together test-apart
 
 test-together: install
 	$(MAKE) --no-print-directory test-unit
+	$(MAKE) --no-print-directory test-interpreter
 
 test-apart: install
 	$(MAKE) --no-print-directory test-training
-	$(MAKE) --no-print-directory test-interpreter
 	$(MAKE) --no-print-directory test-aot
 	$(MAKE) --no-print-directory test-install
 
