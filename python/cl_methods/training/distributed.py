@@ -71,9 +71,8 @@ def processes() -> Iterator[None]:
             try:
                 if isinstance(error, Exception):
                     _fail(failures, number, error)
-                _claim(
-                    failures, f"rank {number}: {type(error).__name__}"
-                )  # Ctrl-C, or an exit whose reason has been said
+                # Ctrl-C, or an exit whose reason has been said.
+                _claim(failures, f"rank {number}: {type(error).__name__}")
                 raise
             finally:
                 _part(failures, number, world)
