@@ -6,17 +6,13 @@
 
 #include "moe_adapter/adapter.h"
 #include "moe_adapter/cpu_passes.h"
+#include "moe_adapter/cpu_tiles.h"
 
 namespace clk {
 namespace moe {
 namespace {
 
 constexpr int64_t kPieceBytes = 4 << 20;  // of tokens and gradients
-
-int64_t samples_per_piece(const Shape& s, const Tensor& x) {
-  const int64_t bytes = 2 * s.length * s.width * static_cast<int64_t>(x.element_size());
-  return std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(1, bytes), 1, std::max<int64_t>(1, s.batch));
-}
 
 // grad_gates (B, k) = Σ over tokens of gate_terms (B, k, L).
 template <typename C>
@@ -50,8 +46,8 @@ Gradients run_backward(const Tensor& grad, const Tensor& x, const Tensor& expert
 
   const Tensor ids = torch::stable::contiguous(expert_ids), g = torch::stable::contiguous(gates);
   const Tensor rows = unit_stride(x), upstream = unit_stride(grad);
-  const Pairs pairs(s, data<int64_t>(ids));
-  const PackedWeights packed_up(up_weight, pairs, false), packed_down(down_weight, pairs, false);
+  const Usage usage(s, data<int64_t>(ids));
+  const PackedWeights packed_up(up_weight, usage, false), packed_down(down_weight, usage, false);
   const Tiles tiles(s, data<int64_t>(ids));
 
   Backward op{};
@@ -67,22 +63,25 @@ Gradients run_backward(const Tensor& grad, const Tensor& x, const Tensor& expert
     gate_terms = torch::stable::new_empty(x, {s.batch, s.slots, s.length}, compute_type(x));
     op.gate_terms = gate_terms->data_ptr();
   }
-  const int64_t piece = need_experts && tiles.by_sample() ? samples_per_piece(s, x) : s.batch;
+  std::vector<Piece> pieces = tiles.passes();
   std::optional<ExpertSums> sums_of_experts;
   if (need_experts) {
-    grad_pre = torch::stable::new_empty(x, {piece, s.slots, s.length, s.rank}, compute_type(x));
+    const int64_t row = 2 * s.width * static_cast<int64_t>(x.element_size());
+    pieces = tiles.pieces(kPieceBytes / std::max<int64_t>(1, row));
+    int64_t most = 0;
+    for (const Piece& piece : pieces) most = std::max(most, tiles.bottleneck_rows(piece));
+    grad_pre = torch::stable::new_empty(x, {most, s.rank}, compute_type(x));
     op.grad_pre = grad_pre->data_ptr();
-    sums_of_experts.emplace(op, pairs, experts);
+    sums_of_experts.emplace(op, usage, experts);
   }
   if (need_x && tiles.revisits() && x.element_size() == 2) {
     sums = torch::stable::new_empty(x, {s.batch, s.length, s.width}, ScalarType::Float);
     op.sums = sums->data_ptr();
   }
-  for (int64_t first = 0; first < s.batch; first += piece) {
-    const int64_t end = std::min(first + piece, s.batch);
-    op.first_row = first * s.slots * s.length;
-    tiles.for_each(op, first, end, [&](const Tile& tile, void* scratch) { CLK_CALL(backward_tile, op, tile, scratch); });
-    if (need_experts) sums_of_experts->add(op, view_of(rows), first, end);
+  for (const Piece& piece : pieces) {
+    op.first_row = tiles.first_row(piece);
+    tiles.for_each(op, piece, [&](const Tile& tile, void* scratch) { CLK_CALL(backward_tile, op, tile, scratch); });
+    if (need_experts) sums_of_experts->add(op, view_of(rows), tiles.choices(piece));
   }
   if (need_experts) sums_of_experts->finish();
   if (need_gates && type == ScalarType::Double) {

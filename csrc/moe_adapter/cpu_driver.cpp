@@ -8,16 +8,7 @@ namespace clk {
 namespace moe {
 namespace {
 
-// Samples shorter than this are handled token by token, gathered by expert: their tiles would be nearly empty.
-constexpr int64_t kShortSample = 4;
-constexpr int64_t kGrainWork = 1 << 20;  // multiply-adds that are worth a thread
-
-// Choices of experts over all slots, ids out of range as one expert more; at most a large number.
-int64_t combinations(const Shape& s) {
-  int64_t keys = 1;
-  for (int64_t j = 0; j < s.slots && keys < (int64_t{1} << 31); ++j) keys *= s.experts + 1;
-  return keys;
-}
+constexpr int64_t kWorthPacking = 128;  // rows of an expert, on average
 
 }  // namespace
 
@@ -105,28 +96,27 @@ void fill(Problem& p, const Shape& s, const Tensor& x, const Tensor& expert_ids,
   p.sums = nullptr;
 }
 
-Pairs::Pairs(const Shape& s, const int64_t* ids) : begin(static_cast<size_t>(s.experts) + 2), pairs(static_cast<size_t>(s.batch * s.slots)) {
-  const auto bucket = [&](int64_t id) { return static_cast<size_t>(known_expert(s.experts, id)); };
-  for (size_t i = 0; i < pairs.size(); ++i) ++begin[bucket(ids[i]) + 1];
-  for (size_t e = 1; e < begin.size(); ++e) begin[e] += begin[e - 1];
-  std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-  for (size_t i = 0; i < pairs.size(); ++i) pairs[static_cast<size_t>(next[bucket(ids[i])]++)] = static_cast<int64_t>(i);
+Usage::Usage(const Shape& s, const int64_t* ids) : rows(static_cast<size_t>(s.experts) + 1) {
+  for (int64_t i = 0; i < s.batch * s.slots; ++i) rows[static_cast<size_t>(known_expert(s.experts, ids[i]))] += s.length;
+  rows.pop_back();
+  for (int64_t e = 0; e < s.experts; ++e) {
+    if (rows[static_cast<size_t>(e)] > 0) experts.push_back(e);
+    total += rows[static_cast<size_t>(e)];
+  }
 }
 
-PackedWeights::PackedWeights(const PerExpert& weight, const Pairs& pairs, bool transposed)
+PackedWeights::PackedWeights(const PerExpert& weight, const Usage& usage, bool transposed)
     : experts_(static_cast<size_t>(weight.experts()), nullptr) {
   const Element type = element_of(weight.scalar_type());
   // Transposed: stored (n, K); otherwise (K, n).
   const int64_t K = weight.size(transposed ? 1 : 0), n = weight.size(transposed ? 0 : 1);
   const int64_t width = CLK_CALL(panel_columns, type, n);
-  const bool in_place = !transposed && n % width == 0 && (type == Element::f32 || type == Element::f64);
+  const std::vector<int64_t>& used = usage.experts;
+  const bool fits = !transposed && n % width == 0 && (type == Element::f32 || type == Element::f64);
+  const bool in_place = fits && usage.total < kWorthPacking * static_cast<int64_t>(used.size());
   const int64_t bytes = (CLK_CALL(packed_bytes, type, K, n) + 63) / 64 * 64;
   step_ = in_place ? width : K * width;
   ld_ = in_place ? n : width;
-  std::vector<int64_t> used;
-  for (int64_t e = 0; e < weight.experts(); ++e) {
-    if (pairs.count(e) > 0) used.push_back(e);
-  }
   if (in_place) {
     for (int64_t e : used) experts_[static_cast<size_t>(e)] = weight.data()[e];
     return;
@@ -140,79 +130,6 @@ PackedWeights::PackedWeights(const PerExpert& weight, const Pairs& pairs, bool t
       experts_[static_cast<size_t>(e)] = base + i * bytes;
     }
   });
-}
-
-Tiles::Tiles(const Shape& s, const int64_t* ids) : shape_(s), gathered_(s.length < kShortSample) {
-  const int64_t rows = CLK_CALL(tile_rows);
-  grain_ = std::max<int64_t>(1, kGrainWork / std::max<int64_t>(1, rows * s.width * s.rank * (gathered_ ? 1 : s.slots)));
-  if (!gathered_) {
-    tiles_per_sample_ = (s.length + rows - 1) / rows;
-    passes_ = {0, s.batch * tiles_per_sample_};
-    return;
-  }
-  const int64_t slots = std::max<int64_t>(s.slots, 1);  // without a single slot, one pass still hands the residual on
-  Grouping apart;
-  for (int64_t j = 0; j < slots; ++j) apart.append(s, ids, j, std::min(j + 1, s.slots), rows);
-  // Groups by the experts of all slots read and write every row once. They are smaller, and leave more tiles unfinished.
-  std::optional<Grouping> together;
-  if (s.slots > 1 && combinations(s) <= s.batch) {
-    together.emplace();
-    together->append(s, ids, 0, s.slots, rows);
-  }
-  grouping_ = together && 8 * s.slots * together->tiles() <= 9 * apart.tiles() ? std::move(*together) : std::move(apart);
-  passes_ = grouping_.passes;
-}
-
-void Grouping::append(const Shape& s, const int64_t* ids, int64_t first_slot, int64_t end_slot, int64_t rows) {
-  const int64_t total = s.batch * s.length;
-  int64_t keys = 1;
-  for (int64_t j = first_slot; j < end_slot; ++j) keys *= s.experts + 1;
-  std::vector<int64_t> chosen(static_cast<size_t>(end_slot - first_slot));
-  const auto key_of = [&](int64_t sample) {
-    for (int64_t j = first_slot; j < end_slot; ++j) {
-      chosen[static_cast<size_t>(j - first_slot)] = known_expert(s.experts, ids[sample * s.slots + j]);
-    }
-    std::sort(chosen.begin(), chosen.end());
-    int64_t key = 0;
-    for (int64_t e : chosen) key = key * (s.experts + 1) + e;
-    return static_cast<size_t>(key);
-  };
-  std::vector<int64_t> begin(static_cast<size_t>(keys) + 1);
-  for (int64_t b = 0; b < s.batch; ++b) begin[key_of(b) + 1] += s.length;
-  for (size_t key = 1; key < begin.size(); ++key) begin[key] += begin[key - 1];
-  const size_t start = order.size();
-  order.resize(start + static_cast<size_t>(total));
-  std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-  for (int64_t b = 0; b < s.batch; ++b) {
-    int64_t& position = next[key_of(b)];
-    for (int64_t l = 0; l < s.length; ++l) order[start + static_cast<size_t>(position++)] = b * s.length + l;
-  }
-  for (size_t key = 0; key + 1 < begin.size(); ++key) {
-    for (int64_t i = begin[key]; i < begin[key + 1]; i += rows) {
-      const int64_t end = std::min(i + rows, begin[key + 1]);
-      Tile tile{};
-      tile.rows = end - i;
-      tile.first = static_cast<int64_t>(start) + i;
-      tile.first_slot = first_slot;
-      tile.end_slot = end_slot;
-      tile.opens = first_slot == 0;
-      tile.closes = end_slot == s.slots;
-      tile.following = std::min(rows, total - end);
-      entries.push_back(tile);
-    }
-  }
-  passes.push_back(tiles());
-}
-
-Tile Tiles::tile(int64_t i) const {
-  if (gathered_) {
-    Tile tile = grouping_.entries[static_cast<size_t>(i)];
-    tile.gathered = grouping_.order.data() + tile.first;
-    return tile;
-  }
-  const int64_t sample = i / tiles_per_sample_, t = i % tiles_per_sample_;
-  const int64_t first = shape_.length * t / tiles_per_sample_;
-  return {shape_.length * (t + 1) / tiles_per_sample_ - first, sample, first, nullptr, 0, shape_.slots, true, true, 0};
 }
 
 }  // namespace moe

@@ -1,7 +1,9 @@
 // Forward pass of the adapters on the CPU: one pass over x, the bottleneck of a tile stays in cache, the residual is added while
 // the result is written.
+#include "common/large_pages.h"
 #include "moe_adapter/adapter.h"
 #include "moe_adapter/cpu_passes.h"
+#include "moe_adapter/cpu_tiles.h"
 
 namespace clk {
 namespace moe {
@@ -19,7 +21,8 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& x, const Tensor& expert_ids
   if (residual.has_value()) check_like(*residual, x, "residual");
 
   Tensor out = empty_rows(x);
-  Tensor hidden = save_hidden ? torch::stable::new_empty(x, {s.batch, s.slots, s.length, s.rank}) : torch::stable::new_empty(x, {0});
+  Tensor hidden = save_hidden ? on_large_pages(torch::stable::new_empty(x, {s.batch, s.slots, s.length, s.rank}))
+                              : torch::stable::new_empty(x, {0});
   if (out.numel() == 0) return {out, hidden};
 
   const Tensor ids = torch::stable::contiguous(expert_ids), g = torch::stable::contiguous(gates);
@@ -27,8 +30,8 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& x, const Tensor& expert_ids
   std::optional<Tensor> base;
   if (residual.has_value()) base = unit_stride(*residual);
 
-  const Pairs pairs(s, data<int64_t>(ids));
-  const PackedWeights packed_down(experts.down_weight, pairs, true), packed_up(experts.up_weight, pairs, true);
+  const Usage usage(s, data<int64_t>(ids));
+  const PackedWeights packed_down(experts.down_weight, usage, true), packed_up(experts.up_weight, usage, true);
   const Tiles tiles(s, data<int64_t>(ids));
   Forward op{};
   fill(op, s, rows, ids, g, experts.up_bias, scale, dropout_p);
@@ -50,7 +53,9 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& x, const Tensor& expert_ids
     sums = torch::stable::new_empty(x, {s.batch, s.length, s.width}, ScalarType::Float);
     op.sums = sums->data_ptr();
   }
-  tiles.for_each(op, 0, s.batch, [&](const Tile& tile, void* scratch) { CLK_CALL(forward_tile, op, tile, scratch); });
+  for (const Piece& pass : tiles.passes()) {
+    tiles.for_each(op, pass, [&](const Tile& tile, void* scratch) { CLK_CALL(forward_tile, op, tile, scratch); });
+  }
   return {out, hidden};
 }
 

@@ -50,8 +50,8 @@ struct Backward : Problem {
   bool add_grad;       // whether grad itself is a part of grad_x, as it is where x was added to the output
   const void* hidden;  // (B, k, L, R)
   void* gate_terms;    // (B, k, L) compute type, one term of the gate gradient per token; or null
-  void* grad_pre;      // (B, k, L, R) compute type from row first_row on, gradient before the ReLU; or null
-  int64_t first_row;
+  void* grad_pre;      // (…, R) compute type, gradient before the ReLU of one piece of the batch; or null
+  int64_t first_row;   // where the piece starts in (B, k, L), which is grad_pre's order too; or the `first` of its first gathered tile
 };
 
 // Rows that are handled together: consecutive tokens of one sample; or, with `gathered`, linear token indices b L + l. All have the same
@@ -83,17 +83,21 @@ namespace {  // compiled for every instruction set
   }
 }
 
+// The row of grad_pre that belongs to row i of a gathered tile and the a-th of its experts.
+[[maybe_unused]] inline int64_t gathered_row(const Tile& t, int64_t first_row, int64_t i, int64_t a) {
+  return (t.first + i - first_row) * (t.end_slot - t.first_slot) + a;
+}
+
 }  // namespace
 
-// The gradients of one expert's weights from (sample, slot) pairs that chose it, in their order; added to what earlier pairs left.
+// The gradients of one expert's weights from runs of rows that chose it, in their order; added to what earlier ones left.
 struct ExpertGradients : Problem {
   View x, grad;
   const void* hidden;    // (B, k, L, R)
-  const void* grad_pre;  // (B, k, L, R) compute type, from row first_row on
-  int64_t first_row;
-  int64_t expert, count;
-  const int64_t* pairs;  // (count), b k + j
-  bool first;            // whether no pair of this expert came before
+  const void* grad_pre;  // (…, R) compute type
+  int64_t run, count;    // rows in a run, which are tokens of one sample that follow each other, and how many runs
+  const int64_t *rows, *grad_pre_rows;  // (count): where they start in (B, k, L), and in grad_pre
+  bool first;            // whether no row of this expert came before
   void *down_weight, *down_bias, *up_weight, *up_bias;  // (R, D), (R), (D, R), (D), compute type
 };
 

@@ -16,7 +16,7 @@ namespace moe {
 namespace {
 
 constexpr int64_t kChunk = 112;            // tokens at most whose products are formed together
-constexpr int64_t kWholeSample = 32;       // samples from this length on are cut into chunks of their own
+constexpr int64_t kWholeRun = 32;          // runs from this length on are cut into chunks of their own
 constexpr int64_t kGradientColumns = 256;  // of D at most, per task
 
 template <typename C>
@@ -40,18 +40,18 @@ struct GradientScratch {
         down_bias(arena.take<C>(p.rank)) {}
 };
 
-// Walks over the tokens of one expert, pair after pair.
+// Walks over the rows of one expert, run after run.
 template <typename T>
 struct Cursor {
   const ExpertGradients& op;
-  int64_t position, token;  // which pair, and which of its tokens
+  int64_t position, token;  // which run, and which of its tokens
   int64_t index;            // of (sample, slot, token) in (B, k, L)
   const T *x, *grad;
 
-  Cursor(const ExpertGradients& op, int64_t i) : op(op), position(i / op.length), token(i % op.length) { locate(); }
+  Cursor(const ExpertGradients& op, int64_t i) : op(op), position(i / op.run), token(i % op.run) { locate(); }
 
   void advance() {
-    if (++token < op.length) {
+    if (++token < op.run) {
       ++index, x += op.x.token_stride, grad += op.grad.token_stride;
     } else {
       ++position, token = 0;
@@ -61,30 +61,51 @@ struct Cursor {
 
   template <typename C>
   C weight() const {
-    return static_cast<const C*>(op.gates)[op.pairs[position]] * static_cast<C>(op.scale);
+    return static_cast<const C*>(op.gates)[index / op.length] * static_cast<C>(op.scale);
+  }
+
+  template <typename C>
+  const C* grad_pre() const {
+    return static_cast<const C*>(op.grad_pre) + (op.grad_pre_rows[position] + token) * op.rank;
   }
 
  private:
   void locate() {
-    const int64_t sample = op.pairs[position] / op.slots;
-    index = op.pairs[position] * op.length + token;
-    x = static_cast<const T*>(op.x.data) + sample * op.x.sample_stride + token * op.x.token_stride;
-    grad = static_cast<const T*>(op.grad.data) + sample * op.grad.sample_stride + token * op.grad.token_stride;
+    index = op.rows[position] + token;
+    const int64_t sample = index / op.length / op.slots, row = index % op.length;
+    x = static_cast<const T*>(op.x.data) + sample * op.x.sample_stride + row * op.x.token_stride;
+    grad = static_cast<const T*>(op.grad.data) + sample * op.grad.sample_stride + row * op.grad.token_stride;
   }
 };
 
-// Where the tokens of one expert are cut into chunks. Those of long samples never span two.
+// Where the rows of one expert are cut into chunks. Long runs never share one.
 struct Chunks {
-  int64_t length, total, pieces, count;
+  int64_t run, total, pieces, count;
   bool whole;
 
-  explicit Chunks(const ExpertGradients& op) : length(op.length), total(op.count * op.length), whole(op.length >= kWholeSample) {
-    pieces = (length + kChunk - 1) / kChunk;
+  explicit Chunks(const ExpertGradients& op) : run(op.run), total(op.count * op.run), whole(op.run >= kWholeRun) {
+    pieces = (run + kChunk - 1) / kChunk;
     count = whole ? op.count * pieces : (total + kChunk - 1) / kChunk;
   }
   int64_t begin(int64_t chunk) const {
-    if (whole) return chunk / pieces * length + length * (chunk % pieces) / pieces;
+    if (whole) return chunk / pieces * run + run * (chunk % pieces) / pieces;
     return chunk * kChunk < total ? chunk * kChunk : total;
+  }
+};
+
+// Whether so many rows from `row` on lie evenly spaced, and how far apart.
+template <typename T>
+struct Spacing {
+  int64_t x = 0, grad = 0;
+  bool even = true;
+
+  Spacing(Cursor<T> row, int64_t rows) {
+    const T *first_x = row.x, *first_grad = row.grad;
+    for (int64_t i = 1; i < rows && even; ++i) {
+      row.advance();
+      if (i == 1) x = row.x - first_x, grad = row.grad - first_grad;
+      even = row.x - first_x == i * x && row.grad - first_grad == i * grad;
+    }
   }
 };
 
@@ -138,21 +159,23 @@ void gradient(const ExpertGradients& op, int64_t first_column, int64_t columns, 
   for (int64_t r = 0; r < rank; ++r) s.down_bias[r] = C(0);
 
   const Chunks chunks(op);
-  const bool in_place = chunks.whole && sizeof(T) == sizeof(C) && columns == n;
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t start = chunks.begin(chunk), rows = chunks.begin(chunk + 1) - start;
     Cursor<T> row(op, start);
     Matrix<C> x{s.x, s.ldd}, grad{s.grad, s.ldd}, pre{s.pre, rank};
+    bool in_place = false;
     if constexpr (sizeof(T) == sizeof(C)) {
+      const Spacing<T> apart(row, columns == n ? rows : 0);
+      in_place = columns == n && apart.even;
       if (in_place) {
-        x = {row.x + first_column, op.x.token_stride};
-        grad = {row.grad + first_column, op.grad.token_stride};
+        x = {row.x + first_column, apart.x};
+        grad = {row.grad + first_column, apart.grad};
       }
     }
-    if (chunks.whole) pre.data = static_cast<const C*>(op.grad_pre) + (row.index - op.first_row) * rank;
+    if (chunks.whole) pre.data = row.template grad_pre<C>();
     for (int64_t i = 0; i < rows; ++i, row.advance()) {
       const C weight = row.template weight<C>();
-      const C* grad_pre = static_cast<const C*>(op.grad_pre) + (row.index - op.first_row) * rank;
+      const C* grad_pre = row.template grad_pre<C>();
       if (!in_place) {
         C *x_row = s.x + i * s.ldd, *grad_row = s.grad + i * s.ldd;
         convert(row.x + first_column, columns, x_row);

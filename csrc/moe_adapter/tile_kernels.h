@@ -8,7 +8,7 @@ namespace clk {
 namespace moe {
 namespace {
 
-// Calls `body(slot, e, valid)` for every expert of the tile; row i has it in slot[i].
+// Calls `body(a, slot, e, valid)` for every expert of the tile, the a-th of them; row i has it in slot[i].
 template <typename C, typename Body>
 void for_each_expert(const Problem& p, const Tile& t, const Rows& rows, const Scratch<C>& s, Body body) {
   for (int64_t i = 0; i < rows.n; ++i) {
@@ -18,7 +18,7 @@ void for_each_expert(const Problem& p, const Tile& t, const Rows& rows, const Sc
   for (int64_t a = 0; a < t.end_slot - t.first_slot; ++a) {
     const int64_t* slot = s.slot + a * kTileRows;
     const int64_t e = p.expert_ids[rows.sample[0] * p.slots + slot[0]];
-    body(slot, e, e >= 0 && e < p.experts);
+    body(a, slot, e, e >= 0 && e < p.experts);
   }
 }
 
@@ -35,7 +35,7 @@ void forward(const Forward& op, const Tile& t, void* memory) {
   const C grown = static_cast<C>(1.0 / (1.0 - op.dropout_p));
   const float p = static_cast<float>(op.dropout_p);
   int64_t active = 0;
-  for_each_expert(op, t, rows, s, [&](const int64_t* slot, int64_t e, bool valid) {
+  for_each_expert(op, t, rows, s, [&](int64_t, const int64_t* slot, int64_t e, bool valid) {
     if (!valid) {
       for (int64_t i = 0; hidden && i < rows.n; ++i) {
         T* saved = hidden + rows.index(op, i, slot[i]) * op.rank;
@@ -82,7 +82,7 @@ void backward(const Backward& op, const Tile& t, void* memory) {
   C* grad_pre = static_cast<C*>(op.grad_pre);
   const C scale = static_cast<C>(op.scale), grown = static_cast<C>(1.0 / (1.0 - op.dropout_p));
   int64_t active = 0;
-  for_each_expert(op, t, rows, s, [&](const int64_t* slot, int64_t e, bool valid) {
+  for_each_expert(op, t, rows, s, [&](int64_t a, const int64_t* slot, int64_t e, bool valid) {
     if (!valid) {
       for (int64_t i = 0; gate_terms && i < rows.n; ++i) gate_terms[rows.index(op, i, slot[i])] = C(0);
       return;
@@ -100,7 +100,8 @@ void backward(const Backward& op, const Tile& t, void* memory) {
       const C factor = gates[rows.sample[i] * op.slots + slot[i]] * scale * grown;
       for (int64_t r = 0; r < op.rank; ++r) line[r] = load(h + r) <= C(0) ? C(0) : factor * line[r];
       if (grad_pre) {
-        convert(line, op.rank, grad_pre + (index - op.first_row) * op.rank);
+        const int64_t row = t.gathered ? gathered_row(t, op.first_row, i, a) : index - op.first_row;
+        convert(line, op.rank, grad_pre + row * op.rank);
       }
     }
     s.expert[active++] = e;

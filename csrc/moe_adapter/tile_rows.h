@@ -59,6 +59,11 @@ template <typename T, typename C>
 Matrix<C> compute_rows(const View& view, const Tile& t, const Rows& rows, int64_t width, C* buffer) {
   if constexpr (sizeof(T) == sizeof(C)) {
     if (!t.gathered) return {rows.in<const T>(view, 0), view.token_stride};
+    const T* first = rows.in<const T>(view, 0);
+    const int64_t step = rows.n > 1 ? rows.in<const T>(view, 1) - first : width;
+    bool even = true;  // as where few choices leave the tokens in their own order
+    for (int64_t i = 2; i < rows.n && even; ++i) even = rows.in<const T>(view, i) - first == i * step;
+    if (even) return {first, step};
   }
   for (int64_t i = 0; i < rows.n; ++i) {
     const T* source = rows.in<const T>(view, i);

@@ -38,6 +38,9 @@ SHAPES = [
     (9, 21, 64, 13, 2, 1),  # chunks that span samples
     (300, None, 40, 20, 2, 2),  # tokens grouped by both experts at once
     (14, 210, 768, 8, 3, 2),  # several pieces of the batch in every dtype
+    (1500, None, 768, 8, 2, 2),  # the same of tokens in their own order
+    (1500, None, 768, 8, 3, 2),  # grouped by both experts at once
+    (1500, None, 768, 8, 40, 2),  # slot by slot
 ]
 
 
@@ -70,6 +73,15 @@ def test_tokens_with_ids_out_of_range_beside_many_others(slots):
     case.tensors["expert_ids"][3::11] = -1
     assert_matches_reference(case, "cpu")
     assert outputs(case, "cpu")["gates"][::7, 0].abs().max() == 0
+
+
+def test_tokens_in_several_pieces_with_ids_out_of_range_and_rows_apart():
+    case = make(3000, None, 768, 8, 2, 2)
+    case.tensors["expert_ids"][::7, 0] = 2
+    case.tensors["expert_ids"][3::11] = -1
+    for name in ("x", "residual"):  # every second row of what lies twice as wide in memory
+        case.tensors[name] = torch.stack((case.tensors[name], torch.zeros(3000, 768)), 1).reshape(6000, 768)[::2]
+    assert_matches_reference(case, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -195,7 +207,10 @@ def test_extreme_values_stay_finite_and_nan_shows():
     assert out.isnan().sum() == out.shape[-1]
 
 
-@pytest.mark.parametrize("shape", [(30, 13, 64, 24, 5, 2), (30, None, 64, 24, 5, 2), (14, 210, 768, 8, 3, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [(30, 13, 64, 24, 5, 2), (30, None, 64, 24, 5, 2), (14, 210, 768, 8, 3, 2), (1500, None, 768, 8, 3, 2)],
+)
 def test_same_bits_for_any_number_of_threads(shape):
     case = make(*shape)
     threads = torch.get_num_threads()
