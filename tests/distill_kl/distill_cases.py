@@ -207,8 +207,8 @@ def in_float64(student, teacher, anchors, keywords):
 
 
 def check_features(backend, case, dtype, scale=20.0):
-    """Against float64. Rounded logits, up to ``scale``, move the loss and probabilities, and gradients of features are ``scale`` times those;
-    with one caption nothing else is left."""
+    """Against float64. Rounded logits, up to ``scale``, move the loss and probabilities, of which gradients of features have
+    ``scale`` times as much; with one caption nothing else is left."""
     moved = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps * scale / case["N"]
     rounding = moved, moved * scale, moved * scale, moved
     given = features(dtype=dtype, **case)
