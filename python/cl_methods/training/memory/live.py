@@ -9,11 +9,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from cl_methods.sharding import local
+from cl_methods.training.planning.repeated import Repeated
 
 _REAL = 1 << 16
 """Numbers that a new tensor may have and be real; where a hook looks at values, it looks at small tensors."""
@@ -46,6 +47,7 @@ class LiveMemory(TorchDispatchMode):
         self.bytes = self.peak = 0
         self.operations_left: int | None = None
         self._fake = fake
+        self._repeated = None if fake is None else Repeated(fake)
         self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         resize = torch.UntypedStorage.resize_
 
@@ -73,17 +75,18 @@ class LiveMemory(TorchDispatchMode):
     def count(self, tensor: Tensor) -> None:
         """Count the memory behind ``tensor`` (any shape), unless it is counted already."""
         tensor = local(tensor)
-        self._add(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+        self._add(tensor.untyped_storage())
 
     def leave_out(self, tensor: Tensor) -> None:
         """Never count the memory behind ``tensor`` (any shape), unless it is counted already."""
         self._add(tensor.untyped_storage(), 0)
 
-    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
+    def _add(self, storage: torch.UntypedStorage, size: int | None = None) -> None:
         key = id(storage)
         known = self._storages.get(key)
         if known is not None and known[0]() is storage:
             return
+        size = storage.nbytes() if size is None else size
 
         def gone(_: Any) -> None:
             self.bytes -= self._storages.pop(key)[1]
@@ -111,9 +114,17 @@ class LiveMemory(TorchDispatchMode):
             self.operations_left -= 1
             if self.operations_left < 0:
                 raise TooLongError
-        made = func(*args, **kwargs) if self._fake is None or _given(args, kwargs) else self._make(func, args, kwargs)
+        if self._repeated is None:
+            made = func(*args, **kwargs)
+        else:
+            made = self._repeated.run(func, args, kwargs)[0] if _given(args, kwargs) else self._make(func, args, kwargs)
         for value in (made,) if isinstance(made, Tensor) else tree_iter(made):
-            if isinstance(value, Tensor) and (self._meta or value.device.type != "meta"):
+            if not isinstance(value, Tensor):
+                continue
+            device = (
+                value.fake_device if isinstance(value, FakeTensor) else value.device
+            )  # whose device takes a dispatch
+            if self._meta or device.type != "meta":
                 self.count(value)
         return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -141,9 +142,15 @@ class _Planner:
             peak, moved = found.step(*key), found.exchanged
             self._steps[key] = peak, sum(size * times for size, times in moved.items()), sum(moved.values())
         peak, exchanged, exchanges = self._steps[key]
+        least = self._least(parts, levers)
         held = found.model + found.carried + found.optimiser + found.gradients
+        step, outside = max(least.step, peak - held + self._ahead), self._outside(parts)
+        return replace(least, step=step, outside=outside, exchanged=exchanged, exchanges=exchanges)
+
+    def _least(self, parts: MicroBatches | None, levers: Levers) -> MemoryPlan:
+        """What a step needs with these parts and levers but for activations: known without rehearsing it."""
+        found = self.rehearsal
         offloaded = found.averages if levers.offload == "averages" and self.host_apart else 0
-        ahead = found.copied_ahead if self.host_apart else 0
         return MemoryPlan(
             self.budget,
             parts,
@@ -152,15 +159,16 @@ class _Planner:
             found.carried - offloaded,
             self._state(levers.optimizer_state),
             found.gradients,
-            max(0, peak - held, self._update(levers.optimizer_state)) + ahead,
+            self._update(levers.optimizer_state) + self._ahead,
             found.left_out,
             levers,
             found.processes,
             found.sharded,
-            self._outside(parts),
-            exchanged,
-            exchanges,
         )
+
+    @property
+    def _ahead(self) -> int:
+        return self.rehearsal.copied_ahead if self.host_apart else 0
 
     def _outside(self, parts: MicroBatches | None) -> int:
         if parts not in self._around:
@@ -210,7 +218,8 @@ class _Planner:
         adamw = whole and takes_eight_bits(self.rehearsal.optimizer)
         others = list(levers.others(host_apart=whole and self.host_apart, adamw=adamw))
         for tried in (others, [levers.with_all(others)] if len(others) > 1 else []):
-            plans = [plan for plan in map(self.smallest, tried) if self.fits(plan)]
+            some = [one for one in tried if self.fits(self._least(None, one))]  # no others have to be rehearsed
+            plans = [plan for plan in map(self.smallest, some) if self.fits(plan)]
             if plans:
                 offers = (f"{' '.join(plan.levers.beyond(levers))} ({format_size(plan.peak)})" for plan in plans)
                 return f"it would fit with {', or with '.join(offers)}; "

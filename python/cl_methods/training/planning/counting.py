@@ -188,9 +188,10 @@ def _stage(method: Method, index: int, task: Task, stage: Stage, costs: RunCosts
     again = look(0, index - 1)[0] if shown and index and _stays(method, method.reference_source(task)) else None
     first = look(0, index)[0] if shown else None
     known, step = look(1, index, whole=True)
-    optimizer.step()  # whose moments are wanted
-    for done in range(2):
-        method.after_step(done)
+    with FlopCount():  # which knows operations that ran before
+        optimizer.step()  # whose moments are wanted
+        for done in range(2):
+            method.after_step(done)
     # What a frozen model has not seen yet costs no gradient: steps differ in their losses alone.
     first = step if first is None else step + first - known
     again = first if again is None else step + again - known
