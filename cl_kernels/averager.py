@@ -108,7 +108,7 @@ class WeightAverager:
         self._tensors = {name: _start(tensor, dtype, on_host) for name, tensor in named.items()}
         self._floating = [name for name, tensor in self._tensors.items() if tensor.is_floating_point()]
         self._counts = [name for name in named if name not in self._floating]  # integers: the latest model's
-        self._host_copy = HostCopy(named) if on_host else None
+        self._host_copy: HostCopy | None = None  # of the models that come: the first one may lie elsewhere
         self._worker = ThreadPoolExecutor(1, "weight-averager") if on_host else None
         self._pending: Future[None] | None = None
 
@@ -218,9 +218,10 @@ class WeightAverager:
         if self.rounding == "stochastic":
             options["seed"] = (self.seed + self._moves * _STRIDE) % 2**63
         self._settle()
-        if self._host_copy is None or self._worker is None:
+        if self._worker is None:
             self._add(values, weight, others, pull, options)
         else:
+            self._host_copy = self._host_copy or HostCopy(values)
             self._host_copy.start(values)
             self._pending = self._worker.submit(self._add_host_copy, self._host_copy, weight, others, pull, options)
         self._moves += 1

@@ -201,6 +201,18 @@ def test_on_host_training_goes_on_before_the_average_is_done(monkeypatch):
     assert averager.tensors["weight"].tolist() == [2.0] * 3
 
 
+def test_on_host_copies_are_made_for_the_models_that_come(monkeypatch):
+    """The start may lie elsewhere than they do: an anchor on the host, of a model on a GPU."""
+    made = []
+    monkeypatch.setattr("cl_kernels.averager.HostCopy", lambda named: made.append(named) or HostCopy(named))
+    averager, models = WeightAverager(Tiny(1.0), on_host=True), [Tiny(2.0), Tiny(3.0)]
+    assert made == []
+    for model in models:
+        averager.update(model)
+    assert averager.tensors["weight"].tolist() == [2.0] * 3
+    assert [named["weight"] for named in made] == [models[0].weight]
+
+
 def test_on_host_errors_come_out(monkeypatch):
     averager = WeightAverager(Tiny(1.0), on_host=True)
 
