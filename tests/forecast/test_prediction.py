@@ -97,6 +97,21 @@ def test_the_command_prints_a_table_and_writes_every_figure(tmp_path: Path, caps
     assert rows[1]["exchanged_per_step"] > 0
 
 
+def test_the_memory_is_that_with_the_levers_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the averages and the optimiser's state of a GPU; the table says that hours leave the copies out."""
+    options = ["--method", "weight_ensemble", "--limit-tasks", "1", "--method.average-every", "1"]
+    needed = []
+    for levers in ([], ["--optimizer-state", "host", "--offload", "all"]):
+        assert main(["plan", *options, *levers, "--json", str(tmp_path / "plan.json")]) == 0
+        needed.append(json.loads((tmp_path / "plan.json").read_text())[0]["memory"])
+        text = " ".join(capsys.readouterr().out.split())
+        sentence = "with --optimizer-state host, --offload all; hours do not count what moves between host and GPU"
+        assert (sentence in text) is bool(levers)
+    plain, offloaded = needed
+    assert offloaded["optimiser"] == 0 < plain["optimiser"]
+    assert plain["carried"] - offloaded["carried"] == plain["gradients"]  # one copy of what trains
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

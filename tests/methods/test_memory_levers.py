@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from counted import Operations, only_new
 from shortened import shortened
 from tiny_clip import build_backbone
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from trained import SHORT, Batches, learn, state, train
 
 from cl_kernels import use_backend
@@ -22,28 +22,7 @@ from cl_methods.methods import METHODS, ZSCL
 from cl_methods.methods.zscl_config import ZSCLConfig
 from cl_methods.training.memory.host_optimizer import HostOptimizer
 from cl_methods.training.memory.levers import Levers, use_levers
-from cl_methods.training.memory.live import LiveMemory
 from cl_methods.training.memory.optimizer_state import state_bytes, with_state
-
-
-class Operations(TorchDispatchMode):
-    """Names of what is dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.overloadpacket._qualified_op_name.removeprefix("aten::"))
-        return func(*args, **(kwargs or {}))
-
-
-def only_new(given: list[Tensor]) -> LiveMemory:
-    """Counts what is made beside ``given``."""
-    memory = LiveMemory()
-    for tensor in given:
-        memory.leave_out(tensor)
-    return memory
 
 
 @pytest.mark.parametrize("kernel", [pytest.param(True, marks=pytest.mark.native), False])

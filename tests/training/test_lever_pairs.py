@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 
@@ -21,6 +22,7 @@ OPTIONS = {
     "8bit": "--optimizer-state 8bit",
     "host": "--optimizer-state host",
     "averages": "--offload averages",
+    "anchors": "--offload anchors",
     "compile": "--compile blocks",
     "fsdp": "--distributed fsdp",
     "processes": "",
@@ -43,10 +45,16 @@ def table() -> dict[frozenset[str], str]:
     return found
 
 
+def together(names: Iterable[str]) -> str:
+    """The options of all, as on the command line: what goes to the host is one of them."""
+    options = " ".join(OPTIONS[name] for name in names if OPTIONS[name])
+    return "--offload all" if {"averages", "anchors"} == set(names) else options
+
+
 def test_every_pair_is_taken_or_refused_as_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cl_methods.training.memory.optimizer_state.find_spec", lambda name: object())  # torchao
     for pair, verdict in table().items():
-        options = " ".join(OPTIONS[name] for name in pair).replace("BUDGET", "4GiB").split()
+        options = together(pair).replace("BUDGET", "4GiB").split()
         arguments = ["--method", "weight_ensemble", *options]
         if verdict == "yes":
             parse(arguments, "")
@@ -73,7 +81,7 @@ def losses(folder: Path, count: int, every: list[str]) -> dict[str, dict]:
 def test_runs_under_every_pair_have_the_losses_of_a_run_under_none(tmp_path: Path) -> None:
     """Two processes where the pair names them or shards; what a resumed run may change, it goes on under."""
     names = {pair: sorted(pair, key=list(OPTIONS).index) for pair, verdict in table().items() if verdict == "yes"}
-    options = {pair: " ".join(OPTIONS[name] for name in every if OPTIONS[name]) for pair, every in names.items()}
+    options = {pair: together(every) for pair, every in names.items()}
     shared = [pair for pair in names if pair & {"fsdp", "processes"}]
     alone = [pair for pair in names if pair not in shared]
     resumed = [f"resume {OPTIONS[name]}" for name in OPTIONS if name not in (*ROUNDING, "fsdp", "processes")]

@@ -157,6 +157,8 @@ def _notes(found: Sequence[Prediction]) -> list[str]:
             f"{figures['operations_per_step']:,.0f} operations, {exchanged} exchanged; "
             f"{figures['trainable']:,} trained parameters"
         )
+    used = {", ".join(one.memory.levers.options): None for one in found if one.memory is not None}
+    lines += [f"with {options}; hours do not count what moves between host and GPU" for options in used if options]
     for sentence in dict.fromkeys(one.too_large for one in found if one.too_large):
         lines.append(sentence)
     return lines

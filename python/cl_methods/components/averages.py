@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from cl_kernels.averager import WeightAverager
@@ -22,12 +23,15 @@ class SnapshotMean:
     Args:
         start: weights by name, of any shape; copied.
         on_host: keep the mean in host memory.
+        device: where else it is kept; None: where the start is.
     """
 
-    def __init__(self, start: Mapping[str, Tensor], *, on_host: bool = False) -> None:
+    def __init__(
+        self, start: Mapping[str, Tensor], *, on_host: bool = False, device: torch.device | None = None
+    ) -> None:
         self.snapshots = 0
         self._host = WeightAverager(start, dtype=None, on_host=True) if on_host else None
-        self._tensors = {} if on_host else {name: value.detach().clone() for name, value in start.items()}
+        self._tensors = {} if on_host else {name: _copied(value, device) for name, value in start.items()}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -56,3 +60,9 @@ class SnapshotMean:
             move_towards(list(self._tensors.items()), dict(parameters), share)
         else:
             move_between(list(self._tensors.items()), dict(parameters), (1 - pull) * share, towards, pull)
+
+
+def _copied(value: Tensor, device: torch.device | None) -> Tensor:
+    if device is None or value.device == device:
+        return value.detach().clone()
+    return value.detach().to(device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cl_methods.backbone import Backbone
+from cl_methods.components.host_weights import HostWeights, all_weights, give_up_module
 from cl_methods.components.reference_features import FrozenFeatures
 from cl_methods.components.teacher_features import TeacherFeatures
 from cl_methods.datasets.task import Reference
@@ -32,6 +34,7 @@ class DualTeachers:
         if reference is not None and reference.features is not None:
             kept = TeacherFeatures(reference.features, self.pretrained).images(reference.images)
         self.previous: Backbone | None = None
+        self._retired: Mapping[str, Tensor] = {}
         self._caches = {
             "pretrained": FrozenFeatures(self._encode_with_pretrained, backbone.device, kept),
             "previous": FrozenFeatures(self._encode_with_previous, backbone.device),
@@ -43,9 +46,21 @@ class DualTeachers:
         return (self.pretrained,) if self.previous is None else (self.pretrained, self.previous)
 
     @property
-    def latest(self) -> Backbone:
-        """The teacher with the weights that the task started from."""
-        return self.models[-1]
+    def start(self) -> Mapping[str, Tensor]:
+        """The weights that the task started from, by name; not copies."""
+        return self._retired or all_weights(self.models[-1].model)
+
+    @property
+    def second(self) -> Mapping[str, Tensor]:
+        """The second teacher's weights and buffers, by name; none while there is one teacher."""
+        return self.start if self._retired or self.previous is not None else {}
+
+    def retire_second(self) -> None:
+        """Keep of the second teacher, which nobody will ask again in this task, the weights alone, in host memory."""
+        if self.previous is not None:
+            self._retired = HostWeights(self.second, self.previous.device)
+            self.previous = None
+            give_up_module()
 
     def before_task(self, index: int, backbone: Backbone) -> None:
         """Copy the ``backbone`` that task number ``index`` starts from; for the first one there is nothing to copy."""
@@ -54,7 +69,7 @@ class DualTeachers:
 
     def after_task(self) -> None:
         """Drop the second teacher and what it has encoded."""
-        self.previous = None
+        self.previous, self._retired = None, {}
         self._caches["previous"].clear()
 
     @torch.no_grad()

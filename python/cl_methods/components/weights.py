@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import cl_kernels as clk
+from cl_kernels import host_stream
 from cl_kernels.squared_distance import add_difference_, compiled, distance_value
 from cl_methods import ranks
+from cl_methods.components.host_weights import HostWeights
 from cl_methods.sharding import aligned, is_sharded, local
 
 _BUCKET = {"cpu": 1 << 20, "cuda": 1 << 22}
@@ -22,7 +24,7 @@ _BUCKET = {"cpu": 1 << 20, "cuda": 1 << 22}
 read and written once, and the tensors beside the weights take 4 MiB (16 MiB on a GPU)."""
 
 
-def snapshot(parameters: Sequence[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+def snapshot(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Detached copies of the named parameters."""
     return {name: value.detach().clone() for name, value in parameters}
 
@@ -34,7 +36,7 @@ def sharing(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict
     Neither may be written to afterwards, unless both are meant. Waits for the device.
 
     Args:
-        weights: tensors of any shape, by name.
+        weights: tensors of any shape, by name, here or on the host.
         others: what they may be equal to, of the same shapes, by name; names may be missing.
     """
     return {
@@ -46,7 +48,7 @@ def sharing(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict
 def _equal(one: Tensor, other: Tensor) -> bool:
     if any(value.is_meta or isinstance(value, FakeTensor) for value in (one, other)):
         return False  # tensors without data, in a rehearsal: nothing is known to be equal
-    return torch.equal(one, other)
+    return torch.equal(one.to(other.device), other)
 
 
 @torch.no_grad()
@@ -68,8 +70,8 @@ def move_towards(parameters: Sequence[tuple[str, Tensor]], target: Mapping[str, 
     Raises:
         KeyError: the target lacks a name.
     """
-    held, given = _rows(parameters, target)
-    clk.average_(held, given, weight)
+    for held, given in _on_device(_rows(parameters, target), target):
+        clk.average_(held, given, weight)
 
 
 @torch.no_grad()
@@ -90,16 +92,27 @@ def move_between(
     Raises:
         KeyError: one of the two lacks a name.
     """
-    held, one, two = _rows(parameters, target, other)
-    clk.blend_(held, one, two, weight, other_weight)
+    for held, one, two in _on_device(_rows(parameters, target, other), target, other):
+        clk.blend_(held, one, two, weight, other_weight)
 
 
 def _rows(parameters: Sequence[tuple[str, Tensor]], *others: Mapping[str, Tensor]) -> list[list[Tensor]]:
     """The rows of every parameter that are here, and the same rows of what stands under its name in each of ``others``."""
     held = [(name, value.detach(), local(value.detach())) for name, value in parameters]
     found = [[rows for *_, rows in held]]
-    found += [[aligned(other[name], value) for name, value, _ in held] for other in others]
+    for other in others:
+        given = other.arriving if isinstance(other, HostWeights) else other.__getitem__
+        found.append([aligned(given(name), value) for name, value, _ in held])
     return found
+
+
+def _on_device(columns: list[list[Tensor]], *others: Mapping[str, Tensor]) -> Iterator[list[list[Tensor]]]:
+    """The columns at once where all lie where they are read, else bucket by bucket; ``others`` are the sources of the last ones."""
+    return _buckets(columns, *others) if _on_host(*others) else iter([columns])
+
+
+def _on_host(*others: Mapping[str, Tensor] | None) -> bool:
+    return any(isinstance(other, HostWeights) for other in others)
 
 
 @torch.no_grad()
@@ -111,7 +124,7 @@ def consolidation_value(
     """``Σ Ω (θ − θ̄)²`` over every scalar, Ω = 1 without ``importance``: a scalar without gradient, for the log.
 
     Weights and anchor are read once: in one operation that allocates nothing where the compiled library takes them, elsewhere
-    with 4 MiB of their differences at a time (16 MiB on a GPU).
+    with 4 MiB of their differences at a time (16 MiB on a GPU). Anchor and importance may lie on the host.
     """
     whole = [(name, value) for name, value in parameters if not is_sharded(value)]
     parts = [(name, value) for name, value in parameters if is_sharded(value)]
@@ -125,12 +138,13 @@ def _squares(
     parameters: Sequence[tuple[str, Tensor]], anchor: Mapping[str, Tensor], importance: Mapping[str, Tensor] | None
 ) -> Tensor:
     """The sum over the rows that are here."""
-    held = _rows(parameters, anchor, *([] if importance is None else [importance]))
+    others = [anchor] if importance is None else [anchor, importance]
+    held = _rows(parameters, *others)
     name = "squared_distance" if importance is None else "weighted_squared_distance"
-    if compiled([one for column in held for one in column], name):
+    if not _on_host(*others) and compiled([one for column in held for one in column], name):
         return distance_value(*held)
     squares = []
-    for values, anchors, *weights in _buckets(held):
+    for values, anchors, *weights in _buckets(held, *others):
         moved = torch._foreach_sub(values, anchors)
         # Not from norms: torch's fp32 norm on a CPU is 0.3 % off for 25 million scalars.
         torch._foreach_mul_(moved, moved)
@@ -157,19 +171,20 @@ def fold_consolidation_gradient(
 
     Args:
         parameters: named parameters after the backward pass.
-        anchor: θ̄ by name.
+        anchor: θ̄ by name, here or on the host.
         strength: λ.
-        importance: Ω by name, each in its parameter's shape; 1 when None.
+        importance: Ω by name, each in its parameter's shape, here or on the host; 1 when None.
     """
     moving = [(name, value) for name, value in parameters if value.grad is not None]
     if not moving:
         return
     gradients = [local(value.grad) for _, value in moving]
-    held = _rows(moving, anchor, *([] if importance is None else [importance]))
-    if compiled([*gradients, *(one for column in held for one in column)], "add_difference_"):
+    others = [anchor] if importance is None else [anchor, importance]
+    held = _rows(moving, *others)
+    if not _on_host(*others) and compiled([*gradients, *(one for column in held for one in column)], "add_difference_"):
         add_difference_(gradients, held[0], held[1], 2 * strength, *held[2:])
         return
-    for some, values, anchors, *weights in _buckets([gradients, *held]):
+    for some, values, anchors, *weights in _buckets([gradients, *held], *others):
         pull = torch._foreach_sub(values, anchors)
         if weights:
             torch._foreach_addcmul_(some, pull, weights[0], value=2 * strength)
@@ -178,12 +193,30 @@ def fold_consolidation_gradient(
         del pull  # before the next one is made
 
 
-def _buckets(columns: Sequence[Sequence[Tensor]]) -> Iterator[list[list[Tensor]]]:
+def staging_bytes(weights: Mapping[str, Tensor], kind: str = "cuda") -> int:
+    """What reading ``weights`` (any shapes) from the host takes of a device of this ``kind``: two buckets."""
+    shapes = [torch.empty_like(local(value), device="meta") for value in weights.values()]
+    buckets = _cut([shapes], _BUCKET.get(kind, _BUCKET["cpu"]))
+    return host_stream.staging_bytes([column for (column,) in buckets])
+
+
+def _buckets(columns: Sequence[Sequence[Tensor]], *others: Mapping[str, Tensor]) -> Iterator[list[list[Tensor]]]:
     """The columns in parts of at most about :data:`_BUCKET` scalars of each; cuts depend on sizes only.
 
-    Tensors that are larger are cut into pieces where all that stand in their row are contiguous.
+    Tensors that are larger are cut into pieces where all that stand in their row are contiguous. ``others`` are the sources of the
+    last columns: what lies on the host is brought to the device.
     """
-    most = _BUCKET.get(columns[0][0].device.type, _BUCKET["cpu"])
+    cut = list(_cut(columns, _BUCKET.get(columns[0][0].device.type, _BUCKET["cpu"])))
+    sources = (*[None] * (len(columns) - len(others)), *others)
+    parts = [[bucket[place] for bucket in cut] for place in range(len(columns))]
+    found = [
+        source.stream(column) if isinstance(source, HostWeights) else iter(column)
+        for source, column in zip(sources, parts, strict=True)
+    ]
+    return map(list, zip(*found, strict=True))
+
+
+def _cut(columns: Sequence[Sequence[Tensor]], most: int) -> Iterator[list[list[Tensor]]]:
     bucket: list[tuple[Tensor, ...]] = []
     size = 0
     for row in zip(*columns, strict=True):

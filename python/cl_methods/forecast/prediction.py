@@ -238,6 +238,7 @@ class Predictor:
             tasks,
             reference,
             budget,
+            levers=config.levers,
             processes=processes,
             sharded=self._shards(processes),
             on_gpu=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar
@@ -108,6 +108,7 @@ class Method(Scoring, ABC):
             encodes with the backbone where all processes do.
         stage: the present stage of the present task; None outside of training.
         offload_averages: averages of weights, which no step reads, are kept in host memory; asked of ``before_task``.
+        offload_anchors: so are :meth:`anchors`, which are read from there element by element; asked of ``before_task``.
     """
 
     name: ClassVar[str]
@@ -123,7 +124,7 @@ class Method(Scoring, ABC):
         super().__init__(backbone)
         self.config, self.reference = config, reference
         self.stage: Stage | None = None
-        self.offload_averages = False
+        self.offload_averages = self.offload_anchors = False
 
     @classmethod
     def default_config(cls, scenario: str) -> Any:
@@ -226,6 +227,13 @@ class Method(Scoring, ABC):
     def averaged_weights(self) -> dict[str, Tensor]:
         """Averages of weights over the present task, by name: what :attr:`offload_averages` keeps in host memory."""
         return {}
+
+    def anchors(self) -> list[Mapping[str, Tensor]]:
+        """Sets of weights, by name, that are compared or mixed with those that train and that nothing else holds or computes with.
+
+        It is what :attr:`offload_anchors` keeps in host memory.
+        """
+        return []
 
     def after_task(self, index: int, task: Task) -> None:
         """Turn what was trained into what is evaluated and carried on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from cl_methods.backbone import Backbone
 from cl_methods.checks import check_at_least, check_field, check_fraction
 from cl_methods.components.fisher import fisher_diagonal
+from cl_methods.components.host_weights import HostWeights
 from cl_methods.components.weights import consolidation_value, fold_consolidation_gradient, snapshot
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Facts
@@ -67,13 +69,21 @@ class EWC(FineTune):
 
     def __init__(self, backbone: Backbone, config: EWCConfig, reference: Reference | None = None) -> None:
         super().__init__(backbone, config, reference)
-        self.fisher: dict[str, Tensor] = {}
-        self._start: dict[str, Tensor] = {}
+        self.fisher: Mapping[str, Tensor] = {}
+        self._start: Mapping[str, Tensor] = {}
 
     def before_task(self, index: int, task: Task) -> None:
         """Note where the springs pull to."""
         super().before_task(index, task)
-        self._start = snapshot(self.trainable()) if self.fisher else {}
+        if self.fisher and self.offload_anchors:
+            self.fisher = HostWeights(self.fisher, self.backbone.device)
+            self._start = HostWeights(dict(self.trainable()), self.backbone.device)
+        else:
+            self._start = snapshot(self.trainable()) if self.fisher else {}
+
+    def anchors(self) -> list[Mapping[str, Tensor]]:
+        """Where the springs pull to, and how stiff they are."""
+        return [self._start, self.fisher] if self._start else []
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """``{"loss", "cross_entropy", "consolidation"}``, the last already times λ/2; its gradient comes in :meth:`before_step`."""
@@ -103,7 +113,7 @@ class EWC(FineTune):
             labels=config.fisher_labels,
         )
         for name, value in self.fisher.items():
-            learnt[name].add_(value, alpha=config.decay)
+            learnt[name].add_(value.to(learnt[name].device), alpha=config.decay)
         self.fisher = learnt
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -121,4 +131,7 @@ class EWC(FineTune):
         shapes = {name: value.shape for name, value in self.trainable()}
         if stored and {name: value.shape for name, value in stored.items()} != shapes:
             raise RuntimeError("state: the Fisher information does not fit; was it stored with another backbone?")
-        self.fisher = {name: value.to(self.backbone.device, copy=True) for name, value in stored.items()}
+        if stored and self._start and self.offload_anchors:
+            self.fisher = HostWeights(stored, self.backbone.device)
+        else:
+            self.fisher = {name: value.to(self.backbone.device, copy=True) for name, value in stored.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -84,6 +85,8 @@ class MulKI(FineTune):
         self._average = None
         if config.average_every:
             self._average = SnapshotMean(dict(self._weights()), on_host=self.offload_averages)
+        if self.offload_anchors and not config.asks_teachers:
+            self.teachers.retire_second()
 
     def _encode_teacher_texts(self, tokens: Tensor) -> Tensor:
         """Features (K, C, d) of class texts (C, L); a text tower that is frozen is the same for all."""
@@ -207,14 +210,18 @@ class MulKI(FineTune):
         """The mean of start and snapshots."""
         return {} if self._average is None else self._average.tensors
 
+    def anchors(self) -> list[Mapping[str, Tensor]]:
+        """The model from before the task, where it has said all in advance."""
+        held = {} if self.config.asks_teachers else self.teachers.second
+        return [held] if held else []
+
     def after_task(self, index: int, task: Task) -> None:
         """Keep the mean, merged with the weights from before the task; drop what only the task needed."""
         parameters = self._weights()
         if self._average is not None:
             assign(parameters, self._average.tensors)
         if self.config.inter_task_share < 1:
-            before = dict(self.teachers.latest.model.named_parameters())
-            move_towards(parameters, before, 1 - self.config.inter_task_share)
+            move_towards(parameters, self.teachers.start, 1 - self.config.inter_task_share)
         super().after_task(index, task)
         self.teachers.after_task()
         self.prototypes, self._teacher_texts, self._views, self._followed, self._average = None, None, None, None, None

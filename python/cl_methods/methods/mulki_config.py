@@ -66,6 +66,11 @@ class MulKIConfig(TrainConfig):
         return self.feature_weight > 0 or self.relates
 
     @property
+    def asks_teachers(self) -> bool:
+        """Whether they are asked in the steps, not once per task in advance."""
+        return self.distils and self.teacher_view == "batch"
+
+    @property
     def relates(self) -> bool:
         """Whether any relation is distilled."""
         kinds = (self.image_prototype_relation, self.image_image_relation, self.image_text_relation)

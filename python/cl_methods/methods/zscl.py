@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import cl_kernels as clk
 from cl_methods.backbone import Backbone
 from cl_methods.components.frozen_teacher import FrozenTeacher
+from cl_methods.components.host_weights import HostWeights, all_weights, give_up_module
 from cl_methods.components.reference_features import random_texts
 from cl_methods.components.task_weights import TaskWeights
 from cl_methods.components.weights import assign, consolidation_value, fold_consolidation_gradient, move_towards
@@ -52,8 +53,9 @@ class ZSCL(FineTune):
         self.uses_reference = config.distils
         config.check_reference(reference)
         self._caption_tokens = self._captions() if config.distils and config.reference_texts == "captions" else None
-        self._zero_shot = backbone.frozen_copy() if config.needs_zero_shot else None
-        self.teacher = self._first_teacher()
+        zero_shot = backbone.frozen_copy() if config.needs_zero_shot else None
+        self._zero_shot: Mapping[str, Tensor] = {} if zero_shot is None else all_weights(zero_shot.model)
+        self.teacher = self._first_teacher(zero_shot)
         self.weights = TaskWeights()
         self._reference_tokens: Tensor | None = None
         self._scale = float(backbone.logit_scale.detach())
@@ -66,13 +68,13 @@ class ZSCL(FineTune):
             return random_texts(self.backbone, random.count, random.length, random.seed)
         return self.backbone.tokenize(self.reference.captions)
 
-    def _first_teacher(self) -> FrozenTeacher:
-        """The zero-shot model where it teaches for the whole run; otherwise one that comes with the first task."""
-        config, device = self.config, self.backbone.device
-        if config.teacher != "zero_shot":
+    def _first_teacher(self, zero_shot: Backbone | None) -> FrozenTeacher:
+        """The zero-shot model where it teaches for the whole run; otherwise one that comes with the first task, if any."""
+        device = self.backbone.device
+        if not self.config.zero_shot_teaches:
             return FrozenTeacher(device)
-        lasting = config.distils and config.reference_images == "reference"
-        return FrozenTeacher(device, self._zero_shot, self.reference if lasting else None)
+        lasting = self.config.reference_images == "reference"
+        return FrozenTeacher(device, zero_shot, self.reference if lasting else None)
 
     def reference_source(self, task: Task) -> ImageSource | None:
         """The reference set, or the task's own training images."""
@@ -91,16 +93,32 @@ class ZSCL(FineTune):
             mean=config.ensemble != "none",
             pulled=config.moving_average == "previous",
             on_host=self.offload_averages,
+            anchors_on_host=self.offload_anchors,
         )
+        if self.offload_anchors:
+            self._offload_zero_shot()
         if config.distils:
             self._prepare_teacher()
         self._share_start()
 
+    def _offload_zero_shot(self) -> None:
+        """Of a zero-shot model that teaches nobody keep the weights on the host."""
+        if self._zero_shot and not self.config.zero_shot_teaches and not isinstance(self._zero_shot, HostWeights):
+            self._zero_shot = HostWeights(self._zero_shot, self.backbone.device)
+            give_up_module()
+
+    def anchors(self) -> list[Mapping[str, Tensor]]:
+        """The start of the task, the weights before the last pull, the zero-shot model: none that a teacher holds."""
+        others = [] if self.config.zero_shot_teaches or not self._zero_shot else [self._zero_shot]
+        return [*self.weights.anchors(), *others]
+
     def _share_start(self) -> None:
         """Keep the start of the task once where the teacher has the same weights: the previous model, or in the first task any."""
-        if self.teacher.model is None or not self.weights.start or self.backbone.sharded is not None:
+        taught = self.teacher.model is not None
+        others = self.teacher.weights if taught else self._zero_shot
+        if not others or not self.weights.start or isinstance(others, HostWeights) or self.backbone.sharded is not None:
             return  # of sharded weights the start has some rows, the teacher all
-        self.weights.share_start(self.teacher.weights, known_equal=self.config.teacher == "previous")
+        self.weights.share_start(others, known_equal=taught and self.config.teacher == "previous")
 
     def _prepare_teacher(self) -> None:
         config = self.config
@@ -258,8 +276,7 @@ class ZSCL(FineTune):
         """Weights at the ``start`` of the task, or of the ``zero_shot`` model."""
         if which == "start":
             return self.weights.start
-        assert self._zero_shot is not None
-        return dict(self._zero_shot.model.named_parameters())
+        return self._zero_shot
 
     def carried_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model: features of reference images belong to the run's own reference data."""

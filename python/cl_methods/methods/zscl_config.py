@@ -141,6 +141,11 @@ class ZSCLConfig(TrainConfig):
         return teaches or averaged or self.consolidation > 0
 
     @property
+    def zero_shot_teaches(self) -> bool:
+        """Whether the model from before the first task is the teacher of the whole run."""
+        return self.distils and self.teacher == "zero_shot"
+
+    @property
     def needs_zero_shot(self) -> bool:
         """Whether the weights from before the first task are needed."""
         teaches = self.distils and self.teacher != "previous"

@@ -13,7 +13,7 @@ from cl_methods.evaluation.accuracy import EvaluationOptions
 from cl_methods.methods.base import Method
 from cl_methods.scenarios import ScenarioOptions
 from cl_methods.training.checkpoints import CheckpointOptions
-from cl_methods.training.memory.levers import Levers
+from cl_methods.training.memory.levers import Levers, Offload
 from cl_methods.training.memory.optimizer_state import require_library
 from cl_methods.training.sizes import parse_size
 
@@ -82,7 +82,8 @@ class RunConfig:
         precision: `bf16` computes the towers that train in 16 bits, from fp32 weights to fp32 features and gradients.
         optimizer_state: `8bit` keeps AdamW's moments in 8 bits (needs torchao); `host` keeps the optimiser's state, and takes its
             steps, in host memory, where the model is on a GPU.
-        offload: `averages` keeps averages of weights in host memory, where the model is on a GPU.
+        offload: where the model is on a GPU, keep in host memory `averages` of weights; `anchors`, which weights are compared or
+            mixed with (the start of the task, EWC's importances) and which are read piece by piece; or `all` of both.
     """
 
     method: str
@@ -105,7 +106,7 @@ class RunConfig:
     compile: Compile = "none"
     precision: Literal["fp32", "bf16"] = "fp32"
     optimizer_state: Literal["fp32", "8bit", "host"] = "fp32"
-    offload: Literal["none", "averages"] = "none"
+    offload: Literal["none", "averages", "anchors", "all"] = "none"
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -133,7 +134,7 @@ class RunConfig:
         for name, allowed in (
             ("precision", ("fp32", "bf16")),
             ("optimizer_state", ("fp32", "8bit", "host")),
-            ("offload", ("none", "averages")),
+            ("offload", get_args(Offload)),
         ):
             check_field(self, name, allowed)
         require_library(self.optimizer_state)
@@ -141,7 +142,7 @@ class RunConfig:
             if self.distributed == "fsdp" and getattr(self, name) != plain:
                 raise ValueError(
                     f"{name}: works on whole weights, got {getattr(self, name)} with distributed fsdp, which shares out "
-                    f"averages and the optimiser's state; expected {plain}, or distributed replicated"
+                    f"averages, anchors and the optimiser's state; expected {plain}, or distributed replicated"
                 )
 
     def learns(self, method: Method | type[Method]) -> bool:

@@ -15,6 +15,7 @@ from tiny_clip import build_backbone
 
 from cl_methods.backbone.micro_batches import MicroBatches
 from cl_methods.cli import main
+from cl_methods.components import weights
 from cl_methods.components.expert_adamw import ExpertAdamW
 from cl_methods.methods import METHODS
 from cl_methods.scenarios import ScenarioOptions
@@ -51,12 +52,19 @@ def finetuning() -> _Planner:
     return _Planner(rehearsal, backbone, 10 << 10)
 
 
+def planner_of_a_gpu(**settings: Any) -> _Planner:
+    """Figures of a GPU that is not here, for ZSCL, whose anchor comes in pieces of 1024 scalars."""
+    tasks, reference = given()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(weights._BUCKET, "cuda", 1024)
+        changed = dataclasses.replace(settings_of("zscl"), **settings)
+        rehearsal = Rehearsal(METHODS["zscl"], changed, build_backbone(), tasks, reference, None)
+    return _Planner(rehearsal, build_backbone(), 1, on_gpu=True)
+
+
 @pytest.fixture(scope="module")
 def on_a_gpu() -> _Planner:
-    """Figures of a GPU that is not here, for ZSCL."""
-    tasks, reference = given()
-    rehearsal = Rehearsal(METHODS["zscl"], settings_of("zscl"), build_backbone(), tasks, reference, None)
-    return _Planner(rehearsal, build_backbone(), 1, on_gpu=True)
+    return planner_of_a_gpu()
 
 
 def test_a_rehearsal_in_16_bits_counts_what_a_real_step_needs() -> None:
@@ -90,36 +98,82 @@ def test_a_refusal_says_which_lever_would_help() -> None:
 
 
 def test_levers_together_where_none_helps_alone(on_a_gpu: _Planner) -> None:
-    """On a GPU, where averages and optimiser state on the host are two levers: both are named, with one figure."""
+    """On a GPU, where averages, anchors and optimiser state on the host are three levers: all are named, with one figure."""
     planner = on_a_gpu
-    plain, one, two, both = (
+    plain, averages, anchors, host, all_three = (
         planner.smallest(Levers(**change)).peak
         for change in (
             {},
             {"offload": "averages"},
+            {"offload": "anchors"},
             {"optimizer_state": "host"},
-            {"offload": "averages", "optimizer_state": "host"},
+            {"offload": "all", "optimizer_state": "host"},
         )
     )
-    assert both < min(one, two) < plain
-    planner.budget = int((both + min(one, two)) / 2 / 0.92)
+    assert all_three < host < averages < anchors < plain  # the anchor is as large as the averages, and needs slots
+    planner.budget = int((all_three + host) / 2 / 0.92)
     found = planner.proposal(Levers())
     assert found.startswith("it would fit with --"), found
-    assert "--optimizer-state host --offload averages" in found
-    planner.budget = int((plain + max(one, two)) / 2 / 0.92)
+    assert "--optimizer-state host --offload all" in found
+    planner.budget = int((plain + anchors) / 2 / 0.92)
     found = planner.proposal(Levers())
-    assert f"--offload averages ({format_size(one)})" in found
-    assert f", or with --optimizer-state host ({format_size(two)})" in found
-    assert "--offload" not in planner.proposal(Levers(offload="averages"))  # which is used already
+    assert f"it would fit with --offload averages ({format_size(averages)}), or with --offload anchors" in found
+    assert f"--offload anchors ({format_size(anchors)}), or with --optimizer-state host ({format_size(host)})" in found
+    # What is used already is not offered again, but together with the other.
+    together = planner.smallest(Levers(offload="all")).peak
+    for used in ("averages", "anchors"):
+        assert f"--offload all ({format_size(together)})" in planner.proposal(Levers(offload=used))  # type: ignore[arg-type]
+        assert f"--offload {used}" not in planner.proposal(Levers(offload=used))  # type: ignore[arg-type]
+    assert "--offload" not in planner.proposal(Levers(offload="all"))
+
+
+def test_what_saves_nothing_is_not_offered(on_a_gpu: _Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a small model the slots are larger than the anchor; where the previous model teaches, the anchor is no copy."""
+    monkeypatch.setattr(on_a_gpu.rehearsal, "staging", 2 * on_a_gpu.rehearsal.anchors)
+    monkeypatch.setattr(on_a_gpu, "budget", 1 << 40)
+    assert "--offload averages" in on_a_gpu.proposal(Levers())
+    assert "anchors" not in on_a_gpu.proposal(Levers())
+    shared = planner_of_a_gpu(teacher="previous").rehearsal
+    assert (shared.anchors, shared.staging) == (0, 0)
+    assert shared.averages == on_a_gpu.rehearsal.averages
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both"),
+    [
+        ("none", "averages", "averages"),
+        ("averages", "averages", "averages"),
+        ("averages", "anchors", "all"),
+        ("anchors", "averages", "all"),
+        ("all", "anchors", "all"),
+        ("anchors", "none", "anchors"),
+    ],
+)
+def test_what_lies_on_the_host_adds_up(first: Any, second: Any, both: str) -> None:
+    found = Levers(offload=first).with_all([Levers(offload=second), Levers(optimizer_state="host")])
+    assert found == Levers(offload=both, optimizer_state="host")  # type: ignore[arg-type]
+    offers = [one.offload for one in Levers(offload=first).others(host_apart=True, adamw=True) if one.offload != first]
+    assert offers == {"none": ["averages", "anchors"], "averages": ["all"], "anchors": ["all"], "all": []}[first]
+    assert all(one.offload == first for one in Levers(offload=first).others(host_apart=False, adamw=True))
 
 
 def test_what_lies_on_the_host_counts_on_a_gpu_alone(on_a_gpu: _Planner) -> None:
-    """There the plan of the same step, less the averages, less the optimiser's state; on a CPU nothing changes."""
-    changes: tuple[dict[str, Any], ...] = ({}, {"offload": "averages"}, {"optimizer_state": "host"})
+    """There the plan of the same step, less the averages, the anchors, the optimiser's state; on a CPU nothing changes."""
+    changes: tuple[dict[str, Any], ...] = (
+        {},
+        {"offload": "averages"},
+        {"optimizer_state": "host"},
+        {"offload": "anchors"},
+        {"offload": "all"},
+    )
     rehearsal = on_a_gpu.rehearsal
-    plain, averages, host = (on_a_gpu.plan(None, Levers(**one)) for one in changes)
+    plain, averages, host, anchors, both = (on_a_gpu.plan(None, Levers(**one)) for one in changes)
     one_copy = sum(value.numel() * 4 for _, value in rehearsal.method.trainable())
     assert rehearsal.averages == plain.carried - averages.carried == one_copy
+    assert rehearsal.anchors == one_copy
+    assert rehearsal.staging == 2 * 4 * 1024
+    assert plain.peak - anchors.peak == plain.carried - anchors.carried == one_copy - rehearsal.staging
+    assert plain.peak - both.peak == 2 * one_copy - rehearsal.staging
     assert (plain.optimiser, host.optimiser) == (rehearsal.optimiser, 0)
     assert plain.peak - averages.peak == one_copy
     assert plain.peak - host.peak == rehearsal.optimiser
@@ -190,7 +244,8 @@ def test_settings_of_earlier_runs_and_where_things_lie_do_not_hinder_resuming() 
     now = RunConfig("finetune", METHODS["finetune"].default_config("mini")).as_dict()
     earlier = {key: value for key, value in now.items() if key not in ("precision", "optimizer_state", "offload")}
     assert differences(earlier, now) == []
-    assert differences(now, {**now, "optimizer_state": "host", "offload": "averages", "memory_budget": "8GiB"}) == []
+    for offload in ("averages", "anchors", "all"):
+        assert differences(now, {**now, "optimizer_state": "host", "offload": offload, "memory_budget": "8GiB"}) == []
     assert differences(now, {**now, "precision": "bf16"}) == ["precision was fp32, now bf16"]
     assert differences(now, {**now, "optimizer_state": "8bit"}) == ["optimizer_state was fp32, now 8bit"]
 
@@ -200,7 +255,7 @@ def test_settings_of_earlier_runs_and_where_things_lie_do_not_hinder_resuming() 
     [
         ("precision", "fp16", r"precision: expected one of fp32, bf16, got 'fp16'"),
         ("optimizer_state", "4bit", r"optimizer_state: expected one of fp32, 8bit, host, got '4bit'"),
-        ("offload", "all", r"offload: expected one of none, averages, got 'all'"),
+        ("offload", "teachers", r"offload: expected one of none, averages, anchors, all, got 'teachers'"),
     ],
 )
 def test_other_values_are_refused(option: str, value: str, message: str) -> None:

@@ -11,7 +11,7 @@ from cl_methods.backbone import Precision
 from cl_methods.methods.base import Method
 from cl_methods.training.memory.optimizer_state import OptimizerState
 
-Offload = Literal["none", "averages"]
+Offload = Literal["none", "averages", "anchors", "all"]
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,23 @@ class Levers:
     Attributes:
         precision: ``bf16``: towers that train compute under autocast, from fp32 weights to fp32 features and gradients.
         optimizer_state: ``8bit``: AdamW's moments in 8 bits; ``host``: the optimiser's state, and its steps, on the host.
-        offload: ``averages``: averages of weights lie in host memory.
+        offload: which weights lie in host memory: ``averages`` of those that train, ``anchors`` that they are compared or mixed
+            with, or ``all`` of both.
     """
 
     precision: Precision = "fp32"
     optimizer_state: OptimizerState = "fp32"
     offload: Offload = "none"
+
+    @property
+    def averages_on_host(self) -> bool:
+        """Whether averages of weights lie there."""
+        return self.offload in ("averages", "all")
+
+    @property
+    def anchors_on_host(self) -> bool:
+        """Whether anchors do."""
+        return self.offload in ("anchors", "all")
 
     @property
     def options(self) -> list[str]:
@@ -42,12 +53,13 @@ class Levers:
         return [option for option in self.options if option not in others.options]
 
     def with_all(self, others: Iterable[Levers]) -> Levers:
-        """These and what each of ``others`` adds to them, the first where several set the same."""
+        """These and what each of ``others`` adds to them, the first where several set the same and cannot be had together."""
         found = self
         for other in others:
             for entry in dataclasses.fields(self):
                 if getattr(found, entry.name) == entry.default:
                     found = dataclasses.replace(found, **{entry.name: getattr(other, entry.name)})
+            found = dataclasses.replace(found, offload=_both(found.offload, other.offload))
         return found
 
     def others(self, *, host_apart: bool, adamw: bool) -> Iterator[Levers]:
@@ -59,17 +71,27 @@ class Levers:
         """
         offers: list[dict[str, Any]] = []
         if host_apart:
-            offers += [{"offload": "averages"}, {"optimizer_state": "host"}]
+            offers += [{"offload": kind} for kind in ("averages", "anchors") if self.offload not in (kind, "all")]
+            offers.append({"optimizer_state": "host"})
         offers.append({"precision": "bf16"})
         if adamw:
             offers.append({"optimizer_state": "8bit"})
         for offer in offers:
             (name,) = offer
-            if getattr(self, name) == getattr(Levers, name):
+            if name == "offload":
+                yield dataclasses.replace(self, offload=_both(self.offload, offer[name]))
+            elif getattr(self, name) == getattr(Levers, name):
                 yield dataclasses.replace(self, **offer)
+
+
+def _both(one: Offload, other: Offload) -> Offload:
+    """What lies on the host where both are asked for."""
+    return one if other in (one, "none") else other if one == "none" else "all"
 
 
 def use_levers(method: Method, levers: Levers) -> None:
     """Let a method that has not begun a task train with ``levers``; its optimiser's state is the caller's."""
     method.backbone.precision = levers.precision
-    method.offload_averages = levers.offload == "averages" and method.backbone.device.type != "cpu"
+    host_apart = method.backbone.device.type != "cpu"
+    method.offload_averages = levers.averages_on_host and host_apart
+    method.offload_anchors = levers.anchors_on_host and host_apart

@@ -150,7 +150,7 @@ class _Planner:
     def _least(self, parts: MicroBatches | None, levers: Levers) -> MemoryPlan:
         """What a step needs with these parts and levers but for activations: known without rehearsing it."""
         found = self.rehearsal
-        offloaded = found.averages if levers.offload == "averages" and self.host_apart else 0
+        offloaded = self._offloaded(levers) if self.host_apart else 0
         return MemoryPlan(
             self.budget,
             parts,
@@ -169,6 +169,11 @@ class _Planner:
     @property
     def _ahead(self) -> int:
         return self.rehearsal.copied_ahead if self.host_apart else 0
+
+    def _offloaded(self, levers: Levers) -> int:
+        """What the host holds of what the method carries, less what reading it from there takes."""
+        averages = self.rehearsal.averages if levers.averages_on_host else 0
+        return averages + (self.rehearsal.anchors - self.rehearsal.staging if levers.anchors_on_host else 0)
 
     def _outside(self, parts: MicroBatches | None) -> int:
         if parts not in self._around:
@@ -216,13 +221,15 @@ class _Planner:
         """Which lever would make it fit, as the middle of a sentence; all of them together if none alone does; else nothing."""
         whole = not self.rehearsal.sharded  # the other levers want whole weights
         adamw = whole and takes_eight_bits(self.rehearsal.optimizer)
-        others = list(levers.others(host_apart=whole and self.host_apart, adamw=adamw))
+        offers = levers.others(host_apart=whole and self.host_apart, adamw=adamw)
+        moved = self._offloaded(levers)  # slots may need more than anchors
+        others = [one for one in offers if one.offload == levers.offload or self._offloaded(one) > moved]
         for tried in (others, [levers.with_all(others)] if len(others) > 1 else []):
             some = [one for one in tried if self.fits(self._least(None, one))]  # no others have to be rehearsed
             plans = [plan for plan in map(self.smallest, some) if self.fits(plan)]
             if plans:
-                offers = (f"{' '.join(plan.levers.beyond(levers))} ({format_size(plan.peak)})" for plan in plans)
-                return f"it would fit with {', or with '.join(offers)}; "
+                named = (f"{' '.join(plan.levers.beyond(levers))} ({format_size(plan.peak)})" for plan in plans)
+                return f"it would fit with {', or with '.join(named)}; "
         return ""
 
     def _state(self, kind: OptimizerState) -> int:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from cl_methods import ranks
 from cl_methods.backbone import Backbone, Precision
 from cl_methods.backbone.micro_batches import MicroBatches, leaving_out_middle_parts
+from cl_methods.components.weights import staging_bytes
 from cl_methods.datasets.copying import TO_DEVICE
 from cl_methods.datasets.task import Reference, Task
 from cl_methods.methods.base import Batch, Method
@@ -48,7 +49,8 @@ class Rehearsal:
         memory: counts.
         model, carried, optimiser: bytes of the model's weights and buffers; of what else the method holds between steps
             (teachers, anchors, averages, adapters, cached features); of the optimiser's state.
-        averages: of these, averages of weights.
+        averages, anchors: of these, averages of weights; weights that others are compared or mixed with, and nobody computes with.
+        staging: bytes of a GPU that reading the anchors from the host takes.
         gradients: bytes of the gradients.
         copied_ahead: bytes of a batch, of which a GPU holds the next one while it computes on the present one.
         optimizer: fresh in every respect but the first step.
@@ -129,6 +131,9 @@ class Rehearsal:
         self.gradients = _bytes(value.grad for value in self._trainable)
         self.optimiser = _bytes(value for state in self.optimizer.state.values() for value in state.values())
         self.averages = _bytes(self.method.averaged_weights().values())
+        held = self.method.anchors()
+        self.anchors = sum(_bytes(weights.values()) for weights in held)
+        self.staging = sum(map(staging_bytes, held))
         self.carried = self.memory.bytes - self.model - self.optimiser - self.gradients
 
     def step(self, parts: MicroBatches | None, precision: Precision = "fp32") -> int:
