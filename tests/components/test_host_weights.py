@@ -66,24 +66,32 @@ WORK: dict[str, Work] = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", WORK)
-def test_the_same_bits_as_beside_the_model(name: str, dtype: torch.dtype) -> None:
+def test_the_same_bits_as_beside_the_model(name: str, dtype: torch.dtype, device: str) -> None:
     """With one of the two on the host, with both, and with one that holds a tensor of somebody else's."""
     found = []
     for first, second in ((False, False), (True, False), (False, True), (True, True)):
-        parameters, gradients = named(dtype, 0), plain(dtype, 1)
+        parameters = [(key, nn.Parameter(value.to(device))) for key, value in plain(dtype, 0).items()]
+        gradients = {key: value.to(device) for key, value in plain(dtype, 1).items()}
         for key, value in parameters:
             value.grad = gradients[key] if key != "2" else None  # a tensor that took no part in the step
-        others: list[Any] = [plain(dtype, 2), {key: value.abs() for key, value in plain(dtype, 3).items()}]
-        others = [HostWeights(one, CPU) if host else one for one, host in zip(others, (first, second), strict=True)]
+        others: list[Any] = [
+            {key: value.abs().to(device) for key, value in plain(dtype, seed).items()} for seed in (2, 3)
+        ]
+        shared, read_on = others[0]["4"], parameters[0][1].device
+        others = [HostWeights(one, read_on) if host else one for one, host in zip(others, (first, second), strict=True)]
         if first:
-            others[0].share({"4": plain(dtype, 2)["4"]})
+            others[0].share({"4": shared})
         value = WORK[name](parameters, *others)
         left = [one for _, parameter in parameters for one in (parameter.detach(), parameter.grad) if one is not None]
         found.append([*left, *([] if value is None else [value])])
-    moved = [not torch.equal(one, other) for one, other in zip(found[0], plain(dtype, 0).values(), strict=False)]
-    assert any(moved) or name.endswith(("value", "gradient"))
+    moved = [
+        not torch.equal(parameter.cpu(), value)
+        for (_, parameter), value in zip(parameters, plain(dtype, 0).values(), strict=True)
+    ]
+    assert all(moved) is not name.endswith(("value", "gradient"))
     for others in found[1:]:
         assert all(
             one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(found[0], others, strict=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from cl_methods.components.averages import SnapshotMean
 from cl_methods.components.task_weights import TaskWeights
 
 
@@ -35,6 +36,13 @@ def test_the_mean_counts_the_start_once_with_and_without_a_copy_of_it() -> None:
             move(held, 3.0)
             weights.take_snapshot(held, pull=0.0)
         torch.testing.assert_close(weights.averaged["a"], first + 3.0)
+
+
+def test_a_mean_may_lie_elsewhere_than_its_start() -> None:
+    """Beside the model, where the start is on the host."""
+    start = {"a": torch.ones(3)}
+    assert SnapshotMean(start, device=torch.device("meta")).tensors["a"].is_meta
+    assert SnapshotMean(start, device=torch.device("cpu")).tensors["a"].data_ptr() != start["a"].data_ptr()
 
 
 def test_a_pull_goes_to_what_was_before_the_last_one() -> None:
