@@ -59,10 +59,8 @@ class Repeated:
         if isinstance(kind, str):
             return func(*args, **kwargs) if kind is _UNKNOWN else args[0] if kind is _FIRST else None, flops
         view, several, results = kind
-        storage = args[0].untyped_storage() if view else None
-        if several is None:
-            return self._made(results[0], storage), flops
-        return several(self._made(one, storage) for one in results), flops
+        made = self._made(results, args[0].untyped_storage() if view else None)
+        return made[0] if several is None else several(made), flops
 
     def _key(self, func: Any, values: Any, named: dict[str, Any]) -> Any:
         """What a result depends on; None where a tensor has data, or an argument is none that is known here."""
@@ -112,23 +110,17 @@ class Repeated:
         strided = value.layout is torch.strided and not value.is_complex() and not value.is_neg()
         return strided and self._without_data(value)
 
-    def _made(self, known: _Result, storage: torch.UntypedStorage | None) -> Tensor:
-        shape, strides, offset, dtype, device = known
+    def _made(self, results: list[_Result], storage: torch.UntypedStorage | None) -> list[Tensor]:
         if self._fake is None:
             with torch._C._DisableTorchDispatch():
-                return _on_meta(shape, strides, offset, dtype, storage)
+                return [_on_meta(one, storage) for one in results]
         with in_kernel_invocation_manager(self._fake):
-            shaped = _on_meta(shape, strides, offset, dtype, storage)
-        return FakeTensor(self._fake, shaped, device)
+            shaped = [_on_meta(one, storage) for one in results]
+        return [FakeTensor(self._fake, one, known[-1]) for one, known in zip(shaped, results, strict=True)]
 
 
-def _on_meta(
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    offset: int,
-    dtype: torch.dtype,
-    storage: torch.UntypedStorage | None,
-) -> Tensor:
+def _on_meta(known: _Result, storage: torch.UntypedStorage | None) -> Tensor:
+    shape, strides, offset, dtype, _ = known
     made = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     return made if storage is None else made.set_(storage, offset, shape, strides)
 
