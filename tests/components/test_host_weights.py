@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from counted import Operations, only_new
+from pretended_streams import Device
 from torch import Tensor, nn
 
 from cl_kernels import use_backend
@@ -96,6 +97,28 @@ def test_the_same_bits_as_beside_the_model(name: str, dtype: torch.dtype, device
         assert all(
             one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(found[0], others, strict=True)
         )
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_no_piece_is_read_early_or_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stream beside another that copies: whoever reads a slot before its copy, or after the next has begun, is noticed."""
+    ends = []
+    for on_host in (False, True):
+        parameters = named(torch.float64, 0)
+        for key, value in parameters:
+            value.grad = plain(torch.float64, 1)[key]
+        others: list[Any] = [plain(torch.float64, 2), plain(torch.float64, 3)]
+        with Device(monkeypatch) as device:
+            if on_host:
+                others = [HostWeights(one, CPU) for one in others]
+            for _ in range(2):
+                WORK[name](parameters, *others)
+        copied = device.used.count(("side", "writes"))
+        assert copied == (
+            0 if not on_host or name == "assign" else (2 if "between" in name or "weighted" in name else 1) * 2 * 7
+        )
+        ends.append([one for _, value in parameters for one in (value.detach(), value.grad)])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
