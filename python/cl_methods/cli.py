@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -25,6 +26,10 @@ COMMANDS = {
 }
 """Verb -> what it does; the code is in ``cl_methods.commands.<verb>``."""
 
+SPINS = "1000"
+"""How often a thread of OpenMP looks for new work before it sleeps; a few microseconds. libgomp's own 300,000 (a millisecond) keep a
+core from whoever needs it: beside two other busy programs a step of a small model took twenty times as long."""
+
 EXPECTED_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
 """What a wrong setting, damaged data or a missing file raises; shown as one line."""
 
@@ -45,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean `clk {close[0]}`?" if close else ""
         print(f"clk: error: no command {verb!r}{hint} (there are: {', '.join(COMMANDS)})", file=sys.stderr)
         return 2
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded, by the verb's module
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")

@@ -6,18 +6,34 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from cl_methods.cli import COMMANDS, main
+from cl_methods.cli import COMMANDS, SPINS, main
 
 
-def clk(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def clk(
+    *arguments: str | Path, cwd: Path | None = None, environment: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cl_methods.cli", *map(str, arguments)]
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'python'}"}
+    environment = {**environment, "PYTHONPATH": f"{root}:{root / 'python'}"}
     return subprocess.run(command, check=False, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, SPINS), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+    ids=["unset", "spins", "policy"],
+)
+def test_waiting_threads_soon_leave_the_processor_to_others(given, spins):
+    """What OpenMP says that it does, unless the user chose."""
+    own = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = clk("doctor", environment={**own, **given, "OMP_DISPLAY_ENV": "verbose"})
+    assert done.returncode == 0
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 def test_usage_lists_every_verb(capsys):
