@@ -90,11 +90,12 @@ void multiply_panel(int rows, const C* a, int64_t lda, const C* b, int64_t ldb, 
   }
 }
 
-// Packs B (K, n) into panels (n / width, K, width), zeros beyond n. Element (k, j) is source[k * row + j * column].
+// Packs B (K, n) into panels (n / width, K, width), zeros beyond n. Element (k, j) is source[k * row + j * column]; `last` (n), unless it
+// is null, becomes one row more.
 template <typename C, typename T>
-void pack(const T* source, int64_t K, int64_t n, int64_t row, int64_t column, C* packed) {
-  const int64_t width = panel_width<C>(n);
-  for (int64_t start = 0; start < n; start += width, packed += K * width) {
+void pack(const T* source, int64_t K, int64_t n, int64_t row, int64_t column, C* packed, const T* last = nullptr) {
+  const int64_t width = panel_width<C>(n), rows = K + (last ? 1 : 0);
+  for (int64_t start = 0; start < n; start += width, packed += rows * width) {
     const int64_t columns = n - start < width ? n - start : width;
     const T* from = source + start * column;
     if (column == 1) {
@@ -106,7 +107,8 @@ void pack(const T* source, int64_t K, int64_t n, int64_t row, int64_t column, C*
         for (int64_t j = 0; j < columns; ++j) packed[k * width + j] = static_cast<C>(load(from + k * row + j * column));
       }
     }
-    for (int64_t k = 0; k < K && columns < width; ++k) {
+    if (last) convert(last + start, columns, packed + K * width);
+    for (int64_t k = 0; k < rows && columns < width; ++k) {
       for (int64_t j = columns; j < width; ++j) packed[k * width + j] = C(0);
     }
   }

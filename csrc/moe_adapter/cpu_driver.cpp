@@ -105,17 +105,17 @@ Usage::Usage(const Shape& s, const int64_t* ids) : rows(static_cast<size_t>(s.ex
   }
 }
 
-PackedWeights::PackedWeights(const PerExpert& weight, const Usage& usage, bool transposed)
+PackedWeights::PackedWeights(const PerExpert& weight, const Usage& usage, bool transposed, const PerExpert* bias)
     : experts_(static_cast<size_t>(weight.experts()), nullptr) {
   const Element type = element_of(weight.scalar_type());
   // Transposed: stored (n, K); otherwise (K, n).
-  const int64_t K = weight.size(transposed ? 1 : 0), n = weight.size(transposed ? 0 : 1);
+  const int64_t K = weight.size(transposed ? 1 : 0), n = weight.size(transposed ? 0 : 1), rows = K + (bias ? 1 : 0);
   const int64_t width = CLK_CALL(panel_columns, type, n);
   const std::vector<int64_t>& used = usage.experts;
-  const bool fits = !transposed && n % width == 0 && (type == Element::f32 || type == Element::f64);
+  const bool fits = !transposed && !bias && n % width == 0 && (type == Element::f32 || type == Element::f64);
   const bool in_place = fits && usage.total < kWorthPacking * static_cast<int64_t>(used.size());
-  const int64_t bytes = (CLK_CALL(packed_bytes, type, K, n) + 63) / 64 * 64;
-  step_ = in_place ? width : K * width;
+  const int64_t bytes = (CLK_CALL(packed_bytes, type, rows, n) + 63) / 64 * 64;
+  step_ = in_place ? width : rows * width;
   ld_ = in_place ? n : width;
   if (in_place) {
     for (int64_t e : used) experts_[static_cast<size_t>(e)] = weight.data()[e];
@@ -126,7 +126,8 @@ PackedWeights::PackedWeights(const PerExpert& weight, const Usage& usage, bool t
   torch::stable::parallel_for(0, static_cast<int64_t>(used.size()), 1 + (1 << 16) / (K * n + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t e = used[static_cast<size_t>(i)];
-      CLK_CALL(pack_weight, type, weight.data()[e], K, n, transposed ? 1 : n, transposed ? K : 1, base + i * bytes);
+      CLK_CALL(pack_weight, type, weight.data()[e], K, n, transposed ? 1 : n, transposed ? K : 1, bias ? bias->data()[e] : nullptr,
+               base + i * bytes);
       experts_[static_cast<size_t>(e)] = base + i * bytes;
     }
   });

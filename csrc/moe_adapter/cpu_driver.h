@@ -72,7 +72,8 @@ struct Usage {
 // a panel are a row of the matrix apart and fall into a few sets of the cache.
 class PackedWeights {
  public:
-  PackedWeights(const PerExpert& weight, const Usage& usage, bool transposed);
+  // `bias` (n) of every expert, unless it is null, is one row more; only for what is packed, as transposed weights are.
+  PackedWeights(const PerExpert& weight, const Usage& usage, bool transposed, const PerExpert* bias = nullptr);
   Weights weights() const { return {experts_.data(), step_, ld_}; }
 
  private:

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& x, const Tensor& expert_ids
   if (residual.has_value()) base = unit_stride(*residual);
 
   const Usage usage(s, data<int64_t>(ids));
-  const PackedWeights packed_down(experts.down_weight, usage, true), packed_up(experts.up_weight, usage, true);
+  const PackedWeights packed_down(experts.down_weight, usage, true), packed_up(experts.up_weight, usage, true, &experts.up_bias);
   const Tiles tiles(s, data<int64_t>(ids));
   Forward op{};
   fill(op, s, rows, ids, g, experts.up_bias, scale, dropout_p);

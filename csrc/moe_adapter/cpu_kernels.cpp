@@ -36,8 +36,8 @@ int64_t packed_bytes(Element type, int64_t K, int64_t n) {
   CLK_ELEMENT(type, T, K * padded<compute_t<T>>(n) * static_cast<int64_t>(sizeof(compute_t<T>)));
 }
 
-void pack_weight(Element type, const void* source, int64_t K, int64_t n, int64_t row, int64_t column, void* packed) {
-  CLK_ELEMENT(type, T, pack(static_cast<const T*>(source), K, n, row, column, static_cast<compute_t<T>*>(packed)));
+void pack_weight(Element type, const void* source, int64_t K, int64_t n, int64_t row, int64_t column, const void* last, void* packed) {
+  CLK_ELEMENT(type, T, pack(static_cast<const T*>(source), K, n, row, column, static_cast<compute_t<T>*>(packed), static_cast<const T*>(last)));
 }
 
 int64_t tile_scratch(const Problem& problem) {

@@ -31,7 +31,7 @@ struct Problem {
   const int64_t* expert_ids;                    // (B, k)
   const void* gates;                            // (B, k), compute type
   double scale, dropout_p;
-  Weights narrow, widen;                        // from D to R, and from R to D; compute type
+  Weights narrow, widen;                        // from D to R, and from R to D, forward with up_bias as one row more; compute type
   const void* const* up_bias;     // (D) of every expert
   void* sums;                     // (B L, D) compute type, holds 16-bit results between slots; or null
 };
@@ -106,7 +106,8 @@ struct ExpertGradients : Problem {
   int64_t tile_rows();                                                                                                 \
   int64_t panel_columns(Element type, int64_t n);                                                                      \
   int64_t packed_bytes(Element type, int64_t K, int64_t n);                                                            \
-  void pack_weight(Element type, const void* source, int64_t K, int64_t n, int64_t row, int64_t column, void* packed); \
+  void pack_weight(Element type, const void* source, int64_t K, int64_t n, int64_t row, int64_t column,                \
+                   const void* last, void* packed);                                                                    \
   int64_t tile_scratch(const Problem& problem);                                                                        \
   void forward_tile(const Forward& op, const Tile& tile, void* scratch);                                               \
   void backward_tile(const Backward& op, const Tile& tile, void* scratch);                                             \

@@ -29,7 +29,6 @@ void forward(const Forward& op, const Tile& t, void* memory) {
   const Scratch<C> s(arena, op);
   const Rows rows(op, t);
   const Matrix<C> x = compute_rows<T, C>(op.x, t, rows, op.width, s.rows);
-  const int64_t ldh = padded<C>(op.rank);
   const C* gates = static_cast<const C*>(op.gates);
   T* hidden = static_cast<T*>(op.hidden);
   const C grown = static_cast<C>(1.0 / (1.0 - op.dropout_p));
@@ -43,11 +42,11 @@ void forward(const Forward& op, const Tile& t, void* memory) {
       }
       return;
     }
-    C* h = s.hidden + active * kTileRows * ldh;
-    multiply<C>(rows.n, x, op.narrow, e, op.width, op.rank, h, ldh);
+    C* h = s.hidden + active * kTileRows * s.ldh;
+    multiply<C>(rows.n, x, op.narrow, e, op.width, op.rank, h, s.ldh);
     const T* bias = static_cast<const T*>(op.down_bias[e]);
     for (int64_t i = 0; i < rows.n; ++i) {
-      C* line = h + i * ldh;
+      C* line = h + i * s.ldh;
       const int64_t offset = rows.index(op, i, slot[i]) * op.rank;
       const C weight = gates[rows.sample[i] * op.slots + slot[i]] * static_cast<C>(op.scale);
       for (int64_t r = 0; r < op.rank; ++r) {
@@ -62,11 +61,11 @@ void forward(const Forward& op, const Tile& t, void* memory) {
         convert(line, op.rank, hidden + offset);
       }
       for (int64_t r = 0; r < op.rank; ++r) line[r] *= weight;
-      s.weight[active * kTileRows + i] = weight;
+      line[op.rank] = weight;  // times up_bias, the last row of `widen`
     }
     s.expert[active++] = e;
   });
-  write_rows<T, C>(op, t, rows, s, active, op.x, op.residual, op.add_input ? op.x : View{}, op.out, op.up_bias);
+  write_rows<T, C>(op, t, rows, s, active, op.rank + 1, op.x, op.residual, op.add_input ? op.x : View{}, op.out);
 }
 
 template <typename T>
@@ -76,7 +75,6 @@ void backward(const Backward& op, const Tile& t, void* memory) {
   const Scratch<C> s(arena, op);
   const Rows rows(op, t);
   const Matrix<C> grad = compute_rows<T, C>(op.grad, t, rows, op.width, s.rows);
-  const int64_t ldh = padded<C>(op.rank);
   const C* gates = static_cast<const C*>(op.gates);
   C* gate_terms = static_cast<C*>(op.gate_terms);
   C* grad_pre = static_cast<C*>(op.grad_pre);
@@ -87,10 +85,10 @@ void backward(const Backward& op, const Tile& t, void* memory) {
       for (int64_t i = 0; gate_terms && i < rows.n; ++i) gate_terms[rows.index(op, i, slot[i])] = C(0);
       return;
     }
-    C* g = s.hidden + active * kTileRows * ldh;
-    multiply<C>(rows.n, grad, op.narrow, e, op.width, op.rank, g, ldh);
+    C* g = s.hidden + active * kTileRows * s.ldh;
+    multiply<C>(rows.n, grad, op.narrow, e, op.width, op.rank, g, s.ldh);
     for (int64_t i = 0; i < rows.n; ++i) {
-      C* line = g + i * ldh;
+      C* line = g + i * s.ldh;
       const int64_t index = rows.index(op, i, slot[i]);
       const T* h = static_cast<const T*>(op.hidden) + index * op.rank;
       if (gate_terms) {
@@ -106,7 +104,7 @@ void backward(const Backward& op, const Tile& t, void* memory) {
     }
     s.expert[active++] = e;
   });
-  if (op.grad_x.data) write_rows<T, C>(op, t, rows, s, active, op.grad, op.add_grad ? op.grad : View{}, View{}, op.grad_x, nullptr);
+  if (op.grad_x.data) write_rows<T, C>(op, t, rows, s, active, op.rank, op.grad, op.add_grad ? op.grad : View{}, View{}, op.grad_x);
 }
 
 }  // namespace

@@ -15,21 +15,19 @@ namespace {
 template <typename C>
 struct Scratch {
   C* rows;       // (kTileRows, D): the tile in compute type, where it cannot be read in place
-  C* hidden;     // (k, kTileRows, R padded)
+  C* hidden;     // (k, kTileRows, ldh): times gate · scale, and forward that factor itself in column R
   C* panel;      // (kTileRows, panel width)
-  C* bias;       // (panel width)
-  C* weight;     // (k, kTileRows): gate · scale
   int64_t* slot;    // (k, kTileRows): where each row has the tile's first, second, … expert
   int64_t* expert;  // (k): of those that exist
+  int64_t ldh;      // R + 1 in whole panels
 
   Scratch(Arena& arena, const Problem& p)
       : rows(arena.take<C>(kTileRows * p.width)),
-        hidden(arena.take<C>(p.slots * kTileRows * padded<C>(p.rank))),
+        hidden(arena.take<C>(p.slots * kTileRows * padded<C>(p.rank + 1))),
         panel(arena.take<C>(kTileRows * panel_width<C>(p.width))),
-        bias(arena.take<C>(panel_width<C>(p.width))),
-        weight(arena.take<C>(p.slots * kTileRows)),
         slot(arena.take<int64_t>(p.slots * kTileRows)),
-        expert(arena.take<int64_t>(p.slots)) {}
+        expert(arena.take<int64_t>(p.slots)),
+        ldh(padded<C>(p.rank + 1)) {}
 };
 
 // Sample and token of every row of a tile.
@@ -101,7 +99,6 @@ C dot(const C* a, const T* b, int64_t n) {
 template <typename T, typename C>
 struct RowEnd {
   const C* line;   // the product
-  const C* bias;   // per column, or null
   const T* before; // the residual or what is there already, or null
   const T* also;   // what is added to the residual first, or null
   const C* sum;    // what is there already, in compute type, or null
@@ -115,7 +112,6 @@ void end_row(const RowEnd<T, C>& r, int64_t columns) {
   int64_t j = 0;
   for (; j + W <= columns; j += W) {
     Vec<C> total = load_vector(r.line + j);
-    if (r.bias) total += load_vector(r.bias + j);
     if (r.before && r.also) {
       total += load_vector(r.before + j) + load_vector(r.also + j);
     } else if (r.before) {
@@ -130,7 +126,6 @@ void end_row(const RowEnd<T, C>& r, int64_t columns) {
   }
   for (; j < columns; ++j) {
     C total = r.line[j];
-    if (r.bias) total += r.bias[j];
     if (r.before && r.also) {
       total += static_cast<C>(load(r.before + j)) + static_cast<C>(load(r.also + j));
     } else if (r.before) {
@@ -143,15 +138,6 @@ void end_row(const RowEnd<T, C>& r, int64_t columns) {
       store(r.target + j, total);
     }
   }
-}
-
-// sum += weight · row
-template <typename C, typename T>
-void add_scaled(C weight, const T* row, int64_t n, C* sum) {
-  constexpr int64_t W = kLanes<C>;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store_vector(sum + i, load_vector(sum + i) + weight * load_vector(row + i));
-  for (; i < n; ++i) sum[i] += weight * static_cast<C>(load(row + i));
 }
 
 template <int WRITE, typename T>
@@ -177,36 +163,29 @@ void fetch_columns(const Problem& p, const Tile& t, const Rows& rows, const View
   }
 }
 
-// out rows (+)= Σ_s hidden_s · widen[expert_s], plus what belongs to the rows: earlier slots, or the residual and what `also` is added
-// to it, and biases.
+// out rows (+)= Σ_s hidden_s · widen[expert_s], products of this depth, plus what belongs to the rows: earlier slots, or the residual and
+// what `also` is added to it.
 template <typename T, typename C>
-void write_rows(const Problem& p, const Tile& t, const Rows& rows, const Scratch<C>& s, int64_t active, const View& source,
-                const View& residual, const View& also, const View& out, const void* const* bias) {
-  const int64_t width = panel_width<C>(p.width), ldh = padded<C>(p.rank);
+void write_rows(const Problem& p, const Tile& t, const Rows& rows, const Scratch<C>& s, int64_t active, int64_t depth, const View& source,
+                const View& residual, const View& also, const View& out) {
+  const int64_t width = panel_width<C>(p.width);
   C* sums = static_cast<C*>(p.sums);
   for (int64_t start = 0; start < p.width; start += width) {
     const int64_t columns = p.width - start < width ? p.width - start : width;
     fetch_columns<T, C>(p, t, rows, source, residual, out, start, columns);
     for (int64_t a = 0; a < active; ++a) {
       const C* weights = static_cast<const C*>(p.widen.experts[s.expert[a]]) + start / width * p.widen.step;
-      multiply_panel<C>(static_cast<int>(rows.n), s.hidden + a * kTileRows * ldh, ldh, weights, p.widen.ld, p.rank, width, s.panel, width,
+      multiply_panel<C>(static_cast<int>(rows.n), s.hidden + a * kTileRows * s.ldh, s.ldh, weights, p.widen.ld, depth, width, s.panel, width,
                         a > 0);
     }
     if (active == 0) {
       for (int64_t i = 0; i < rows.n * width; ++i) s.panel[i] = C(0);
     }
     for (int64_t i = 0; i < rows.n; ++i) {
-      if (bias && (i == 0 || t.gathered)) {  // rows of one sample share their gates
-        for (int64_t j = 0; j < columns; ++j) s.bias[j] = C(0);
-        for (int64_t a = 0; a < active; ++a) {
-          add_scaled(s.weight[a * kTileRows + i], static_cast<const T*>(bias[s.expert[a]]) + start, columns, s.bias);
-        }
-      }
       C* sum = sums ? sums + (rows.sample[i] * p.length + rows.token[i]) * p.width + start : nullptr;
       RowEnd<T, C> row{};
       row.line = s.panel + i * width;
       row.target = rows.in<T>(out, i) + start;
-      row.bias = bias && active ? s.bias : nullptr;
       if (t.opens && residual.data) row.before = rows.in<const T>(residual, i) + start;
       if (t.opens && residual.data && also.data) row.also = rows.in<const T>(also, i) + start;
       if (!t.opens && !sum) row.before = row.target;
