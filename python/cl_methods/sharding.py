@@ -103,9 +103,11 @@ def is_sharded(value: Tensor) -> bool:
 
 def local(value: Any) -> Tensor:
     """The rows of ``value`` that this process holds, sharing its memory; all of them if it is not sharded."""
+    whole: Tensor = value
+    if not is_sharded(value):
+        return whole
     with torch.no_grad():
-        rows: Tensor = value.to_local() if is_sharded(value) else value
-    return rows
+        return whole.to_local()  # type: ignore[attr-defined, no-any-return]  # DTensor's
 
 
 def aligned(value: Tensor, like: Tensor) -> Tensor:
