@@ -27,9 +27,9 @@ COMMANDS = {
 """Verb -> what it does; the code is in ``cl_methods.commands.<verb>``."""
 
 SPINS = "10000"
-"""How often a thread of OpenMP looks for new work before it sleeps. libgomp's own 300,000, a millisecond, keep a core from whoever needs
-it: beside two busy programs steps of a small model took twenty times as long as with a hundred. Fewer than this cost an idle
-machine more than they are worth: 8 % here, a third with 1,000."""
+"""How often a thread of OpenMP looks for new work before it sleeps. libgomp's own 300,000, a millisecond, keep a core from
+whoever needs it: beside two busy programs steps of a small model took twenty times as long as with a hundred. Fewer than
+this cost an idle machine more than they are worth: 8 % here, a third with 1,000."""
 
 EXPECTED_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
 """What a wrong setting, damaged data or a missing file raises; shown as one line."""
