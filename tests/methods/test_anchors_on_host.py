@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -47,6 +47,21 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 SLOTS_THERE = {"zscl, previous pull": 0.5, "zscl, merged": 0, "wise_ft": 0, "wise_ft, start": 0, "mulki": 0}
 """The share that has been taken of the slots for all anchors, where one has not been read in the first steps of a task."""
+
+
+ALIKE = {
+    "zscl, wise",
+    "zscl, previous teacher",
+    "weight_consolidation",
+    "weight_ensemble, wise",
+    "wise_ft, start",
+    "clipood",
+}
+"""Cases whose anchors are kept and read as those of another one are."""
+
+
+def cases(names: Iterable[str], alike: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow if name in alike else ()) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +134,7 @@ OnHost = Callable[[], list[HostWeights]]
 
 
 @pytest.mark.usefixtures("one_order")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases(CASES, ALIKE))
 def test_training_is_the_same_to_the_bit(
     case: str, tasks: list[Task], reference: Reference, batches: Batches, on_host: OnHost
 ) -> None:
@@ -152,7 +167,12 @@ def test_training_is_the_same_to_the_bit(
             assert torch.equal(value, ends[0][name]), name
 
 
-@pytest.mark.parametrize("case", ["zscl", *SLOTS_THERE, "zscl, mixed teacher", "zscl, previous teacher", "ewc"])
+@pytest.mark.parametrize(
+    "case",
+    cases(
+        ["zscl", *SLOTS_THERE, "zscl, mixed teacher", "zscl, previous teacher", "ewc"], {*ALIKE, "zscl", "zscl, merged"}
+    ),
+)
 def test_the_plan_has_what_is_saved(
     case: str, tasks: list[Task], reference: Reference, batches: Batches, on_host: OnHost
 ) -> None:
