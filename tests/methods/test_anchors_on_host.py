@@ -13,7 +13,7 @@ import torch
 from shortened import shortened
 from tiny_clip import build_backbone
 from torch import Tensor
-from trained import Batches, learn, state, train, with_sgd
+from trained import Batches, gone_on, learn, state, train, with_sgd
 
 from cl_kernels import use_backend
 from cl_methods.components import weights as weights_module
@@ -146,14 +146,9 @@ def test_training_is_the_same_to_the_bit(
         optimizer = in_second_task(method, between, tasks, batches)
         assert bool(on_host()) is bool(before[0] and CASES[case][2])
         if before != after:
-            middle, moments = state(method), optimizer.state_dict()
-            method = build(case, reference, *map(bool, after))
-            method.load_state_dict(between)
-            method.recall(tasks[:1])
-            method.before_task(1, tasks[1])
-            method.load_state_dict(middle)
-            optimizer = method.optimizer()
-            optimizer.load_state_dict(moments)
+            new = build(case, reference, *map(bool, after))
+            method, optimizer = gone_on(new, tasks, between, state(method), optimizer.state_dict())
+            del new
             assert bool(on_host()) is bool(after[0] and CASES[case][2])
         train(method, indexed(batches(1, 3))[2:], 2, optimizer)
         ends.append({f"middle {name}": value for name, value in state(method).items()})

@@ -73,6 +73,31 @@ def with_sgd(method: Method, lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD([value for _, value in method.trainable()], lr=lr)
 
 
+def gone_on(
+    method: Method,
+    tasks: Sequence[Task],
+    between: dict[str, Tensor],
+    middle: dict[str, Tensor],
+    moments: dict[str, Any],
+) -> tuple[Method, torch.optim.Optimizer]:
+    """A new instance in the middle of the second task, as a resumed run brings it there, and its optimiser.
+
+    Args:
+        method: the instance.
+        tasks: the first two.
+        between: the state after the first task.
+        middle: the state in the second one.
+        moments: of the optimiser.
+    """
+    method.load_state_dict(between)
+    method.recall(tasks[:1])
+    method.before_task(1, tasks[1])
+    method.load_state_dict(middle)
+    optimizer = method.optimizer()
+    optimizer.load_state_dict(moments)
+    return method, optimizer
+
+
 def check_resuming(build: Callable[[], Method], tasks: Sequence[Task], batches: Batches) -> None:
     """A new instance with the state of step 2 of the second task ends with the same state to the bit."""
     ends = []
@@ -83,13 +108,7 @@ def check_resuming(build: Callable[[], Method], tasks: Sequence[Task], batches: 
         method.before_task(1, tasks[1])
         optimizer = train(method, steps[:2])
         if resumed:
-            middle, moments, method = state(method), optimizer.state_dict(), build()
-            method.load_state_dict(between)
-            method.recall(tasks[:1])
-            method.before_task(1, tasks[1])
-            method.load_state_dict(middle)
-            optimizer = method.optimizer()
-            optimizer.load_state_dict(moments)
+            method, optimizer = gone_on(build(), tasks, between, state(method), optimizer.state_dict())
         train(method, steps[2:], 2, optimizer)
         seed_everything(1)
         method.after_task(1, tasks[1])
